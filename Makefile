@@ -1,0 +1,31 @@
+# Two commands for a newcomer: make demo, make test. Both build .venv once and reuse it.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-slow check clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mrmae needs Python 3.11 or newer; set PYTHON=/path/to/it")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## the whole pipeline on handwritten digits, offline, in minutes
+	$(BIN)/mrmae demo
+
+test: $(STAMP)  ## what continuous integration runs
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-slow: $(STAMP)  ## the long proofs: crashes, elastic resume, real teachers
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(STAMP)  ## everything a change must pass
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

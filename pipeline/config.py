@@ -1,0 +1,120 @@
+"""Strict YAML to typed config: file, then `key=value` overrides, then validation that names the key.
+
+    config = load_config(PretrainConfig, Path("configs/demo.yaml"), ["batch_size=256", "data.path=/data/train"])
+
+A config class lives beside the thing it configures and derives from `Config`; a stage composes them.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError
+from yaml import YAMLError
+
+from pipeline.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every config: unknown keys and wrong types are errors, and values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def _expand(value: object) -> object:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+PathField = Annotated[Path, BeforeValidator(_expand)]
+Pair = Annotated[tuple[float, float], Strict(False)]
+
+
+def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """Merge a YAML file with `a.b=c` overrides and validate the result as `cls`.
+
+    Values in the overrides are read as YAML; `${oc.env:NAME,default}` and `${other.key}` interpolate.
+
+    Raises:
+        ConfigError: naming the key and what it allows.
+    """
+    merged = _read_yaml(file) if file is not None else OmegaConf.create({})
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{override}' is no override: write key=value, for instance batch_size=256")
+    try:
+        values = OmegaConf.to_container(OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"config: {_first_line(error)}") from error
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(cls, error)) from error
+
+
+def save_config(config: Config, file: Path) -> None:
+    """Write the resolved config as YAML, for a run folder."""
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8")
+
+
+def _read_yaml(file: Path) -> DictConfig:
+    if not file.is_file():
+        raise ConfigError(f"--config {file}: no such file")
+    try:
+        loaded = OmegaConf.load(file)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file} is not readable YAML: {_first_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"--config {file}: expected keys and values at the top")
+    return loaded
+
+
+def _explain(cls: type[Config], error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"] if not _is_type_tag(part))
+        if problem["type"] == "extra_forbidden":
+            problems.append(f"unknown key '{key}'{_suggest(cls, problem['loc'])}")
+        elif problem["type"] == "missing":
+            problems.append(f"'{key}' is missing: give {key}=...")
+        elif problem["type"] == "value_error":
+            problems.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}" if key else problem["msg"])
+        else:
+            problems.append(f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "config: " + "; ".join(dict.fromkeys(problems))
+
+
+def _suggest(cls: type[Config], loc: tuple[int | str, ...]) -> str:
+    """Near misses among the keys of the section that holds the unknown one, else all of them."""
+    section: type[Config] | None = cls
+    for part in loc[:-1]:
+        section = _section(section, str(part)) if section else None
+    if section is None:
+        return ""
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f" (did you mean '{near[0]}'?)" if near else f" (known here: {', '.join(known)})"
+
+
+def _section(cls: type[Config], name: str) -> type[Config] | None:
+    field = cls.model_fields.get(name)
+    annotation: Any = field.annotation if field else None
+    candidates = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)
+
+
+def _is_type_tag(part: int | str) -> bool:
+    """pydantic puts a union member's name, such as `constrained-str` or `function-before[...]`, into the location."""
+    return isinstance(part, str) and not part.isidentifier()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

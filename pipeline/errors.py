@@ -1,0 +1,36 @@
+"""The errors a user may meet. Each carries one line: what is wrong, then what to do about it.
+
+`cli.py` is the only place that prints them. They take exactly one string, so that a worker process can pickle them.
+"""
+
+
+class PipelineError(Exception):
+    """Base of every error that is the user's to mend; its message is one line that ends with the remedy."""
+
+
+class ConfigError(PipelineError):
+    """A key is unknown, of the wrong type or out of range, or two keys contradict each other."""
+
+
+class DataError(PipelineError):
+    """The images: a path that isn't there, an empty folder, a file that doesn't decode."""
+
+
+class CacheError(PipelineError):
+    """The teacher cache can't be used as asked: absent, of another dataset, teacher or grid, or a full disk."""
+
+
+class CacheDamage(CacheError):  # noqa: N818 - the name of the fact, not of the exception
+    """Bytes of the cache are not what was written; the message names the shard and the sample."""
+
+
+class TeacherError(PipelineError):
+    """A teacher can't be built: unknown spec, weights that aren't there or don't fit."""
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint is absent, torn, or of another architecture."""
+
+
+class TrainingError(PipelineError):
+    """Training can't go on: a non-finite loss, batch sizes that don't divide."""
