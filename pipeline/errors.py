@@ -7,6 +7,8 @@
 class PipelineError(Exception):
     """Base of every error that is the user's to mend; its message is one line that ends with the remedy."""
 
+    exit_code = 2  # 1 is for what a command found, such as a damaged cache; 2 is for what kept it from running
+
 
 class ConfigError(PipelineError):
     """A key is unknown, of the wrong type or out of range, or two keys contradict each other."""

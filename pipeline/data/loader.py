@@ -1,0 +1,227 @@
+"""Batches by step: which samples, which views, which masks, all functions of (seed, epoch, index) alone.
+
+A global batch is fixed by the config; each process takes its slice. So the stream of samples depends on neither the
+number of processes nor of workers, and a run resumes by starting the sampler at its step.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.cache import CacheReader, Record
+from pipeline.data.images import ImageSource, decode, source_hash
+from pipeline.data.masks import Focus, draw_masks
+from pipeline.data.order import EpochOrder
+from pipeline.data.views import View, ViewConfig, draw_view, render, to_chw, view_of_epoch
+from pipeline.errors import CacheError, DataError, PipelineError
+
+Request = tuple[int, int]  # (epoch, sample index)
+B_co = TypeVar("B_co", covariant=True)
+B = TypeVar("B")
+
+
+class IndexedDataset(Protocol[B_co]):
+    """Makes one micro-batch of what a list of requests names."""
+
+    def __getitems__(self, requests: list[Request]) -> B_co: ...
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """The requests of one process, micro-batch by micro-batch, from `start_step` to `total_steps`."""
+
+    order: EpochOrder
+    images_per_step: int  # over all processes
+    accum_iter: int
+    rank: int
+    processes: int
+    start_step: int
+    total_steps: int
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        steps_per_epoch = len(self.order) // self.images_per_step
+        share = self.images_per_step // self.processes
+        for step in range(self.start_step, self.total_steps):
+            epoch, place = divmod(step, steps_per_epoch)
+            first = place * self.images_per_step + self.rank * share
+            mine = self.order.take(epoch, first, first + share)
+            for micro in np.split(mine, self.accum_iter):
+                yield [(epoch, int(index)) for index in micro]
+
+
+def load(dataset: IndexedDataset[B], requests: Any, workers: int) -> Iterator[B]:
+    """Run the dataset over the requests in `workers` processes (0: in this one), in order.
+
+    Raises:
+        PipelineError: whatever a worker met, as itself rather than as a traceback in a string.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Guarded(dataset),
+        batch_sampler=requests,
+        num_workers=workers,
+        collate_fn=_identity,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread,
+    )
+    for batch in loader:
+        if isinstance(batch, PipelineError):
+            raise batch
+        yield batch
+
+
+class _Guarded(Dataset[Any], Generic[B]):
+    def __init__(self, dataset: IndexedDataset[B]) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, requests: list[Request]) -> B | PipelineError:
+        try:
+            return self._dataset.__getitems__(requests)
+        except PipelineError as error:
+            return error
+
+
+def _identity(batch: B) -> B:
+    return batch
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass
+class PretrainBatch:
+    """One micro-batch of masked views.
+
+    Attributes:
+        images: uint8 [B, 3, S, S], as rendered: the student's normalisation happens on the device.
+        ids_keep: int64 [B, K], visible patches, ascending.
+        targets: teacher → (values [B, R, D] as stored, scale float16 [B, R] or None); the R rows are the visible, the
+            masked (ascending) or all patches, as the objective declares.
+        indices: int64 [B], sample indices.
+    """
+
+    images: Tensor
+    ids_keep: Tensor
+    targets: dict[str, tuple[Tensor, Tensor | None]]
+    indices: Tensor
+
+    def to(self, device: torch.device) -> "PretrainBatch":
+        move = _mover(device)
+        targets = {name: (move(q), None if s is None else move(s)) for name, (q, s) in self.targets.items()}
+        return PretrainBatch(move(self.images), move(self.ids_keep), targets, self.indices)
+
+    def pin_memory(self) -> "PretrainBatch":
+        targets = {
+            name: (q.pin_memory(), None if s is None else s.pin_memory()) for name, (q, s) in self.targets.items()
+        }
+        return PretrainBatch(self.images.pin_memory(), self.ids_keep.pin_memory(), targets, self.indices)
+
+
+def _mover(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(device, non_blocking=True)
+
+
+class PretrainDataset:
+    """Masked views with their cached targets; without a cache, masked views alone.
+
+    Args:
+        source: the images; None when the first cache stores the rendered views itself.
+        caches: teacher → reader, all over the same samples and views.
+        views: how to draw views without a cache.
+        patches, keep: patches of a view, and how many stay visible.
+        focus: how visible patches are chosen; by the first cache's attention.
+        rows: which target rows the objective asks for: "visible", "masked", "all" or "none".
+        masks_per_sample: masks trained of each view that is read.
+        seed: of views without a cache, and of masks.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | None,
+        caches: Mapping[str, CacheReader],
+        views: ViewConfig,
+        *,
+        patches: int,
+        keep: int,
+        focus: Focus,
+        rows: str,
+        masks_per_sample: int,
+        seed: int,
+    ) -> None:
+        self.source, self.caches, self.views = source, dict(caches), views
+        self.patches, self.keep, self.focus, self.rows = patches, keep, focus, rows
+        self.masks_per_sample, self.seed = masks_per_sample, seed
+
+    def __getitems__(self, requests: list[Request]) -> PretrainBatch:
+        images, ids_keep = [], []
+        targets: dict[str, list[tuple[NDArray[Any], NDArray[Any] | None]]] = {name: [] for name in self.caches}
+        for epoch, index in requests:
+            view = view_of_epoch(index, epoch, self.views.count)
+            records = {name: cache.read(index, view) for name, cache in self.caches.items()}
+            pixels = self._pixels(index, view, list(records.values()))
+            attention = next((record.attention for record in records.values()), None)
+            for ids in draw_masks(
+                attention, self.patches, self.keep, self.focus, self.seed, epoch, index, self.masks_per_sample
+            ):
+                images.append(pixels)
+                ids_keep.append(ids)
+                for name, record in records.items():
+                    if self.rows != "none":
+                        targets[name].append(_rows_of(record, ids, self.rows))
+        indices = [index for _, index in requests for _ in range(self.masks_per_sample)]
+        return PretrainBatch(
+            torch.from_numpy(np.stack(images)),
+            torch.from_numpy(np.stack(ids_keep)),
+            {name: _stack(rows) for name, rows in targets.items() if rows},
+            torch.tensor(indices),
+        )
+
+    def _pixels(self, index: int, view: int, records: list[Record]) -> NDArray[np.uint8]:
+        """The view that the teacher saw, byte for byte."""
+        if records and records[0].image is not None:
+            return to_chw(decode(records[0].image))
+        if self.source is None:
+            raise CacheError("this cache holds no images: give data.path")
+        data = self.source.read(index)
+        try:
+            image = decode(data)
+        except DataError as error:
+            raise DataError(f"image {self.source.key(index)}: {error}; repair it or take it away") from error
+        if not records:
+            return to_chw(render(image, draw_view(self.views, index, view, image.height, image.width), self._size))
+        return to_chw(render(image, self._agreed_view(index, data, records), self._size))
+
+    def _agreed_view(self, index: int, data: bytes, records: list[Record]) -> View:
+        if any(record.source_hash != source_hash(data) for record in records):
+            raise CacheError(
+                f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
+            )
+        views = {View(tuple(map(int, record.box)), bool(record.hflip)) for record in records}  # type: ignore[arg-type]
+        if len(views) > 1:
+            raise CacheError(f"the caches show different views of {records[0].key}: extract them with equal views.*")
+        return views.pop()
+
+    @property
+    def _size(self) -> int:
+        return self.views.image_size
+
+
+def _rows_of(record: Record, ids: NDArray[np.int64], rows: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    if rows == "all":
+        return record.tokens, record.scale
+    if rows == "masked":
+        ids = np.setdiff1d(np.arange(len(record.tokens)), ids, assume_unique=True)
+    return record.tokens[ids], None if record.scale is None else record.scale[ids]
+
+
+def _stack(rows: list[tuple[NDArray[Any], NDArray[Any] | None]]) -> tuple[Tensor, Tensor | None]:
+    values = torch.from_numpy(np.stack([value for value, _ in rows]))
+    scales = [scale for _, scale in rows if scale is not None]
+    return values, torch.from_numpy(np.stack(scales)) if scales else None

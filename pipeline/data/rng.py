@@ -1,0 +1,34 @@
+"""Counter-based random numbers: everything random about a sample is a function of named integers, never of a worker.
+
+Philox's raw 64-bit output is fixed by its definition (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011), so a number drawn today is the number drawn after any upgrade of numpy.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Stream(IntEnum):
+    """What the numbers are for: streams with the same seed and index stay independent."""
+
+    VIEW = 1
+    MASK = 2
+    AUGMENT = 3
+    ORDER = 4
+
+
+def raw_bits(count: int, stream: Stream, seed: int, *counters: int) -> NDArray[np.uint64]:
+    """`count` uniform uint64, a function of (stream, seed, up to three counters)."""
+    # The lowest counter word is Philox's own: it steps through the `count` draws.
+    words = np.zeros(4, dtype=np.uint64)
+    words[1 : 1 + len(counters)] = counters
+    key = np.array([seed, stream], dtype=np.uint64)
+    return np.random.Philox(counter=words, key=key).random_raw(count)
+
+
+def uniforms(count: int, stream: Stream, seed: int, *counters: int) -> NDArray[np.float64]:
+    """`count` float64 in (0, 1): the open interval, so that logarithms are finite."""
+    bits = raw_bits(count, stream, seed, *counters)
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

@@ -1,0 +1,101 @@
+"""A view is an explicit record, a box and a flip, that both stages render through one function.
+
+A cached target belongs to one crop: the student must be shown, byte for byte, the pixels that the teacher saw. So the
+box is drawn once, stored beside the target, and never drawn again by the trainer.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, model_validator
+
+from pipeline.config import Config, Pair
+from pipeline.data.rng import Stream, uniforms
+
+_ATTEMPTS = 10
+
+
+class ViewConfig(Config):
+    """How views are drawn: a random resized crop and a mirror, `count` of them for each sample."""
+
+    count: int = Field(1, ge=1, le=1024)  # views a sample: each costs a full set of targets
+    image_size: int = Field(224, ge=8, le=4096)  # side of the square that the student sees, pixels
+    scale: Pair = (0.2, 1.0)  # share of the image's area
+    ratio: Pair = (3 / 4, 4 / 3)  # width over height of the box
+    hflip: float = Field(0.5, ge=0, le=1)  # probability of a mirrored view
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ViewConfig":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"views.scale={list(self.scale)}: needs 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"views.ratio={list(self.ratio)}: needs 0 < low <= high")
+        return self
+
+
+@dataclass(frozen=True)
+class View:
+    """One crop of one image: `box` is (top, left, height, width) in source pixels, after the EXIF rotation."""
+
+    box: tuple[int, int, int, int]
+    hflip: bool
+
+
+def draw_view(config: ViewConfig, index: int, view: int, height: int, width: int) -> View:
+    """The view number `view` of sample `index`, for an image of height × width pixels.
+
+    The box follows Inception's random resized crop (Szegedy et al. 2015, as torchvision's RandomResizedCrop draws it):
+    up to ten tries of an area share and a log-uniform aspect ratio, then the largest central box of an allowed ratio.
+    """
+    draws = uniforms(4 * _ATTEMPTS + 1, Stream.VIEW, config.seed, index, view)
+    hflip = bool(draws[-1] < config.hflip)
+    log_low, log_high = math.log(config.ratio[0]), math.log(config.ratio[1])
+    for u_area, u_ratio, u_top, u_left in draws[:-1].reshape(_ATTEMPTS, 4):
+        area = height * width * (config.scale[0] + u_area * (config.scale[1] - config.scale[0]))
+        ratio = math.exp(log_low + u_ratio * (log_high - log_low))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return View((int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w), hflip)
+    return View(_central_box(config, height, width), hflip)
+
+
+def render(image: Image.Image, view: View, size: int) -> Image.Image:
+    """The view's pixels: an RGB image of size × size, bicubic with antialiasing, cropped first and mirrored last."""
+    top, left, height, width = view.box
+    pixels = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+    return pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.hflip else pixels
+
+
+def center_view(height: int, width: int, crop: float = 0.875) -> View:
+    """The evaluation view: the central square whose side is `crop` of the shorter one."""
+    side = max(1, round(min(height, width) * crop))
+    return View(((height - side) // 2, (width - side) // 2, side, side), hflip=False)
+
+
+def to_chw(image: Image.Image) -> NDArray[np.uint8]:
+    """An RGB image as uint8 [3, H, W]."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """The JPEG that the webdataset store keeps; without chroma subsampling, so that only quantisation is lost."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def view_of_epoch(index: NDArray[np.int64] | int, epoch: int, views: int) -> int:
+    """Which view sample `index` shows in `epoch`: every one once in `views` epochs, starting at another for each."""
+    return (int(index) * 0x9E3779B1 + epoch) % views
+
+
+def _central_box(config: ViewConfig, height: int, width: int) -> tuple[int, int, int, int]:
+    ratio = min(max(width / height, config.ratio[0]), config.ratio[1])
+    w = max(1, min(width, round(height * ratio)))
+    h = max(1, min(height, round(width / ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w

@@ -1,0 +1,272 @@
+"""The training loop of every stage: a model, a function that turns a batch into losses, and batches by step.
+
+Learning rate and random numbers are functions of the step, and batches start at any step, so the state of a run is
+the model, the optimiser and one integer. Nothing is replayed on resume.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import TrainingError
+from pipeline.progress import Progress
+from pipeline.training.checkpoint import Checkpoint, load_checkpoint, prune, save_checkpoint
+from pipeline.training.interruption import Interrupted, Interruption
+from pipeline.training.metrics import LossMeter, MetricsWriter, Stopwatch
+from pipeline.training.optim import CosineSchedule, OptimConfig, build_adamw, parameter_groups, set_lr
+from pipeline.training.run import Run, StepPlan
+
+log = logging.getLogger(__name__)
+
+
+class Movable(Protocol):
+    """A micro-batch: it knows how to copy itself to a device."""
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+B = TypeVar("B", bound=Movable)
+Losses = Callable[[nn.Module, B], dict[str, Tensor]]  # scalars; "loss" is the one that is minimised
+
+
+def fit(
+    run: Run,
+    model: nn.Module,
+    spec: Mapping[str, Any],
+    losses: Losses[B],
+    batches: Callable[[int], Iterable[B]],
+    plan: StepPlan,
+    optim: OptimConfig,
+    *,
+    layer_ids: Mapping[str, int] | None = None,
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
+    best: str | None = None,
+    label: str = "train",
+) -> dict[str, Any]:
+    """Train until `plan.total_steps`; returns the last logged metrics.
+
+    Args:
+        run: processes, folder and the checkpoint to go on from.
+        model: trained in place; left on the run's device.
+        spec: JSON-able description that rebuilds the model, kept in each checkpoint.
+        losses: (model, micro-batch) → dict of scalars with "loss".
+        batches: start step → micro-batches of this process, `plan.accum_iter` of them for each step.
+        evaluate: (unwrapped model, step) → metrics; every `evaluate_every` steps and at the end.
+        best: the evaluation metric whose highest value is kept as checkpoints/best.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        Interrupted: a signal came; a checkpoint was saved.
+    """
+    loop = _Loop(run, model, spec, plan, optim, layer_ids, best)
+    batches_of_run = iter(_ahead(batches(run.start_step), run.device))
+    with Interruption() as interruption, loop.progress(label):
+        for step in range(run.start_step, plan.total_steps):
+            loop.train_step(step, batches_of_run, losses)
+            done = step + 1
+            last = done == plan.total_steps
+            if done % run.config.log_every == 0 or last or done == 1:
+                loop.log(done)
+            if evaluate and (last or (evaluate_every and done % evaluate_every == 0)):
+                loop.evaluate(done, evaluate)
+            stop = loop.any_process(interruption.requested)
+            if done % run.config.checkpoint_every == 0 or last or stop:
+                loop.save(done)
+            if stop and not last:
+                loop.close()
+                raise Interrupted(f"stopped at step {done} of {plan.total_steps} with a checkpoint; run again to go on")
+    loop.close()
+    return loop.latest
+
+
+class _Loop:
+    """The state of one `fit`, and what happens in a step, in a log row and in a checkpoint."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        spec: Mapping[str, Any],
+        plan: StepPlan,
+        optim: OptimConfig,
+        layer_ids: Mapping[str, int] | None,
+        best: str | None,
+    ) -> None:
+        self.run, self.spec, self.plan, self.optim, self.best = run, spec, plan, optim, best
+        self.plain_model = model
+        groups = parameter_groups(model, optim.weight_decay, layer_ids, optim.layer_decay)
+        self.plain_optimizer = build_adamw(groups, optim)
+        if run.resumed:
+            restore(run.resumed, model, self.plain_optimizer)
+        self.model, self.optimizer = run.accelerator.prepare(model, self.plain_optimizer)
+        self.schedule = CosineSchedule(
+            optim.peak_lr(plan.batch_size),
+            optim.min_lr,
+            min(round(optim.warmup_epochs * plan.steps_per_epoch), plan.total_steps // 2),
+            plan.total_steps,
+        )
+        self.meter = LossMeter(run.device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=run.device)
+        self.writer = MetricsWriter(run.folder / "metrics.jsonl", run.start_step) if run.is_main else None
+        self.latest: dict[str, Any] = dict(run.resumed.metrics) if run.resumed else {}
+        self.best_value = self._former_best()
+        self.grad_norm: Tensor | None = None
+        self.watch = Stopwatch()
+
+    def train_step(self, step: int, batches: Iterator[B], losses: Losses[B]) -> None:
+        self.model.train()
+        self._seed(step)
+        set_lr(self.plain_optimizer, self.schedule(step))
+        for micro in range(self.plan.accum_iter):
+            batch = self._next(batches)
+            if micro + 1 < self.plan.accum_iter:
+                with self.run.accelerator.no_sync(self.model):
+                    self._backward(step, batch, losses)
+            else:
+                self._backward(step, batch, losses)
+        self.grad_norm = self._clip(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meter.steps += 1
+        self.bar.advance(1)
+
+    def _backward(self, step: int, batch: B, losses: Losses[B]) -> None:
+        values = losses(self.model, batch)
+        loss = values["loss"]
+        self.run.accelerator.backward(loss / self.plan.accum_iter)
+        self.meter.add(values)
+        # Remember the first bad step on the device: asking the host every step would stall it.
+        bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, step, self.first_bad)
+
+    def _next(self, batches: Iterator[B]) -> B:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.watch.waited += time.perf_counter() - began
+        return batch
+
+    def _clip(self, step: int) -> Tensor | None:
+        limit = self.optim.clip_grad
+        logged = (step + 1) % self.run.config.log_every == 0 or step == 0
+        if limit is None and not logged:
+            return None
+        norm: Tensor = self.run.accelerator.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
+        return norm.detach()
+
+    def _seed(self, step: int) -> None:
+        """Dropout, drop-path and mixup of a step depend on (seed, step, rank) alone."""
+        words = np.random.SeedSequence([self.run.config.seed, step, self.run.rank]).generate_state(2)
+        torch.manual_seed(int(words[0]))
+        np.random.seed(int(words[1]))  # timm's mixup draws from numpy's global state
+
+    def log(self, done: int) -> None:
+        self._check_finite()
+        steps = max(1, self.meter.steps) * self.plan.accum_iter
+        elapsed, wait = self.watch.elapsed, self.watch.wait_share
+        images = max(1, self.meter.steps) * self.plan.batch_size
+        sums = self.meter.take()
+        means = {name: float(self.run.accelerator.reduce(total / steps, "mean")) for name, total in sums.items()}
+        row: dict[str, Any] = {"epoch": done / self.plan.steps_per_epoch, **means}
+        row |= {"lr": self.schedule(done - 1), "images_per_s": images / elapsed, "data_wait": wait}
+        if self.grad_norm is not None:
+            row["grad_norm"] = float(self.grad_norm)
+        if self.run.device.type == "cuda":
+            row["memory_gib"] = torch.cuda.max_memory_allocated(self.run.device) / 2**30
+        self._write(done, row)
+        note = f"{means['loss']:.4f}"
+        self.bar.advance(0, loss=note, img_s=f"{row['images_per_s']:.0f}", wait=f"{wait:.0%}")
+        self.watch.reset()
+
+    def evaluate(self, done: int, evaluate: Callable[[nn.Module, int], dict[str, float]]) -> None:
+        self.plain_model.eval()
+        with torch.inference_mode(), self.run.accelerator.autocast():
+            values = evaluate(self.plain_model, done)
+        self._write(done, values)
+        if self.best and values.get(self.best, float("-inf")) > self.best_value:
+            self.best_value = values[self.best]
+            self._save("best", done, with_optimizer=False)
+        self.watch.reset()
+
+    def save(self, done: int) -> None:
+        self._check_finite()
+        self._save(f"step-{done:08d}", done, with_optimizer=True)
+        if self.run.is_main:
+            prune(self.run.checkpoints, self.run.config.keep_checkpoints)
+        self.run.accelerator.wait_for_everyone()
+        self.watch.reset()
+
+    def _save(self, name: str, done: int, with_optimizer: bool) -> None:
+        if self.run.is_main:
+            save_checkpoint(
+                self.run.checkpoints / name,
+                self.plain_model,
+                self.spec,
+                step=done,
+                identity=self.run.identity,
+                metrics=self.latest,
+                optimizer_state=self.plain_optimizer.state_dict() if with_optimizer else None,
+            )
+
+    def any_process(self, flag: bool) -> bool:
+        """True everywhere as soon as one process says so: all must leave at the same step."""
+        if self.run.processes == 1:
+            return flag
+        return bool(self.run.accelerator.reduce(torch.tensor(int(flag), device=self.run.device), "sum"))
+
+    def progress(self, label: str) -> Progress:
+        self.bar = Progress(self.plan.total_steps, label, "step", done=self.run.start_step, show=self.run.is_main)
+        return self.bar
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+        if self.run.accelerator.trackers:
+            self.run.accelerator.end_training()
+
+    def _write(self, done: int, row: dict[str, Any]) -> None:
+        self.latest |= row
+        if self.writer:
+            self.writer.write(done, row)
+        if self.run.accelerator.trackers:
+            self.run.accelerator.log(row, step=done)
+
+    def _check_finite(self) -> None:
+        bad = int(self.first_bad)
+        if bad >= 0:
+            good = max(self.run.checkpoints.glob("step-*"), default="none yet")
+            raise TrainingError(
+                f"the loss became non-finite at step {bad} (lr {self.schedule(bad):.3g}); last good checkpoint: {good}; "
+                "lower optim.blr, set optim.clip_grad=1, or use precision=bf16 or fp32"
+            )
+
+    def _former_best(self) -> float:
+        if not self.best or not self.run.resumed or not (self.run.checkpoints / "best").is_dir():
+            return float("-inf")
+        return float(load_checkpoint(self.run.checkpoints / "best").metrics.get(self.best, float("-inf")))
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load weights and optimiser state of the same architecture, exactly."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=True)
+    optimizer.load_state_dict(checkpoint.optimizer_state())
+    log.info("resumed from %s", checkpoint.path)
+
+
+def _ahead(batches: Iterable[B], device: torch.device) -> Iterator[B]:
+    """Copy each batch while the one before it is being trained on."""
+    waiting: B | None = None
+    for batch in batches:
+        moved = batch.to(device)
+        if waiting is not None:
+            yield waiting
+        waiting = moved
+    if waiting is not None:
+        yield waiting

@@ -1,0 +1,151 @@
+"""One run of training: its processes, its precision, its folder, and how a global batch falls into steps.
+
+output/
+    config.yaml      the resolved config
+    metrics.jsonl    one row every `log_every` steps, and one per evaluation
+    tensorboard/     the same, for TensorBoard
+    checkpoints/     step-* (the last `keep_checkpoints`) and best
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from pydantic import Field
+
+from pipeline.config import Config, PathField, save_config
+from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class RunConfig(Config):
+    """What every training command takes."""
+
+    output: PathField  # the run folder
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest sound checkpoint in output
+    seed: int = Field(0, ge=0, lt=2**63)
+    epochs: int = Field(100, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # stop (and let the learning rate reach its minimum) at this step
+    batch_size: int = Field(1024, ge=1)  # global: over all processes and accumulation
+    accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPUs
+    log_every: int = Field(20, ge=1)  # steps
+    checkpoint_every: int = Field(1000, ge=1)  # steps
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How many steps, of how many images, split how."""
+
+    steps_per_epoch: int
+    total_steps: int
+    batch_size: int  # global, in trained images
+    accum_iter: int
+    processes: int
+
+    @classmethod
+    def of(cls, images: int, config: RunConfig, processes: int, per_image: int = 1) -> "StepPlan":
+        """Divide `images` an epoch into global batches; the remainder goes unseen that epoch.
+
+        `per_image` masks are trained of each image read: batch_size counts trained masks.
+
+        Raises:
+            TrainingError: the batch doesn't divide, or an epoch holds less than one batch.
+        """
+        unit = processes * config.accum_iter * per_image
+        if config.batch_size % unit:
+            raise TrainingError(
+                f"batch_size={config.batch_size} is no multiple of {unit} ({processes} processes x "
+                f"accum_iter={config.accum_iter} x {per_image} masks a sample): choose for instance "
+                f"{max(unit, config.batch_size // unit * unit)}"
+            )
+        steps = images // (config.batch_size // per_image)
+        if not steps:
+            raise TrainingError(
+                f"batch_size={config.batch_size} asks for more than the {images} images of an epoch: lower batch_size"
+            )
+        total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
+        return cls(steps, total, config.batch_size, config.accum_iter, processes)
+
+
+class Run:
+    """Opens the output folder, finds where to go on, and holds accelerate's view of the processes."""
+
+    def __init__(self, config: RunConfig, identity: dict[str, Any]) -> None:
+        self.config, self.identity = config, identity
+        self.folder = Path(config.output)
+        self.checkpoints = self.folder / "checkpoints"
+        trackers = ["tensorboard"] * config.tensorboard + ["wandb"] * config.wandb
+        self.accelerator = Accelerator(
+            mixed_precision=_precision(config.precision),
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
+            step_scheduler_with_optimizer=False,
+        )
+        self.resumed = self._find_checkpoint()
+        # Every process has looked before the first one writes into the folder.
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            self._open_folder()
+        if trackers:
+            self.accelerator.init_trackers("tensorboard")
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def processes(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def start_step(self) -> int:
+        return self.resumed.step if self.resumed else 0
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        found = newest_checkpoint(self.checkpoints)
+        if found is None:
+            return None
+        if self.config.resume == "never":
+            raise ConfigError(
+                f"output={self.folder} holds a run already: choose another output, or resume=auto to go on"
+            )
+        for key, value in self.identity.items():
+            former = found.identity.get(key)
+            if former != value:
+                raise CheckpointError(
+                    f"output={self.folder} holds a run with {key}={former}, this one has {key}={value}: "
+                    "choose another output, or the former value to go on"
+                )
+        return found
+
+    def _open_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.folder / "config.yaml")
+        except OSError as error:
+            raise ConfigError(f"output={self.folder} can't be written: {error.strerror or error}") from error
+
+
+def _precision(choice: str) -> str:
+    if choice == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return {"fp32": "no"}.get(choice, choice)
