@@ -1,0 +1,40 @@
+"""Students: encoders (ViT, ConvViT), MR-MAE on top of them, classifiers, and their weights. Knows no other wing."""
+
+from pipeline.models.build import build_classifier, build_student
+from pipeline.models.classifier import Classifier, layer_ids
+from pipeline.models.convvit import ConvViT
+from pipeline.models.mr_mae import OBJECTIVES, Student
+from pipeline.models.patches import patchify, unpatchify
+from pipeline.models.sizes import SIZES
+from pipeline.models.vit import EncoderOutput, ViT
+from pipeline.models.weights import (
+    LoadReport,
+    build_from_spec,
+    load_model,
+    load_weights,
+    model_record,
+    read_weights,
+    save_weights,
+)
+
+__all__ = [
+    "OBJECTIVES",
+    "SIZES",
+    "Classifier",
+    "ConvViT",
+    "EncoderOutput",
+    "LoadReport",
+    "Student",
+    "ViT",
+    "build_classifier",
+    "build_from_spec",
+    "build_student",
+    "layer_ids",
+    "load_model",
+    "load_weights",
+    "model_record",
+    "patchify",
+    "read_weights",
+    "save_weights",
+    "unpatchify",
+]

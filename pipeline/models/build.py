@@ -1,0 +1,231 @@
+"""Students and classifiers by name: `build_student` for pre-training, `build_classifier` for fine-tuning."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.models.classifier import Classifier
+from pipeline.models.convvit import ConvViT
+from pipeline.models.mae import Decoder
+from pipeline.models.mimic import FUSIONS, HEADS, LOSSES, TARGET_NORMS, Mimic
+from pipeline.models.mr_mae import OBJECTIVES, Student, module_name
+from pipeline.models.sizes import Size, check_choice, resolve_size
+from pipeline.models.vit import ViT
+
+
+def build_student(
+    name: str,
+    *,
+    image_size: int | Sequence[int] = 224,
+    patch_size: int | None = None,
+    dim: int | Sequence[int] | None = None,
+    depth: int | Sequence[int] | None = None,
+    num_heads: int | None = None,
+    decoder_dim: int | None = None,
+    decoder_depth: int | None = None,
+    decoder_heads: int | None = None,
+    objective: str = "mr_mae",
+    norm_pix_loss: bool = True,
+    teachers: Mapping[str, int] | None = None,
+    teacher_weights: Mapping[str, float] | None = None,
+    fusion: str = "fused",
+    fusion_blocks: Sequence[int] | None = None,
+    target_norm: str = "layernorm",
+    mimic_loss: str = "smooth_l1",
+    mimic_head: str = "linear",
+    mimic_weight: float = 1.0,
+    pixel_weight: float = 1.0,
+    standardise_teachers: bool = True,
+    drop_teachers: bool = False,
+    gradient_checkpointing: bool = False,
+    sparse: bool = True,
+) -> Student:
+    """Build a student for pre-training. A size left at None is the named one's.
+
+    Args:
+        name: one of `sizes.SIZES`.
+        image_size: pixels, one number or (height, width); multiples of `patch_size`.
+        patch_size: pixels; 16 unless given. ConvViT needs a multiple of 4.
+        dim, depth: of the transformer. For ConvViT three numbers, or one for the last stage: the first two widths then
+            keep their ratio to it, and the first two depths stay.
+        objective: "mr_mae" | "mae" | "feature_decoder" | "joint_decoder"; see `pipeline.models.mr_mae`.
+        norm_pix_loss: standardise each patch of the pixel target.
+        teachers: teacher -> channels of its tokens; needed unless the objective is "mae", which takes none.
+        teacher_weights: teacher -> positive weight, 1 unless given; only their ratios count.
+        fusion: "fused" | "each" | "last": how encoder blocks mimic (objective "mr_mae" alone).
+        fusion_blocks: 0-based transformer blocks for "fused" and "each"; four evenly spaced ones unless given.
+        target_norm: "layernorm" | "channel" | "none".
+        mimic_loss: "smooth_l1" | "mse" | "cosine".
+        mimic_head: "linear" | "mlp".
+        mimic_weight, pixel_weight: of the two losses, 0 or more.
+        standardise_teachers: with several teachers and target_norm "none", bring them to one scale. The other target
+            norms do so by themselves. False is the naive way, in which the teacher of the largest scale wins.
+        drop_teachers: mimic one teacher drawn for each sample.
+        gradient_checkpointing: run every block again in the backward pass instead of keeping what it computed.
+        sparse: False computes ConvViT's masked stages on whole maps: the same numbers, slower.
+
+    Raises:
+        ConfigError: an unknown name or option, or sizes that don't fit together.
+    """
+    spec = dict(locals())
+    size = resolve_size(
+        name,
+        image_size=image_size,
+        patch_size=patch_size,
+        dim=dim,
+        depth=depth,
+        num_heads=num_heads,
+        decoder_dim=decoder_dim,
+        decoder_depth=decoder_depth,
+        decoder_heads=decoder_heads,
+    )
+    check_choice("objective", objective, OBJECTIVES)
+    check_choice("target_norm", target_norm, TARGET_NORMS)
+    check_choice("mimic_loss", mimic_loss, LOSSES)
+    check_choice("mimic_head", mimic_head, HEADS)
+    for key, weight in (("mimic_weight", mimic_weight), ("pixel_weight", pixel_weight)):
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"{key}={weight}: give 0 or more")
+    widths, shares = _teachers(objective, teachers or {}, teacher_weights or {})
+    blocks = _fusion_blocks(fusion, fusion_blocks, size.depth[-1])
+    goal = OBJECTIVES[objective]
+    at_encoder = goal.mimics == "encoder"
+
+    encoder = _encoder(
+        size, taps=blocks if at_encoder else (), gradient_checkpointing=gradient_checkpointing, sparse=sparse
+    )
+    decoder = Decoder(
+        encoder_dim=encoder.dim,
+        grid=encoder.grid,
+        patch_size=size.patch_size,
+        dim=size.decoder_dim,
+        depth=size.decoder_depth,
+        num_heads=size.decoder_heads,
+        prefix=encoder.num_prefix_tokens,
+        pixels=goal.pixels,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    mimics = {
+        teacher: Mimic(
+            teacher,
+            dim=encoder.dim if at_encoder else decoder.dim,
+            width=width,
+            sources=len(blocks) if at_encoder else 1,
+            fusion=fusion if at_encoder else "last",
+            target_norm=target_norm,
+            standardise=standardise_teachers and len(widths) > 1,
+            loss=mimic_loss,
+            head=mimic_head,
+        )
+        for teacher, width in widths.items()
+    }
+    return Student(
+        encoder,
+        decoder,
+        mimics,
+        objective=objective,
+        norm_pix_loss=norm_pix_loss,
+        mimic_weight=mimic_weight,
+        pixel_weight=pixel_weight,
+        teacher_shares=shares,
+        drop_teachers=drop_teachers,
+        spec=_plain(spec),
+    )
+
+
+def build_classifier(
+    name: str,
+    num_classes: int,
+    *,
+    image_size: int | Sequence[int] = 224,
+    patch_size: int | None = None,
+    dim: int | Sequence[int] | None = None,
+    depth: int | Sequence[int] | None = None,
+    num_heads: int | None = None,
+    drop_path: float = 0.0,
+    pool: str = "mean",
+    gradient_checkpointing: bool = False,
+) -> Classifier:
+    """Build a classifier on the encoder of the student of that name; sizes as in `build_student`.
+
+    Args:
+        num_classes: 1 or more.
+        drop_path: stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
+        pool: "mean" of the patch tokens | "cls", which ConvViT doesn't have.
+
+    Raises:
+        ConfigError: an unknown name or option, or sizes that don't fit together.
+    """
+    spec = dict(locals())
+    size = resolve_size(name, image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
+    check_choice("pool", pool, ("mean", "cls"))
+    if pool == "cls" and size.is_conv:
+        raise ConfigError(f"{name} has no CLS token: use pool=mean")
+    if num_classes < 1:
+        raise ConfigError(f"num_classes={num_classes}: give 1 or more")
+    if not 0 <= drop_path < 1:
+        raise ConfigError(f"drop_path={drop_path}: give a rate from 0 to below 1")
+    encoder = _encoder(
+        size, drop_path=drop_path, final_norm=pool == "cls", gradient_checkpointing=gradient_checkpointing
+    )
+    return Classifier(encoder, num_classes, pool=pool, spec=_plain(spec))
+
+
+def _encoder(size: Size, *, sparse: bool = True, **options: Any) -> ViT | ConvViT:
+    common = {
+        "image_size": size.image_size,
+        "patch_size": size.patch_size,
+        "num_heads": size.num_heads,
+        **options,
+    }
+    if size.is_conv:
+        return ConvViT(dim=size.dim, depth=size.depth, sparse=sparse, **common)  # type: ignore[arg-type]  # three each
+    return ViT(dim=size.dim[0], depth=size.depth[0], **common)
+
+
+def _teachers(
+    objective: str, widths: Mapping[str, int], weights: Mapping[str, float]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Checked widths, and each teacher's share of the mimic loss, adding up to 1."""
+    if OBJECTIVES[objective].mimics and not widths:
+        raise ConfigError(f"objective={objective} mimics, but no teacher is given: name one, or use objective=mae")
+    if widths and not OBJECTIVES[objective].mimics:
+        raise ConfigError(f"objective={objective} reads no teacher: leave {', '.join(widths)} out, or use mr_mae")
+    for teacher in weights:
+        check_choice("teacher_weights", teacher, widths)
+    raw = {teacher: weights.get(teacher, 1.0) for teacher in widths}
+    for teacher, number in (*widths.items(), *raw.items()):
+        if not 0 < number < math.inf:
+            raise ConfigError(
+                f"teacher '{teacher}': {number} is no positive width or weight; to leave it out, remove it"
+            )
+    if len({module_name(teacher) for teacher in widths}) < len(widths):
+        raise ConfigError(f"teachers {', '.join(widths)}: two names differ only in '.' and '_'; rename one")
+    return dict(widths), {teacher: weight / sum(raw.values()) for teacher, weight in raw.items()}
+
+
+def _fusion_blocks(fusion: str, blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """The encoder blocks that mimic, ascending."""
+    check_choice("fusion", fusion, FUSIONS)
+    if fusion == "last":
+        if blocks is not None:
+            raise ConfigError(f"fusion=last takes no fusion_blocks: leave {list(blocks)} out, or use fused or each")
+        return (depth - 1,)
+    if blocks is None:
+        return tuple(sorted({(quarter * depth + 3) // 4 - 1 for quarter in (1, 2, 3, 4)}))
+    chosen = tuple(sorted(set(blocks)))
+    if len(chosen) < len(blocks) or not chosen or not 0 <= chosen[0] <= chosen[-1] < depth:
+        raise ConfigError(f"fusion_blocks={list(blocks)}: name different blocks from 0 to {depth - 1}")
+    return chosen
+
+
+def _plain(spec: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as JSON holds them, so that `build_student(**json.loads(json.dumps(spec)))` works."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return dict(value)
+        return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+    return {key: plain(value) for key, value in spec.items()}

@@ -1,0 +1,220 @@
+"""The hybrid encoder of ConvMAE (arXiv 2205.03892): two masked convolution stages, then transformer blocks.
+
+Names are those of Alpha-VL/ConvMAE, so its checkpoints load as they are. Every strided convolution is aligned with the
+patch, so only the 5 × 5 depthwise ones look beyond a cell. Hence two paths with the same numbers:
+
+- `sparse`, for training under a mask: all of stages 1 and 2 on the visible cells alone; only the depthwise
+  convolution sees a map, zero where masked.
+- `dense`, where nothing is masked, and as the sparse path's test oracle: whole maps, the depthwise input masked.
+"""
+
+import torch
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.models.masking import gather_tokens, scatter_tokens, visible_map, visible_pixels
+from pipeline.models.patches import conv_in_cells, patchify, sincos_positions
+from pipeline.models.vit import EncoderOutput, LayerNorm, apply, initialise, run_blocks, transformer
+
+
+class ConvViT(nn.Module):
+    """ConvMAE's encoder; no CLS token.
+
+    The stage-1 and stage-2 maps reach the decoder through their own convolutions, added to the last block's output
+    before `norm`. Fine-tuning, probes and detection read the block output without that addition, so `tokens` and the
+    mimic heads do too: through a LayerNorm without parameters, for `norm` is fitted to the sum.
+
+    Args:
+        image_size: (height, width) in pixels, multiples of `patch_size`.
+        patch_size: of the last stage's cells; a multiple of 4, the strides being patch_size/4, 2, 2.
+        dim, depth: widths and depths of the three stages.
+        taps: blocks of the last stage whose outputs `EncoderOutput.hidden` carries.
+        final_norm: False leaves out what only the decoder reads: stage outputs and `norm`.
+        sparse: which path a masked forward takes.
+    """
+
+    num_prefix_tokens = 0
+    attention_query = "mean"
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int,
+        dim: tuple[int, int, int],
+        depth: tuple[int, int, int],
+        num_heads: int,
+        drop_path: float = 0.0,
+        taps: tuple[int, ...] = (),
+        final_norm: bool = True,
+        gradient_checkpointing: bool = False,
+        sparse: bool = True,
+    ) -> None:
+        super().__init__()
+        self.image_size, self.patch_size, self.dim, self.taps = image_size, patch_size, dim[2], taps
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.gradient_checkpointing, self.sparse = gradient_checkpointing, sparse
+        rates = torch.linspace(0, drop_path, sum(depth)).tolist()
+        self.patch_embed1 = ConvEmbed(3, dim[0], patch_size // 4)
+        self.patch_embed2 = ConvEmbed(dim[0], dim[1], 2)
+        self.patch_embed3 = ConvEmbed(dim[1], dim[2], 2)
+        self.patch_embed4 = nn.Linear(dim[2], dim[2])
+        self.pos_embed = nn.Parameter(sincos_positions(dim[2], self.grid), requires_grad=False)
+        self.blocks1 = nn.ModuleList(ConvBlock(dim[0], rate) for rate in rates[: depth[0]])
+        self.blocks2 = nn.ModuleList(ConvBlock(dim[1], rate) for rate in rates[depth[0] : -depth[2]])
+        self.blocks3 = transformer(dim[2], num_heads, rates[-depth[2] :])
+        if final_norm:
+            self.stage1_output_decode = nn.Conv2d(dim[0], dim[2], 4, stride=4)
+            self.stage2_output_decode = nn.Conv2d(dim[1], dim[2], 2, stride=2)
+            self.norm = LayerNorm(dim[2])
+        initialise(self)
+        nn.init.xavier_uniform_(self.patch_embed3.proj.weight.data.flatten(1))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, under the name that they have in a ViT."""
+        return self.blocks3
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
+        """Encode images [B, 3, H, W] normalised float, at the cells `ids_keep` [B, K] int64 or at all of them."""
+        x, stage_outputs = self._stages(images, ids_keep, decode=True)
+        x, hidden = self._transformer(x, ids_keep)
+        latent = self.norm(x + stage_outputs[0] + stage_outputs[1])  # [B, K, D]
+        return EncoderOutput(tokens=self._norm_tokens(x), cls=None, hidden=hidden, latent=latent)
+
+    def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The last block's output [B, K, D], not normed, and the tapped blocks' patch tokens."""
+        x, _ = self._stages(images, ids_keep, decode=False)
+        return self._transformer(x, ids_keep)
+
+    def forward_tokens(self, images: Tensor) -> Tensor:
+        """Every patch token of unmasked images [B, 3, H, W], LayerNormed without parameters: [B, L, D]."""
+        return self._norm_tokens(self.forward_blocks(images)[0])
+
+    def _norm_tokens(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.dim,), eps=1e-6)
+
+    def _transformer(self, x: Tensor, ids_keep: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        positions = self.pos_embed if ids_keep is None else self.pos_embed[0][ids_keep]  # [B, K, D]
+        return run_blocks(self.blocks3, self.patch_embed4(x) + positions, self.taps, self.gradient_checkpointing)
+
+    def _stages(self, images: Tensor, ids_keep: Tensor | None, decode: bool) -> tuple[Tensor, list[Tensor]]:
+        """The third embedding [B, K, D] and, to `decode`, the first two stages' outputs, each [B, K, D]."""
+        if ids_keep is None:
+            return self._stages_dense(images, None, decode)
+        if self.sparse:
+            return self._stages_sparse(images, ids_keep, decode)
+        x, outputs = self._stages_dense(images, ids_keep, decode)
+        return gather_tokens(x, ids_keep), [gather_tokens(output, ids_keep) for output in outputs]
+
+    def _stages_sparse(self, images: Tensor, ids_keep: Tensor, decode: bool) -> tuple[Tensor, list[Tensor]]:
+        h, w = self.grid
+        cells = gather_tokens(patchify(images, self.patch_size), ids_keep)  # [B, K, p*p*3]: masked pixels end here
+        x, outputs = cells.view(*cells.shape[:2], -1, 3), []  # [B, K, p*p, 3]
+        for stage, factor in (("1", 4), ("2", 2)):
+            x = getattr(self, f"patch_embed{stage}").forward_cells(x)  # [B, K, f*f, C]
+            pixels, size = visible_pixels(ids_keep, self.grid, factor), (h * factor, w * factor)
+            for block in getattr(self, f"blocks{stage}"):
+                x = apply(block.forward_cells, x, pixels, size, checkpointing=self.gradient_checkpointing)
+            if decode:
+                outputs.append(conv_in_cells(x, getattr(self, f"stage{stage}_output_decode")).squeeze(2))
+        return self.patch_embed3.forward_cells(x).squeeze(2), outputs
+
+    def _stages_dense(self, images: Tensor, ids_keep: Tensor | None, decode: bool) -> tuple[Tensor, list[Tensor]]:
+        x, outputs = images, []
+        for stage, factor in (("1", 4), ("2", 2)):
+            x = getattr(self, f"patch_embed{stage}")(x)  # [B, C, f*h, f*w]
+            mask = None if ids_keep is None else visible_map(ids_keep, self.grid, factor)
+            for block in getattr(self, f"blocks{stage}"):
+                x = apply(block, x, mask, checkpointing=self.gradient_checkpointing)
+            if decode:
+                outputs.append(_tokens(getattr(self, f"stage{stage}_output_decode")(x)))
+        return _tokens(self.patch_embed3(x)), outputs
+
+
+class ConvEmbed(nn.Module):
+    """Strided convolution, LayerNorm (torch's eps), GELU."""
+
+    def __init__(self, channels: int, dim: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, stride, stride)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, D, H/s, W/s]."""
+        return F.gelu(_over_channels(self.norm, self.proj(x)))
+
+    def forward_cells(self, x: Tensor) -> Tensor:
+        """The same on cells: [B, K, side*side, C] to [B, K, (side/s)*(side/s), D]."""
+        return F.gelu(self.norm(conv_in_cells(x, self.proj)))
+
+
+class ConvBlock(nn.Module):
+    """A transformer block whose attention is a 5 × 5 depthwise convolution between two 1 × 1; norms at torch's eps.
+
+    All its convolutions but `attn` are linear maps of one pixel, kept in the shape that checkpoints hold.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.conv2 = nn.Conv2d(dim, dim, 1)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = ConvMlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Whole maps [B, C, H, W]; `mask` [B, 1, H, W] is 1 where visible: the depthwise input is zero elsewhere."""
+        mixed = self.conv1(_over_channels(self.norm1, x))
+        mixed = self.conv2(self.attn(mixed if mask is None else mixed * mask))
+        x = x + self.drop_path(mixed)
+        x = x + self.drop_path(self.mlp(_over_channels(self.norm2, x)))
+        return x
+
+    def forward_cells(self, x: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        """The same on visible cells [B, K, side*side, C], whose pixels lie at `pixels` in maps of `size` (H, W)."""
+        shape = x.shape
+        x = x.flatten(1, 2)  # [B, N, C]
+        mixed = scatter_tokens(_linear(self.conv1, self.norm1(x)), pixels, size[0] * size[1])  # [B, H*W, C]
+        mixed = self.attn(mixed.view(-1, *size, shape[-1]).permute(0, 3, 1, 2))  # [B, C, H, W], channels last in memory
+        mixed = gather_tokens(mixed.permute(0, 2, 3, 1).flatten(1, 2), pixels)  # [B, N, C]
+        x = x + self.drop_path(_linear(self.conv2, mixed))
+        x = x + self.drop_path(self.mlp.forward_cells(self.norm2(x)))
+        return x.view(shape)
+
+
+class ConvMlp(nn.Module):
+    """Two 1 × 1 convolutions with a GELU between."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, C, H, W]."""
+        x = self.fc2(F.gelu(self.fc1(x)))
+        return x
+
+    def forward_cells(self, x: Tensor) -> Tensor:
+        """Pixels [B, N, C]."""
+        return _linear(self.fc2, F.gelu(_linear(self.fc1, x)))
+
+
+def _linear(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1 × 1 convolution on channels-last pixels."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    """LayerNorm over the channels of a map [B, C, H, W]."""
+    x = norm(x.permute(0, 2, 3, 1))
+    return x.permute(0, 3, 1, 2)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, D, h, w] to [B, L, D]."""
+    return x.flatten(2).transpose(1, 2)

@@ -1,0 +1,72 @@
+"""MAE's decoder and pixel loss (arXiv 2111.06377): put mask tokens at the masked cells, decode, regress pixels."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.masking import restore
+from pipeline.models.patches import sincos_positions
+from pipeline.models.vit import LayerNorm, initialise, run_blocks, transformer
+
+
+class Decoder(nn.Module):
+    """A narrow transformer over all cells; its parts carry the names that MAE's and ConvMAE's checkpoints use.
+
+    Args:
+        encoder_dim: width of the encoder's latent.
+        grid: (h, w) cells.
+        patch_size: pixels of a cell's side, for `decoder_pred`.
+        prefix: tokens before the patches in the latent (1: CLS, 0: none).
+        pixels: False leaves `decoder_pred` out, where no pixels are predicted.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder_dim: int,
+        grid: tuple[int, int],
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        prefix: int,
+        pixels: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.length, self.prefix, self.dim = grid[0] * grid[1], prefix, dim
+        self.gradient_checkpointing = gradient_checkpointing
+        self.decoder_embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(dim, grid, prefix), requires_grad=False)
+        self.decoder_blocks = transformer(dim, num_heads, [0.0] * depth)
+        self.decoder_norm = LayerNorm(dim)
+        if pixels:
+            self.decoder_pred = nn.Linear(dim, patch_size**2 * 3)
+        initialise(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, ids_keep: Tensor) -> Tensor:
+        """From the latent [B, prefix + K, D] of visible cells to a normed token for every cell [B, L, d]."""
+        x = self.decoder_embed(latent)  # [B, prefix+K, d]
+        prefix, visible = x[:, : self.prefix], x[:, self.prefix :]
+        x = torch.cat([prefix, restore(visible, ids_keep, self.length, self.mask_token)], dim=1)  # [B, prefix+L, d]
+        x, _ = run_blocks(self.decoder_blocks, x + self.decoder_pos_embed, checkpointing=self.gradient_checkpointing)
+        x = self.decoder_norm(x)
+        return x[:, self.prefix :]
+
+    def predict_pixels(self, x: Tensor) -> Tensor:
+        """[B, L, d] to pixels [B, L, p*p*3], in the order of `patchify`."""
+        x = self.decoder_pred(x)
+        return x
+
+
+def pixel_loss(pred: Tensor, target: Tensor, norm_pix_loss: bool) -> Tensor:
+    """Mean squared error in fp32 between predicted and true patches, both [B, M, p*p*3]: a scalar.
+
+    With `norm_pix_loss` each true patch is standardised by its own mean and unbiased variance, eps 1e-6, as in MAE.
+    """
+    target = target.float()
+    if norm_pix_loss:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    return (pred.float() - target).square().mean()

@@ -1,0 +1,117 @@
+"""Mimicking one teacher: from student tokens to a prediction of the teacher's tokens, and the loss between them."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.errors import ConfigError
+from pipeline.models.vit import initialise
+
+FUSIONS = ("fused", "each", "last")
+TARGET_NORMS = ("layernorm", "channel", "none")
+LOSSES = ("smooth_l1", "mse", "cosine")
+HEADS = ("linear", "mlp")
+
+
+class Mimic(nn.Module):
+    """The head, the target normalisation and the loss for one teacher.
+
+    Tokens of S sources (encoder blocks, or the decoder) are LayerNormed without parameters, since the head follows.
+    With fusion "fused" their learned average, in favour of the last at first, makes one prediction; with "each", every
+    source has a head and a loss of its own; "last" is one source.
+
+    Args:
+        teacher: name, for messages.
+        dim, width: channels of the student's and of the teacher's tokens.
+        sources: S.
+        target_norm: "layernorm" per token without parameters | "channel" standardised per channel | "none".
+        standardise: with target_norm "none", shift by the channel means and divide by the one overall deviation.
+    """
+
+    channel_mean: Tensor
+    channel_std: Tensor
+
+    def __init__(
+        self,
+        teacher: str,
+        *,
+        dim: int,
+        width: int,
+        sources: int = 1,
+        fusion: str = "last",
+        target_norm: str = "layernorm",
+        standardise: bool = False,
+        loss: str = "smooth_l1",
+        head: str = "linear",
+    ) -> None:
+        super().__init__()
+        self.teacher, self.fusion, self.loss = teacher, fusion, loss
+        self.target_norm, self.standardise = target_norm, standardise
+        if fusion == "fused" and sources > 1:
+            # The last source starts with three quarters of the weight.
+            self.fusion_logits = nn.Parameter(
+                torch.zeros(sources).index_fill(0, torch.tensor(-1), math.log(3 * (sources - 1)))
+            )
+        self.heads = nn.ModuleList(_head(head, dim, width) for _ in range(sources if fusion == "each" else 1))
+        initialise(self)
+        # Not in the checkpoint: they belong to the targets, and whoever brings targets brings them again.
+        self.register_buffer("channel_mean", torch.zeros(width), persistent=False)
+        self.register_buffer("channel_std", torch.ones(width), persistent=False)
+        self.has_stats = False
+
+    def set_stats(self, mean: Tensor, std: Tensor) -> None:
+        """Give the teacher's channel means and deviations, [width] each, in raw teacher space."""
+        if mean.shape != self.channel_mean.shape or std.shape != self.channel_std.shape:
+            raise ConfigError(
+                f"channel statistics of '{self.teacher}' have {mean.numel()} and {std.numel()} channels where its"
+                f" targets have {self.channel_mean.numel()}: take both from the same cache"
+            )
+        self.channel_mean.copy_(mean)
+        self.channel_std.copy_(std)
+        self.has_stats = True
+
+    def forward(self, tokens: Sequence[Tensor], target: Tensor) -> Tensor:
+        """Loss of each sample [B] float32, from S sources of tokens [B, N, dim] and raw targets [B, N, width]."""
+        target = self.normalise(target)
+        losses = [_loss(self.loss, prediction.float(), target) for prediction in self.predict(tokens)]
+        return torch.stack(losses).mean(0)
+
+    def predict(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """One prediction [B, N, width] (S of them with fusion "each") of the normalised target."""
+        normed = [F.layer_norm(x, x.shape[-1:], eps=1e-6) for x in tokens]
+        if self.fusion == "fused" and len(normed) > 1:
+            weights = self.fusion_logits.softmax(0)
+            normed = [torch.stack([w * x for w, x in zip(weights, normed, strict=True)]).sum(0)]
+        return [head(x) for head, x in zip(self.heads, normed, strict=True)]
+
+    def normalise(self, target: Tensor) -> Tensor:
+        """The target [B, N, width] as the loss sees it, in fp32."""
+        target = target.float()
+        if self.target_norm == "layernorm":
+            return F.layer_norm(target, target.shape[-1:])
+        if self.target_norm == "none" and not self.standardise:
+            return target
+        if not self.has_stats:
+            raise ConfigError(
+                f"targets of '{self.teacher}' can't be standardised without its channel statistics:"
+                " give them by set_channel_stats, or use target_norm=layernorm"
+            )
+        scale = self.channel_std if self.target_norm == "channel" else self.channel_std.square().mean().sqrt()
+        return (target - self.channel_mean) / scale
+
+
+def _head(kind: str, dim: int, width: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(dim, width)
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, width))
+
+
+def _loss(kind: str, prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens (and channels) for each sample: [B, N, D] twice to [B]."""
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean(1)
+    elementwise = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
+    return elementwise(prediction, target, reduction="none").mean((1, 2))

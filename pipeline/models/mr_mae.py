@@ -1,0 +1,175 @@
+"""MR-MAE (Mimic before Reconstruct, arXiv 2303.05475): the encoder mimics a teacher, the decoder reconstructs pixels.
+
+    student = build_student("mrmae_convvit_base_patch16", teachers={"clip_vitb16": 768})
+    losses = student(images, ids_keep, {"clip_vitb16": targets})
+    losses["loss"].backward()
+
+The two losses sit on different tokens and at different depths: the visible tokens' features right after the encoder,
+the masked cells' pixels after the decoder. `objective` moves or removes one of them, for comparison:
+
+| objective       | pixels of masked cells | teacher's tokens, predicted from           | target rows |
+|-----------------|------------------------|--------------------------------------------|-------------|
+| mr_mae          | yes                    | the encoder's visible tokens               | visible     |
+| mae             | yes                    | –                                          | none        |
+| feature_decoder | –                      | the decoder's tokens at masked cells       | masked      |
+| joint_decoder   | yes                    | the decoder's tokens at masked cells       | masked      |
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.models.convvit import ConvViT
+from pipeline.models.flat import flatten_parts
+from pipeline.models.mae import Decoder, pixel_loss
+from pipeline.models.masking import complement, gather_tokens
+from pipeline.models.mimic import Mimic
+from pipeline.models.patches import patchify
+from pipeline.models.vit import ViT
+
+
+class Objective(NamedTuple):
+    """What is predicted and from where: `mimics` is "encoder", "decoder" or "" for nothing."""
+
+    pixels: bool
+    mimics: str
+    target_rows: str
+
+
+OBJECTIVES = {
+    "mr_mae": Objective(pixels=True, mimics="encoder", target_rows="visible"),
+    "mae": Objective(pixels=True, mimics="", target_rows="none"),
+    "feature_decoder": Objective(pixels=False, mimics="decoder", target_rows="masked"),
+    "joint_decoder": Objective(pixels=True, mimics="decoder", target_rows="masked"),
+}
+
+
+class Student(nn.Module):
+    """Encoder, decoder and one `Mimic` for each teacher; built by `build_student`.
+
+    Args:
+        mimics: teacher name -> its `Mimic`; empty for the objective "mae".
+        teacher_weights: teacher name -> share of the mimic loss; shares add up to 1.
+        drop_teachers: in training, each sample mimics one teacher alone, drawn by these shares. The others count
+            zero times, so the loss is the same on average and every head takes part in every step, as DDP needs.
+        spec: the keyword arguments that rebuild this model.
+    """
+
+    shares: Tensor
+
+    def __init__(
+        self,
+        encoder: ViT | ConvViT,
+        decoder: Decoder,
+        mimics: Mapping[str, Mimic],
+        *,
+        objective: str = "mr_mae",
+        norm_pix_loss: bool = True,
+        mimic_weight: float = 1.0,
+        pixel_weight: float = 1.0,
+        teacher_shares: Mapping[str, float],
+        drop_teachers: bool = False,
+        spec: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.mimic = nn.ModuleDict({module_name(teacher): mimic for teacher, mimic in mimics.items()})
+        self.teachers = tuple(mimics)
+        self.objective = OBJECTIVES[objective]
+        self.norm_pix_loss = norm_pix_loss
+        self.mimic_weight, self.pixel_weight = mimic_weight, pixel_weight
+        self.register_buffer("shares", torch.tensor([teacher_shares[t] for t in self.teachers]), persistent=False)
+        self.drop_teachers = drop_teachers and len(self.teachers) > 1
+        self.spec = spec
+        flatten_parts(self, "encoder", "decoder")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) cells."""
+        return self.encoder.grid
+
+    @property
+    def target_rows(self) -> str:
+        """Which cells' teacher tokens `forward` wants: "visible", "masked" or "none"."""
+        return self.objective.target_rows
+
+    def set_channel_stats(self, teacher: str, mean: Tensor, std: Tensor) -> None:
+        """Give a teacher's channel means and deviations [width], which target_norm "channel" needs (and "none" when
+        several teachers are standardised).
+
+        Raises:
+            ConfigError: unknown teacher, or another number of channels than its targets.
+        """
+        self._mimic(teacher).set_stats(mean, std)
+
+    def forward(
+        self, images: Tensor, ids_keep: Tensor, targets: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """One training step's losses.
+
+        Args:
+            images: [B, 3, H, W] normalised float.
+            ids_keep: [B, K] int64, the visible cells; 0 < K < L.
+            targets: teacher -> [B, R, D] raw teacher tokens (any float dtype), for the cells that `target_rows` names:
+                "visible": R = K, in `ids_keep` order; "masked": R = L - K, the other cells in ascending order.
+
+        Returns:
+            float32 scalars `loss`, `pixel_loss` and `mimic_loss` (each only if the objective has it; with several
+            teachers also `mimic_loss/<teacher>`, before weighting), and `pred` [B, L, p*p*3] if pixels are predicted.
+
+        Raises:
+            ConfigError: a teacher's targets are missing.
+        """
+        ids_masked = complement(ids_keep, self.grid[0] * self.grid[1])  # [B, L-K]
+        encoded = self.encoder(images, ids_keep)
+        decoded = self.decoder(encoded.latent, ids_keep)  # [B, L, d]
+        result: dict[str, Tensor] = {}
+        loss = images.new_zeros((), dtype=torch.float32)
+
+        if self.objective.mimics:
+            tokens = encoded.hidden if self.objective.mimics == "encoder" else [gather_tokens(decoded, ids_masked)]
+            result |= self._mimic_losses(tokens, targets or {})
+            loss = loss + self.mimic_weight * result["mimic_loss"]
+
+        if self.objective.pixels:
+            result["pred"] = self.decoder.predict_pixels(decoded)  # [B, L, p*p*3]
+            true = gather_tokens(patchify(images, self.encoder.patch_size), ids_masked)  # [B, L-K, p*p*3]
+            result["pixel_loss"] = pixel_loss(gather_tokens(result["pred"], ids_masked), true, self.norm_pix_loss)
+            loss = loss + self.pixel_weight * result["pixel_loss"]
+
+        return {"loss": loss, **result}
+
+    def _mimic_losses(self, tokens: list[Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        missing = [teacher for teacher in self.teachers if teacher not in targets]
+        if missing:
+            raise ConfigError(
+                f"no targets of {', '.join(missing)}: this student was built to mimic them; pass their tokens"
+            )
+        losses = torch.stack([self._mimic(teacher)(tokens, targets[teacher]) for teacher in self.teachers], 1)  # [B, T]
+        result = {"mimic_loss": (losses * self._shares(losses)).sum(1).mean()}
+        if len(self.teachers) > 1:
+            means = losses.mean(0)
+            result |= {f"mimic_loss/{teacher}": means[i] for i, teacher in enumerate(self.teachers)}
+        return result
+
+    def _shares(self, losses: Tensor) -> Tensor:
+        """Each teacher's share of each sample's loss [B or 1, T]."""
+        shares = self.shares.unsqueeze(0)  # [1, T]
+        if not (self.drop_teachers and self.training):
+            return shares
+        below = shares.cumsum(1) - shares  # [1, T] where each teacher's part of [0, 1) begins
+        chosen = (torch.rand(losses.shape[0], 1, device=losses.device) >= below[:, 1:]).sum(1)  # [B]
+        return nn.functional.one_hot(chosen, len(self.teachers)).to(losses.dtype)
+
+    def _mimic(self, teacher: str) -> Mimic:
+        if teacher not in self.teachers:
+            raise ConfigError(f"this student has no teacher '{teacher}': it has {', '.join(self.teachers) or 'none'}")
+        return self.mimic[module_name(teacher)]  # type: ignore[return-value]  # ModuleDict forgets the type
+
+
+def module_name(teacher: str) -> str:
+    """A teacher's name where a dot can't stand: in the names of modules."""
+    return teacher.replace(".", "_")

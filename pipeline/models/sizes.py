@@ -1,0 +1,125 @@
+"""The named sizes, their overrides, and the checks that turn sizes that don't fit into one clear line."""
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths, depths and heads of an encoder and its decoder; ConvViT's `dim` and `depth` have one entry a stage."""
+
+    dim: tuple[int, ...]
+    depth: tuple[int, ...]
+    num_heads: int
+    decoder_dim: int
+    decoder_depth: int
+    decoder_heads: int
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether this is a ConvViT."""
+        return len(self.dim) == 3
+
+
+# ViT-B and -L and ConvViT-B are as published. The decoders of tiny and small are ours: 512 × 8 would cost several times
+# the encoder there. ConvViT-S, -L and -H are from memory of the MR-MAE paper and unverified.
+SIZES = {
+    "mrmae_vit_tiny_patch16": Size((192,), (12,), 3, 192, 4, 3),
+    "mrmae_vit_small_patch16": Size((384,), (12,), 6, 256, 4, 4),
+    "mrmae_vit_base_patch16": Size((768,), (12,), 12, 512, 8, 16),
+    "mrmae_vit_large_patch16": Size((1024,), (24,), 16, 512, 8, 16),
+    "mrmae_convvit_small_patch16": Size((128, 256, 384), (2, 2, 11), 6, 256, 4, 4),
+    "mrmae_convvit_base_patch16": Size((256, 384, 768), (2, 2, 11), 12, 512, 8, 16),
+    "mrmae_convvit_large_patch16": Size((384, 768, 1024), (2, 2, 23), 16, 512, 8, 16),
+    "mrmae_convvit_huge_patch16": Size((768, 1024, 1280), (2, 2, 31), 16, 512, 8, 16),
+}
+
+
+def resolve_size(
+    name: str,
+    *,
+    image_size: int | Sequence[int],
+    patch_size: int | None = None,
+    dim: int | Sequence[int] | None = None,
+    depth: int | Sequence[int] | None = None,
+    num_heads: int | None = None,
+    decoder_dim: int | None = None,
+    decoder_depth: int | None = None,
+    decoder_heads: int | None = None,
+) -> Size:
+    """The named size with the overrides that aren't None.
+
+    Raises:
+        ConfigError: unknown name; numbers that don't fit together.
+    """
+    check_choice("student", name, SIZES)
+    named = SIZES[name]
+    size = replace(
+        named,
+        image_size=_pair(image_size),
+        patch_size=named.patch_size if patch_size is None else patch_size,
+        dim=named.dim if dim is None else _stages("dim", dim, named.dim, keep_ratio=True),
+        depth=named.depth if depth is None else _stages("depth", depth, named.depth, keep_ratio=False),
+        num_heads=named.num_heads if num_heads is None else num_heads,
+        decoder_dim=named.decoder_dim if decoder_dim is None else decoder_dim,
+        decoder_depth=named.decoder_depth if decoder_depth is None else decoder_depth,
+        decoder_heads=named.decoder_heads if decoder_heads is None else decoder_heads,
+    )
+    _check(size)
+    return size
+
+
+def check_choice(key: str, value: str, allowed: Collection[str]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        near = difflib.get_close_matches(value, allowed, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(allowed)}"
+        raise ConfigError(f"{key}={value!r} is unknown: {hint}")
+
+
+def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2:
+        raise ConfigError(f"image_size={image_size}: give one number, or height and width")
+    return sides[0], sides[1]
+
+
+def _stages(key: str, value: int | Sequence[int], named: tuple[int, ...], keep_ratio: bool) -> tuple[int, ...]:
+    """One number is the last stage's; the earlier widths keep their ratio to it, the earlier depths stay."""
+    if isinstance(value, int):
+        earlier = [n * value // named[-1] for n in named[:-1]] if keep_ratio else named[:-1]
+        return (*earlier, value)
+    if len(value) != len(named):
+        raise ConfigError(f"{key}={list(value)}: give one number" + (" or three" if len(named) == 3 else ""))
+    return tuple(value)
+
+
+def _check(size: Size) -> None:
+    if size.patch_size < 1 or (size.is_conv and size.patch_size % 4):
+        raise ConfigError(f"patch_size={size.patch_size}: give a positive number, for ConvViT a multiple of 4")
+    for side in size.image_size:
+        if side < 1 or side % size.patch_size:
+            below = max(side // size.patch_size, 1) * size.patch_size
+            raise ConfigError(
+                f"image_size={side} is no multiple of patch_size={size.patch_size}: the nearest that fit are"
+                f" {below} and {below + size.patch_size}"
+            )
+    _check_transformer("", size.dim[-1], size.num_heads, size.depth)
+    _check_transformer("decoder_", size.decoder_dim, size.decoder_heads, (size.decoder_depth,))
+    if min(size.dim) < 1:
+        raise ConfigError(f"dim={list(size.dim)}: every stage needs a positive width")
+
+
+def _check_transformer(prefix: str, dim: int, heads: int, depth: tuple[int, ...]) -> None:
+    if min(depth) < 1:
+        raise ConfigError(f"{prefix}depth={', '.join(map(str, depth))}: give 1 or more")
+    if dim < 4 or dim % 4:
+        raise ConfigError(f"{prefix}dim={dim}: 2-D sine-cosine positions need a multiple of 4")
+    if heads < 1 or dim % heads:
+        key = f"{prefix or 'num_'}heads"
+        raise ConfigError(f"{prefix}dim={dim} doesn't divide into {heads} heads: set {key} to a divisor of it")

@@ -1,0 +1,145 @@
+"""The plain ViT encoder of MAE (arXiv 2111.06377): visible patches in, tokens out.
+
+Parameter names are those of facebookresearch/mae, so its checkpoints load as they are.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.models.masking import gather_tokens
+from pipeline.models.patches import conv_in_cells, patchify, sincos_positions
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+@dataclass
+class EncoderOutput:
+    """What an encoder gives for K visible cells (all L of them without a mask), in `ids_keep` order.
+
+    Attributes:
+        tokens: [B, K, D] patch tokens, normed: what mimicking, k-NN and probes mean by "the features".
+        cls: [B, D] the normed CLS token; None where the encoder has none.
+        hidden: one [B, K, D] for each block in `taps`: its patch tokens as they left it, not normed.
+        latent: [B, prefix + K, D] what the decoder reads.
+    """
+
+    tokens: Tensor
+    cls: Tensor | None
+    hidden: list[Tensor]
+    latent: Tensor
+
+
+class ViT(nn.Module):
+    """MAE's encoder: linear patch embedding, CLS token, fixed 2-D sine-cosine positions, pre-norm blocks.
+
+    Args:
+        image_size: (height, width) in pixels, multiples of `patch_size`.
+        taps: blocks whose outputs `EncoderOutput.hidden` carries.
+        final_norm: False leaves `norm` out, for a classifier that norms after pooling.
+    """
+
+    num_prefix_tokens = 1
+    attention_query = "cls"
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        drop_path: float = 0.0,
+        taps: tuple[int, ...] = (),
+        final_norm: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.image_size, self.patch_size, self.dim, self.taps = image_size, patch_size, dim, taps
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid, prefix=1), requires_grad=False)
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = transformer(dim, num_heads, rates)
+        self.norm = LayerNorm(dim) if final_norm else nn.Identity()
+        initialise(self)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # as if it were the linear map it is
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
+        """Encode images [B, 3, H, W] normalised float, at the cells `ids_keep` [B, K] int64 or at all of them."""
+        x, hidden = self.forward_blocks(images, ids_keep)
+        latent = self.norm(x)  # [B, 1+K, D]
+        return EncoderOutput(tokens=latent[:, 1:], cls=latent[:, 0], hidden=hidden, latent=latent)
+
+    def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The last block's output [B, 1+K, D], not normed, and the tapped blocks' patch tokens."""
+        patches = patchify(images, self.patch_size)  # [B, L, p*p*3]
+        positions = self.pos_embed[:, 1:]
+        if ids_keep is not None:
+            patches = gather_tokens(patches, ids_keep)  # [B, K, p*p*3]: masked pixels end here
+            positions = self.pos_embed[0, 1:][ids_keep]  # [B, K, D]
+        x = self.patch_embed(patches) + positions
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = torch.cat([cls.to(x.dtype), x], dim=1)  # [B, 1+K, D]
+        x, outputs = run_blocks(self.blocks, x, self.taps, self.gradient_checkpointing)
+        return x, [output[:, 1:] for output in outputs]
+
+    def forward_tokens(self, images: Tensor) -> Tensor:
+        """Every patch token of unmasked images [B, 3, H, W], through `norm`: [B, L, D]."""
+        return self.forward(images).tokens
+
+
+class PatchEmbed(nn.Module):
+    """One linear map for each patch, kept as the strided convolution that checkpoints hold."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, K, p*p*3] to [B, K, D]."""
+        return conv_in_cells(patches.view(*patches.shape[:2], -1, 3), self.proj).squeeze(2)
+
+
+def transformer(dim: int, num_heads: int, drop_path: Iterable[float]) -> nn.ModuleList:
+    """timm blocks as MAE configures them: biased qkv, MLP ratio 4, LayerNorm eps 1e-6; one for each drop-path rate."""
+    # norm_layer is declared a class, but any callable serves
+    blocks = (Block(dim, num_heads, qkv_bias=True, norm_layer=LayerNorm, drop_path=p) for p in drop_path)  # type: ignore[arg-type]
+    return nn.ModuleList(blocks)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, taps: tuple[int, ...] = (), checkpointing: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Apply blocks in order; also return the outputs of those in `taps`, in the order of the blocks."""
+    tapped = []
+    for index, block in enumerate(blocks):
+        x = apply(block, x, checkpointing=checkpointing)
+        if index in taps:
+            tapped.append(x)
+    return x, tapped
+
+
+def apply(block: Callable[..., Tensor], *inputs: object, checkpointing: bool) -> Tensor:
+    """Run a block, keeping only its inputs for the backward pass where that is asked for and there will be one."""
+    if checkpointing and torch.is_grad_enabled():
+        output: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        return output
+    return block(*inputs)
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier-uniform linear maps with zero bias, after the JAX ViT, as the reference code does; norms start at 1, 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,236 @@
+"""Weights in and out: files of several kinds, public checkpoints, other grids, students turned into classifiers.
+
+Nothing is loaded in silence: `load_weights` raises, or returns a report of what came from where.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import CheckpointError, PipelineError
+from pipeline.models.build import build_classifier, build_student
+from pipeline.models.classifier import Classifier
+from pipeline.models.mr_mae import Student
+from pipeline.models.patches import resample_positions
+
+# What belongs to a task and not to the encoder, by the first part of its flat name.
+TASK_PARTS = frozenset(
+    {"decoder_embed", "mask_token", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred"}
+    | {"mimic", "fc_norm", "head"}
+)
+# What the encoder has for its decoder alone, so that a classifier may be built without it.
+FOR_DECODER = frozenset({"norm", "stage1_output_decode", "stage2_output_decode"})
+
+
+@dataclass
+class LoadReport:
+    """Names in the model and the file, by what became of them.
+
+    Attributes:
+        loaded: taken from the file.
+        resampled: among these, positions brought to the model's grid.
+        fresh: of the model, not in the file (or of another shape there): as they were built.
+        dropped: in the file, without a place in the model.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        parts += [f"{label}: {_summary(names)}" for label, names in self._rest() if names]
+        return "; ".join(parts)
+
+    def _rest(self) -> tuple[tuple[str, list[str]], ...]:
+        return ("resampled", self.resampled), ("fresh", self.fresh), ("dropped", self.dropped)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read a state dict, and the spec of the model if the file has one.
+
+    Args:
+        path: a folder that `save_weights` wrote (or any holding its two files), a .safetensors, or a .pth or .pt, which
+            is read as tensors only: a pickle that holds code is refused. "model" and "state_dict" wrappers and the
+            prefix "module." are taken off.
+
+    Raises:
+        CheckpointError: absent, torn, of an unknown kind, or holding no tensors.
+    """
+    if path.is_dir():
+        state, spec = _read_tensors(path / "model.safetensors"), _read_spec(path / "model.json")
+    else:
+        state, spec = _read_tensors(path), None
+    if not state:
+        raise CheckpointError(f"{path} holds no tensors: is it a model's checkpoint?")
+    return {key.removeprefix("module."): value for key, value in state.items()}, spec
+
+
+def save_weights(model: Student | Classifier, folder: Path) -> None:
+    """Write `model.safetensors` and `model.json` (kind and spec) into an existing folder."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps(model_record(model), indent=2) + "\n", encoding="utf-8")
+
+
+def model_record(model: Student | Classifier) -> dict[str, Any]:
+    """What `model.json` says: the model's kind and the keyword arguments that rebuild it."""
+    return {"kind": "classifier" if isinstance(model, Classifier) else "student", **model.spec}
+
+
+def build_from_spec(record: Mapping[str, Any]) -> Student | Classifier:
+    """Build the model that `model.json` describes, with fresh weights.
+
+    Raises:
+        CheckpointError: no such kind or no such options.
+    """
+    spec = dict(record)
+    kind = spec.pop("kind", None)
+    if kind not in ("student", "classifier"):
+        raise CheckpointError(f"model.json: kind={kind!r} is neither student nor classifier; is it of another program?")
+    try:
+        return build_student(**spec) if kind == "student" else build_classifier(**spec)
+    except (TypeError, PipelineError) as error:
+        raise CheckpointError(f"model.json doesn't describe a {kind} of this version: {error}") from error
+
+
+def load_model(path: Path) -> Student | Classifier:
+    """Build and load what a checkpoint folder holds.
+
+    Raises:
+        CheckpointError: as `read_weights` and `load_weights`; a lone file, which doesn't say what model it is.
+    """
+    state, record = read_weights(path)
+    if record is None:
+        raise CheckpointError(
+            f"{path} is a lone file: give the checkpoint folder, whose model.json describes the model"
+        )
+    model = build_from_spec(record)
+    load_weights(model, state)
+    return model
+
+
+def load_weights(
+    model: Student | Classifier,
+    state: Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    source_grid: tuple[int, int] | None = None,
+) -> LoadReport:
+    """Load a state dict; positions of another grid are resampled (bicubic).
+
+    Strict: every tensor of the model is in `state` with its shape, and nothing else is.
+
+    Not strict, to start one kind of model from another: every tensor of the model's *encoder* must be there with its
+    shape. Task parts (decoder, mimic heads, `fc_norm`, `head`) are loaded where both have them in one shape; else the
+    model's stay fresh and the file's are dropped. So are a student's `norm` and stage-1/2 outputs, if the model has
+    none; a model that has them wants them. Anything else is an error.
+
+    Args:
+        source_grid: (h, w) of the file's positions; taken as square unless given.
+
+    Raises:
+        CheckpointError: naming what is missing, extra, or of another shape; the model is then as it was.
+    """
+    own = model.state_dict()
+    report, fitting = LoadReport(), dict[str, Tensor]()
+    for key, value in state.items():
+        fitted = _fit_positions(model, key, value, own, source_grid)
+        if fitted is not value:
+            report.resampled.append(key)
+        if key in own and own[key].shape == fitted.shape:
+            fitting[key] = fitted
+    report.loaded = list(fitting)
+    report.fresh = [key for key in own if key not in fitting]
+    report.dropped = [key for key in state if key not in fitting]
+    _check(report, own, state, strict)
+    model.load_state_dict({**own, **fitting})
+    return report
+
+
+def _check(report: LoadReport, own: Mapping[str, Tensor], state: Mapping[str, Tensor], strict: bool) -> None:
+    def needed(key: str) -> bool:
+        return strict or _part(key) not in TASK_PARTS
+
+    def droppable(key: str) -> bool:
+        return not strict and (_part(key) in TASK_PARTS or (_part(key) in FOR_DECODER and key not in own))
+
+    reshaped = [key for key in report.fresh if key in state and needed(key)]
+    missing = [key for key in report.fresh if key not in state and needed(key)]
+    extra = [key for key in report.dropped if key not in own and not droppable(key)]
+    shapes = [f"{key} {list(state[key].shape)} for {list(own[key].shape)}" for key in reshaped]
+    problems = [("missing", missing), ("extra", extra), ("of another shape", shapes)]
+    if any(names for _, names in problems):
+        told = "; ".join(f"{label}: {_summary(names)}" for label, names in problems if names)
+        remedy = "check the student's name and sizes" if not strict else "check name and sizes, or load it as init"
+        raise CheckpointError(f"the weights don't fit this model ({told}): {remedy}")
+
+
+def _fit_positions(
+    model: Student | Classifier, key: str, value: Tensor, own: Mapping[str, Tensor], source: tuple[int, int] | None
+) -> Tensor:
+    """Positions resampled to the model's grid if that is all that differs; any other tensor as it is."""
+    if key not in ("pos_embed", "decoder_pos_embed") or key not in own or value.ndim != 3:
+        return value
+    if value.shape == own[key].shape and source in (None, model.encoder.grid):
+        return value
+    prefix = model.encoder.num_prefix_tokens
+    cells = value.shape[1] - prefix
+    grid = source or (isqrt(max(cells, 0)), isqrt(max(cells, 0)))
+    if value.shape[2] != own[key].shape[2] or cells < 1 or grid[0] * grid[1] != cells:
+        return value
+    return resample_positions(value, grid, model.encoder.grid, prefix)
+
+
+def _part(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _summary(names: list[str], shown: int = 6) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; give a checkpoint folder, a .safetensors or a .pth")
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file))
+        if file.suffix in (".pth", ".pt"):
+            return _unwrap(torch.load(file, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} is torn, or holds more than tensors and is refused: save its state dict alone, as .safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{file} can't be read ({reason}): fetch or save it again") from error
+    raise CheckpointError(f"{file}: '{file.suffix}' is no known kind; give a .safetensors, a .pth or a .pt")
+
+
+def _unwrap(loaded: Any) -> dict[str, Tensor]:
+    for wrapper in ("model", "state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    tensors = loaded if isinstance(loaded, Mapping) else {}
+    return {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+
+
+def _read_spec(file: Path) -> dict[str, Any]:
+    try:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} can't be read ({error}): the folder is no complete checkpoint") from error
+    if not isinstance(spec, dict):
+        raise CheckpointError(f"{file} holds no keys and values: the folder is no complete checkpoint")
+    return spec
