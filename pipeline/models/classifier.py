@@ -36,11 +36,9 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, 3, H, W] normalised float."""
         x, _ = self.encoder.forward_blocks(images)  # [B, prefix+L, D]
-        if self.pool == "cls":
-            x = self.encoder.norm(x)[:, 0]  # [B, D]
-        else:
-            x = self.fc_norm(x[:, self.num_prefix_tokens :].mean(1))
-        logits: Tensor = self.head(x)
+        patches = x[:, self.num_prefix_tokens :]
+        pooled = self.encoder.norm(x)[:, 0] if self.pool == "cls" else self.fc_norm(patches.mean(1))  # [B, D]
+        logits: Tensor = self.head(pooled)
         return logits
 
     def forward_tokens(self, images: Tensor) -> Tensor:

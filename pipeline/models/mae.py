@@ -51,8 +51,8 @@ class Decoder(nn.Module):
         prefix, visible = x[:, : self.prefix], x[:, self.prefix :]
         x = torch.cat([prefix, restore(visible, ids_keep, self.length, self.mask_token)], dim=1)  # [B, prefix+L, d]
         x, _ = run_blocks(self.decoder_blocks, x + self.decoder_pos_embed, checkpointing=self.gradient_checkpointing)
-        x = self.decoder_norm(x)
-        return x[:, self.prefix :]
+        tokens: Tensor = self.decoder_norm(x[:, self.prefix :])
+        return tokens
 
     def predict_pixels(self, x: Tensor) -> Tensor:
         """[B, L, d] to pixels [B, L, p*p*3], in the order of `patchify`."""
