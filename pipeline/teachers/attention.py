@@ -1,0 +1,122 @@
+"""One row of an attention map: softmax(q·kᵀ/√d) for the class query alone (Vaswani et al., arXiv 1706.03762, eq. 1).
+
+The full [heads, N, N] map of a batch is what makes attention dear; focus needs one query's row of it. Queries and keys
+are projected as the block does it, in the block's own precision; logits and softmax are fp32 whatever the autocast.
+
+Shapes: B images, H heads, d channels a head, N = P + L tokens (P prefix: class and registers, L patches), Q queries.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from torch import Tensor, nn
+
+# Patch queries handled at once by `mean_row`: bounds its memory at B × H × 32 × N floats.
+QUERY_CHUNK = 32
+
+
+def class_row(attn: Any, x: Tensor) -> Tensor:
+    """Row of the first token in a timm `Attention`.
+
+    Args:
+        attn: module with `qkv`, `q_norm`, `k_norm`, `num_heads` and `scale`.
+        x: [B,N,D], the attention's own input, so after the block's first norm.
+
+    Returns:
+        [B,H,N] fp32, every head's row sums to 1.
+    """
+    query, key = _fused_qk(attn, x[:, :1], x)
+    return _softmax_rows(query, key, attn.scale)[:, :, 0]
+
+
+def mean_row(attn: Any, x: Tensor, num_prefix: int) -> Tensor:
+    """Mean over the patch queries' rows in a timm `Attention`: the attention that a patch receives, [B,H,N] fp32.
+
+    For students without a class token. Computed a few queries at a time; the map itself is never held.
+    """
+    query, key = _fused_qk(attn, x[:, num_prefix:], x)
+    chunks = torch.split(query, QUERY_CHUNK, dim=2)
+    total = sum((_softmax_rows(chunk, key, attn.scale).sum(dim=2) for chunk in chunks), start=key.new_zeros(()).float())
+    return total / query.shape[2]
+
+
+def rotary_class_row(attn: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+    """Row of the class token in timm's EVA attention (EVA-02, DINOv3), [B,H,N] fp32.
+
+    Rotary positions (arXiv 2104.09864) turn the patches' keys; prefix tokens, the class query among them, stay as
+    they are. Its biases are kept apart from the fused weight, and keys have none.
+    """
+    if attn.qkv is not None:
+        weight_q, weight_k, _ = attn.qkv.weight.chunk(3)
+        bias_q = attn.q_bias
+    else:
+        weight_q, weight_k, bias_q = attn.q_proj.weight, attn.k_proj.weight, attn.q_proj.bias
+    query = attn.q_norm(_split_heads(F.linear(x[:, :1], weight_q, bias_q), attn.num_heads))
+    key = attn.k_norm(_split_heads(F.linear(x, weight_k), attn.num_heads))
+    if rope is not None:
+        prefix, patches = key.tensor_split([attn.num_prefix_tokens], dim=2)
+        key = torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half).type_as(prefix)], dim=2)
+    return _softmax_rows(query, key, attn.scale)[:, :, 0]
+
+
+def multihead_class_row(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """Row of the first token in torch's `MultiheadAttention`, as OpenAI's CLIP uses it, [B,H,N] fp32."""
+    weight_q, weight_k, _ = attn.in_proj_weight.chunk(3)
+    bias_q, bias_k, _ = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
+    query = _split_heads(F.linear(x[:, :1], weight_q, bias_q), attn.num_heads)
+    key = _split_heads(F.linear(x, weight_k, bias_k), attn.num_heads)
+    return _softmax_rows(query, key, attn.head_dim**-0.5)[:, :, 0]
+
+
+def normed_class_row(attn: Any, x: Tensor) -> Tensor:
+    """Row of the first token in open_clip's own `Attention` with normed queries and keys, [B,H,N] fp32."""
+    weight_q, weight_k, _ = attn.in_proj_weight.chunk(3)
+    bias_q, bias_k, _ = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
+    query = attn.ln_q(_split_heads(F.linear(x[:, :1], weight_q, bias_q), attn.num_heads))
+    key = attn.ln_k(_split_heads(F.linear(x, weight_k, bias_k), attn.num_heads))
+    return _softmax_rows(query, key, attn.scale)[:, :, 0]
+
+
+def pooling_row(pool: Any, tokens: Tensor) -> Tensor:
+    """Row of the learnt query in timm's `AttentionPoolLatent` (SigLIP's head, arXiv 2303.15343), [B,H,N] fp32.
+
+    Args:
+        pool: the pooling module.
+        tokens: [B,N,D], what the model pools: its tokens after the final norm.
+    """
+    if pool.pos_embed is not None:
+        tokens = tokens + pool.pos_embed.to(tokens.dtype)
+    weight_k, _ = pool.kv.weight.chunk(2)
+    bias_k = None if pool.kv.bias is None else pool.kv.bias.chunk(2)[0]
+    latent = pool.latent.expand(tokens.shape[0], -1, -1)
+    query = pool.q_norm(_split_heads(pool.q(latent), pool.num_heads))
+    key = pool.k_norm(_split_heads(F.linear(tokens, weight_k, bias_k), pool.num_heads))
+    return _softmax_rows(query, key, pool.scale).mean(dim=2)
+
+
+def patches_only(rows: Tensor, num_prefix: int) -> Tensor:
+    """Drop the prefix columns, average the heads and scale each image's row to sum 1: [B,H,N] → [B,L]."""
+    mean = rows[:, :, num_prefix:].mean(dim=1)
+    return mean / mean.sum(dim=-1, keepdim=True)
+
+
+def _fused_qk(attn: Any, queries: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Project query tokens [B,Q,D] and all keys [B,N,D] with a fused qkv layer, normed: [B,H,Q,d] and [B,H,N,d]."""
+    weight_q, weight_k, _ = attn.qkv.weight.chunk(3)
+    bias_q, bias_k, _ = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    query = attn.q_norm(_split_heads(F.linear(queries, weight_q, bias_q), attn.num_heads))
+    key = attn.k_norm(_split_heads(F.linear(x, weight_k, bias_k), attn.num_heads))
+    return query, key
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B,N,H·d] → [B,H,N,d]."""
+    return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
+
+
+def _softmax_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """[B,H,Q,d], [B,H,N,d] → [B,H,Q,N] fp32; autocast would run this product in bf16, so it is switched off."""
+    with torch.autocast(query.device.type, enabled=False):
+        return (query.float() * scale @ key.float().transpose(-2, -1)).softmax(dim=-1)

@@ -1,0 +1,181 @@
+"""CLIP's vision towers from open_clip as teachers; towers that open_clip takes from timm go the way of timm_vit."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.pretrained import download_pretrained
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import (
+    Attention,
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+    VisionTransformer,
+)
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from pipeline.errors import TeacherError
+from pipeline.teachers.attention import multihead_class_row, normed_class_row
+from pipeline.teachers.base import Trace, vit_macs
+from pipeline.teachers.timm_vit import TimmBackbone, fit_size, random_model
+from pipeline.teachers.weights import fetching, load_strictly, read_state
+
+# open_clip builds both towers together; this is the smallest text tower it makes, and it is thrown away.
+TINY_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
+
+
+class ClipBackbone(nn.Module):
+    """open_clip's own `VisionTransformer`: one class token, no registers.
+
+    Args:
+        visual: the vision tower; its position embeddings are resampled here when `image_size` isn't its own.
+        name: for messages.
+        image_size: pixels a side; None takes the tower's own.
+        mean, std: of its training pixels.
+    """
+
+    library = "open_clip"
+    num_prefix = 1
+
+    def __init__(
+        self, visual: Any, name: str, image_size: int | None, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.model = visual
+        self.mean, self.std = mean, std
+        self.image_size = fit_size(name, image_size, tuple(visual.image_size), tuple(visual.patch_size))
+        self.grid = _resample_positions(visual, self.image_size)
+        blocks = visual.transformer.resblocks
+        self.dim: int = visual.transformer.width
+        self.depth = len(blocks)
+        self.num_heads: int = blocks[-1].attn.num_heads
+        # With an attention pool the norm and the projection lie behind the pooling and fit no single token.
+        pooled = visual.attn_pool is not None
+        self.final_norm: nn.Module = visual.attn_pool.ln_k if pooled else visual.ln_post
+        self.projected_dim: int | None = None if pooled or visual.proj is None else visual.proj.shape[1]
+        self.has_attention = self.depth > 1 and _can_focus(visual)
+
+    def trace(self, x: Tensor, layers: int) -> Trace:
+        """See `Backbone.trace`. One block more than asked is kept: the last block's input, for the attention row."""
+        output = self.model.forward_intermediates(
+            x,
+            min(layers + 1, self.depth),
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        pairs = zip(output["image_intermediates_prefix"], output["image_intermediates"], strict=True)
+        blocks = tuple(torch.cat(pair, dim=1) for pair in pairs)
+        return Trace(blocks[-layers:], self._row(blocks[-2]) if self.has_attention else None)
+
+    def macs(self) -> int:
+        """See `Backbone.macs`."""
+        return vit_macs(self.model.conv1, self.model.transformer.resblocks, self.grid, self.num_prefix, self.dim)
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        """See `Backbone.norm`."""
+        normed: Tensor = self.final_norm(tokens)
+        return normed
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """See `Backbone.project`."""
+        projected: Tensor = tokens @ self.model.proj
+        return projected
+
+    def _row(self, last_input: Tensor) -> Tensor:
+        block = self.model.transformer.resblocks[-1]
+        x = block.ln_1(last_input)
+        if isinstance(block.attn, nn.MultiheadAttention):
+            return multihead_class_row(block.attn, x)
+        return normed_class_row(block.attn, x)
+
+
+def build_open_clip(name: str, weights: str | None, image_size: int | None) -> tuple[ClipBackbone | TimmBackbone, str]:
+    """Build `open_clip:<arch>:<tag>` and say what its weights are called.
+
+    Args:
+        name: architecture and tag; the tag also says whether QuickGELU is used and how pixels are normalised, so it is
+            needed with local and random weights, too.
+        weights: None for the tag's download, "random", or a local file with `visual.*` tensors, or the tower's alone.
+        image_size: pixels a side, None for the architecture's own.
+
+    Raises:
+        TeacherError: unknown architecture or tag, a tower that is no ViT, weights that can't be had or don't fit.
+    """
+    architecture, _, tag = name.partition(":")
+    config = _known_config(architecture, tag)
+    spec = f"open_clip:{name}"
+    visual = random_model(lambda: _build_visual(architecture, bool(config.get("quick_gelu"))))
+    label = "random"
+    if weights is None:
+        label = str(config.get("hf_hub") or config.get("url")).rstrip("/")
+        with fetching(spec, f"open_clip_model.safetensors of {label}"):
+            file = download_pretrained(config)
+        _load_visual(visual, Path(file), label)
+    elif weights != "random":
+        label = Path(weights).name
+        _load_visual(visual, Path(weights), weights)
+    return _wrap(visual, spec, image_size, tuple(config["mean"]), tuple(config["std"])), label
+
+
+def _wrap(
+    visual: Any, spec: str, image_size: int | None, mean: tuple[float, ...], std: tuple[float, ...]
+) -> ClipBackbone | TimmBackbone:
+    if isinstance(visual, VisionTransformer):
+        return ClipBackbone(visual, spec, image_size, mean, std)
+    if isinstance(visual, TimmModel):
+        linear = getattr(visual.head, "proj", None)
+        dim = linear.out_features if isinstance(linear, nn.Linear) else None
+        return TimmBackbone(visual.trunk, spec, image_size, mean, std, visual.head if dim else None, dim)
+    raise TeacherError(f"teacher '{spec}' has no ViT as its vision tower: choose a ViT-* architecture")
+
+
+def _known_config(architecture: str, tag: str) -> dict[str, Any]:
+    """open_clip's entry for the tag's weights: where they are, mean and std, QuickGELU or not."""
+    if architecture not in open_clip.list_models():
+        near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists what there is"
+        raise TeacherError(f"open_clip has no architecture '{architecture}': {hint}")
+    config: dict[str, Any] = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    if not config:
+        tags = ", ".join(f"{architecture}:{known}" for known in open_clip.list_pretrained_tags_by_model(architecture))
+        raise TeacherError(f"open_clip has no weights '{tag}' of {architecture}: choose open_clip:<one of {tags}>")
+    return config
+
+
+def _build_visual(architecture: str, quick_gelu: bool) -> Any:
+    """The vision tower with fresh weights. OpenAI's weights were trained with QuickGELU: their tag says so."""
+    config = open_clip.get_model_config(architecture)
+    quick_gelu = quick_gelu or config.get("quick_gelu", False)
+    return open_clip.CLIP(config["embed_dim"], config["vision_cfg"], TINY_TEXT, quick_gelu=quick_gelu).visual
+
+
+def _load_visual(visual: nn.Module, file: Path, source: str) -> None:
+    """Load the tower from a checkpoint of both towers, or of the vision tower alone."""
+    state = read_state(file)
+    tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    load_strictly(visual, tower or state, source)
+
+
+def _resample_positions(visual: Any, size: int) -> tuple[int, int]:
+    """Bicubic, antialiased resampling of the position embeddings [1+L,D] to another input size, in place."""
+    grid = (size // visual.patch_size[0], size // visual.patch_size[1])
+    if grid != tuple(visual.grid_size):
+        positions = resample_abs_pos_embed(visual.positional_embedding[None], list(grid), list(visual.grid_size))
+        visual.positional_embedding = nn.Parameter(positions[0].detach())
+    visual.grid_size, visual.image_size = grid, (size, size)
+    return grid
+
+
+def _can_focus(visual: Any) -> bool:
+    """The class token's row means something only where the model pools by it, and where its formula is known here."""
+    if visual.attn_pool is None and visual.pool_type != "tok":
+        return False
+    block = visual.transformer.resblocks[-1]
+    if type(block) is ResidualAttentionBlock:
+        return True
+    known = type(block) is CustomResidualAttentionBlock and type(block.attn) is Attention
+    return known and block.attn.logit_scale is None

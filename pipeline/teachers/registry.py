@@ -1,0 +1,127 @@
+"""Every teacher by name. A new one is one entry of `TEACHERS`; anything else goes by a prefix. See docs/teachers.md."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pipeline.errors import TeacherError
+from pipeline.teachers.base import Backbone, Teacher, TokenChoice
+from pipeline.teachers.clip import build_open_clip
+from pipeline.teachers.mrmae import build_mrmae
+from pipeline.teachers.timm_vit import build_timm
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A short name for a prefixed spec.
+
+    Attributes:
+        spec: `timm:<name>` or `open_clip:<arch>:<tag>`.
+        image_size: pixels a side, None for the model's own. 196 makes 14-pixel patches a 14×14 grid, the students'.
+        about: one line for `mrmae teachers`.
+    """
+
+    spec: str
+    image_size: int | None
+    about: str
+
+
+TEACHERS: dict[str, Entry] = {
+    "dino_vits16": Entry("timm:vit_small_patch16_224.dino", 224, "DINO v1 (arXiv 2104.14294)"),
+    "dino_vitb16": Entry("timm:vit_base_patch16_224.dino", 224, "DINO v1 (arXiv 2104.14294)"),
+    "clip_vitb16": Entry("open_clip:ViT-B-16-quickgelu:openai", 224, "OpenAI CLIP (arXiv 2103.00020)"),
+    "clip_vitl14": Entry("open_clip:ViT-L-14-quickgelu:openai", 196, "OpenAI CLIP (arXiv 2103.00020)"),
+    "dinov2_vits14": Entry("timm:vit_small_patch14_dinov2.lvd142m", 196, "DINOv2 (arXiv 2304.07193)"),
+    "dinov2_vitb14": Entry("timm:vit_base_patch14_dinov2.lvd142m", 196, "DINOv2 (arXiv 2304.07193)"),
+}
+PREFIXES = ("timm:<name>", "open_clip:<arch>:<tag>", "mrmae:<checkpoint>")
+
+
+class TeacherRow(NamedTuple):
+    """A line of `mrmae teachers`."""
+
+    name: str
+    grid: tuple[int, int]
+    dim: int
+    image_size: int  # pixels a side
+    gmacs: float  # billions of multiply-accumulates a view
+    bytes_per_view: int  # in an int8 cache: tokens, and an fp16 scale and attention a token
+    about: str
+
+
+def build_teacher(
+    spec: str,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    tokens: TokenChoice = "norm",
+    layers: int = 1,
+    module: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+) -> Teacher:
+    """Build a frozen teacher.
+
+    Args:
+        spec: a name in `TEACHERS`, `timm:<name>`, `open_clip:<arch>:<tag>` or `mrmae:<checkpoint>`.
+        weights: None downloads from the hub, a path reads a local file, "random" seeds fresh ones for tests.
+        image_size: input pixels a side; position embeddings are resampled. None for the entry's or model's own.
+        tokens: "norm" (last block after the final norm), "block" (raw), "projected" (normed, then projected).
+        layers: mean of the last so many blocks.
+        module: the loaded encoder of a `mrmae:` teacher, a `PatchEncoder`.
+        device: where it lives; views must come from there.
+        dtype: autocast precision of the forward: torch.float32, or torch.bfloat16 on CUDA.
+        compile: use torch.compile, which costs a minute once and fuses the rest.
+
+    Raises:
+        TeacherError: unknown spec, weights that can't be had or don't fit, a choice that the model doesn't offer.
+    """
+    backbone, label = _build_backbone(spec, None if weights is None else str(weights), image_size, module)
+    name = spec if spec in TEACHERS else _short_name(spec)
+    teacher = Teacher(
+        backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, dtype=dtype, compile=compile
+    )
+    return teacher.to(device)
+
+
+def list_teachers() -> list[TeacherRow]:
+    """What each named teacher costs. Built without memory or weights (torch's meta device), in about a second."""
+    rows = []
+    for name, entry in TEACHERS.items():
+        with torch.device("meta"):
+            backbone, _ = _build_backbone(name, "random", None, None)
+        length = backbone.grid[0] * backbone.grid[1]
+        size = length * backbone.dim + 2 * length + 2 * length
+        rows.append(
+            TeacherRow(name, backbone.grid, backbone.dim, backbone.image_size, backbone.macs() / 1e9, size, entry.about)
+        )
+    return rows
+
+
+def _build_backbone(
+    spec: str, weights: str | None, image_size: int | None, module: nn.Module | None
+) -> tuple[Backbone, str]:
+    """The network behind a spec, and what its weights are called."""
+    entry = TEACHERS.get(spec)
+    if entry is not None:
+        return _build_backbone(entry.spec, weights, image_size or entry.image_size, module)
+    prefix, _, name = spec.partition(":")
+    if name and prefix == "timm":
+        return build_timm(name, weights, image_size)
+    if name and prefix == "open_clip":
+        return build_open_clip(name, weights, image_size)
+    if name and prefix == "mrmae":
+        return build_mrmae(name, module, image_size)
+    near = difflib.get_close_matches(spec, TEACHERS, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"choose {', '.join(TEACHERS)}, or {', '.join(PREFIXES)}"
+    raise TeacherError(f"unknown teacher '{spec}': {hint}")
+
+
+def _short_name(spec: str) -> str:
+    """`timm:vit_tiny…` → `vit_tiny…`, `mrmae:runs/a/last.safetensors` → `last`: a name fit for tables and files."""
+    prefix, _, name = spec.partition(":")
+    return Path(name).stem if prefix == "mrmae" else name.replace(":", "-").replace("/", "-")

@@ -1,0 +1,223 @@
+"""ViTs of timm as teachers: DINO v1 to v3, SigLIP, supervised ones; with class and register tokens, any patch size."""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers.attention import Attention
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.models.eva import EvaAttention, EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from pipeline.errors import TeacherError
+from pipeline.teachers.attention import class_row, pooling_row, rotary_class_row
+from pipeline.teachers.base import Trace, vit_macs
+from pipeline.teachers.weights import fetching, load_strictly, read_state
+
+NEEDED = ("blocks", "norm", "patch_embed", "num_prefix_tokens", "embed_dim", "forward_intermediates", "set_input_size")
+
+
+class TimmBackbone(nn.Module):
+    """A timm ViT whose blocks all work on one grid of patch tokens.
+
+    Args:
+        model: the network; its position embeddings are resampled here when `image_size` isn't its own.
+        name: for messages.
+        image_size: pixels a side; None takes the model's own.
+        mean, std: of its training pixels.
+        projection: a head that maps single normed tokens, when there is one.
+
+    Raises:
+        TeacherError: no plain ViT, or a size that its patches don't divide.
+    """
+
+    library = "timm"
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        image_size: int | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        projection: nn.Module | None = None,
+        projected_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.projection = projection
+        self.mean, self.std = mean, std
+        _check_plain(model, name)
+        self.image_size = fit_size(name, image_size, _native_size(model), model.patch_embed.patch_size)
+        model.set_input_size((self.image_size, self.image_size))
+        self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
+        self.dim: int = model.embed_dim
+        self.projected_dim = projected_dim
+        self.depth = len(model.blocks)
+        self.num_prefix: int = model.num_prefix_tokens
+        self.row = _choose_row(model)
+        self.has_attention = self.row is not None
+        self.num_heads: int = getattr(model.blocks[-1].attn, "num_heads", 0)
+
+    def trace(self, x: Tensor, layers: int) -> Trace:
+        """See `Backbone.trace`. One block more than asked is kept: the last block's input, for the attention row."""
+        keep = min(layers + 1, self.depth)
+        outputs = self.model.forward_intermediates(
+            x, keep, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        )
+        blocks = tuple(_join(output) for output in outputs)
+        rows = self.row(self.model, blocks) if self.row is not None else None
+        return Trace(blocks[-layers:], rows)
+
+    def macs(self) -> int:
+        """See `Backbone.macs`."""
+        return vit_macs(self.model.patch_embed, self.model.blocks, self.grid, self.num_prefix, self.dim)
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        """See `Backbone.norm`."""
+        return final_norm(self.model)(tokens)  # type: ignore[no-any-return]
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """See `Backbone.project`."""
+        assert self.projection is not None
+        return self.projection(tokens)  # type: ignore[no-any-return]
+
+
+def build_timm(name: str, weights: str | None, image_size: int | None) -> tuple[TimmBackbone, str]:
+    """Build `timm:<name>` and say what its weights are called.
+
+    Args:
+        name: a timm model, with the tag of its weights after a dot.
+        weights: None for timm's hub, "random", or a local file in timm's or the model's original naming.
+        image_size: pixels a side, None for the model's own.
+
+    Raises:
+        TeacherError: unknown name, no plain ViT, weights that can't be had or don't fit.
+    """
+    config = _known_config(name)
+    if weights is None:
+        hub = config.hf_hub_id or config.url
+        if not hub:
+            raise TeacherError(f"teacher 'timm:{name}' has no public weights: give teacher.weights=FILE")
+        file = "model.safetensors" if config.hf_hub_id else "the file"
+        with fetching(f"timm:{name}", f"{file} of {hub}"):
+            model = timm.create_model(name, pretrained=True, num_classes=0)
+        label = str(hub)
+    elif weights == "random":
+        model, label = random_model(lambda: timm.create_model(name, num_classes=0)), "random"
+    else:
+        model, label = _load_local(name, Path(weights), config.classifier), Path(weights).name
+    return TimmBackbone(model, f"timm:{name}", image_size, tuple(config.mean), tuple(config.std)), label
+
+
+def random_model(build: Callable[[], Any]) -> Any:
+    """Build with the library's own initialisation from a fixed seed; the caller's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
+
+
+def fit_size(name: str, asked: int | None, native: tuple[int, int], patch: tuple[int, int]) -> int:
+    """The input size in pixels: what is asked, else the model's own if that is square; patches must divide it."""
+    if asked is None and native[0] != native[1]:
+        raise TeacherError(f"teacher '{name}' sees {native[0]}x{native[1]} and views are square: give image_size")
+    size = native[0] if asked is None else asked
+    if size < 1 or size % patch[0] or size % patch[1]:
+        raise TeacherError(f"teacher '{name}': image_size={size} is no multiple of its {patch[0]}-pixel patch")
+    return size
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm after the last block. Mean-pooled models keep it behind the pooling; it is taken from there."""
+    norm: nn.Module = model.norm
+    return model.fc_norm if isinstance(norm, nn.Identity) and hasattr(model, "fc_norm") else norm
+
+
+def _known_config(name: str) -> Any:
+    """timm's entry for `name`, which says where its weights are and how its pixels were normalised."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture) or (tag and name not in timm.list_pretrained(f"{architecture}.*")):
+        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists what there is"
+        raise TeacherError(f"timm has no model '{name}': {hint}")
+    return timm.get_pretrained_cfg(name)
+
+
+def _load_local(name: str, file: Path, classifier: str | tuple[str, ...] | None) -> Any:
+    """The model without its classifier, from a file. timm renames keys of original releases and resamples positions."""
+    state = read_state(file)
+    heads = (classifier,) if isinstance(classifier, str) else classifier or ()
+    state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{head}." for head in heads))}
+    model = timm.create_model(name, num_classes=0)
+    convert = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    load_strictly(model, convert(state, model) if convert else state, str(file))
+    return model
+
+
+def _native_size(model: Any) -> tuple[int, int]:
+    height, width = model.patch_embed.img_size
+    return height, width
+
+
+def _check_plain(model: Any, name: str) -> None:
+    """A plain ViT keeps one grid and one width through all blocks; anything else has no token a patch."""
+    lacking = [attribute for attribute in NEEDED if not hasattr(model, attribute)]
+    stages = {(info["num_chs"], info["reduction"]) for info in getattr(model, "feature_info", ())}
+    if lacking or len(stages) != 1 or not hasattr(model.patch_embed, "grid_size"):
+        raise TeacherError(f"teacher '{name}' is no plain ViT with patch tokens: choose a vit_*, deit_*, eva_* model")
+
+
+def _join(output: Any) -> Tensor:
+    """timm hands out patches and prefix apart; the attention row needs them as the block had them."""
+    if isinstance(output, Tensor):
+        return output
+    patches, prefix = output
+    return torch.cat([prefix, patches], dim=1)
+
+
+Row = Callable[[Any, tuple[Tensor, ...]], Tensor]
+
+
+def _choose_row(model: Any) -> Row | None:
+    """Which query says where this model looks: the class token's, else that of its pooling head, else none."""
+    block = model.blocks[-1]
+    if getattr(model, "cls_token", None) is not None and len(model.blocks) > 1:
+        return KNOWN_ROWS.get((type(block), type(block.attn)))
+    return _pooling_row if isinstance(getattr(model, "attn_pool", None), AttentionPoolLatent) else None
+
+
+def _class_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
+    last = model.blocks[-1]
+    return class_row(last.attn, last.norm1(blocks[-2]))
+
+
+def _rotary_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
+    last = model.blocks[-1]
+    return rotary_class_row(last.attn, last.norm1(blocks[-2]), _last_rope(model))
+
+
+def _pooling_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
+    """The pooling head sees normed patches only; zero columns stand for the prefix, so that all rows look alike."""
+    prefix = model.num_prefix_tokens
+    if model.pool_include_prefix:
+        return pooling_row(model.attn_pool, model.norm(blocks[-1]))
+    rows = pooling_row(model.attn_pool, model.norm(blocks[-1][:, prefix:]))
+    return nn.functional.pad(rows, (prefix, 0))
+
+
+def _last_rope(model: Any) -> Tensor | None:
+    """Rotary angles of the last block; `rope_mixed` models have a set of their own for each block."""
+    if model.rope is None:
+        return None
+    cached = not model.dynamic_img_size and hasattr(model.rope, "feat_shape")
+    rope: Tensor = model.rope.get_embed() if cached else model.rope.get_embed(shape=model.patch_embed.grid_size)
+    return rope[-1] if getattr(model, "rope_mixed", False) else rope
+
+
+# Exact types: a subclass may compute its attention differently.
+KNOWN_ROWS: dict[tuple[type, type], Row] = {(Block, Attention): _class_row, (EvaBlock, EvaAttention): _rotary_row}
