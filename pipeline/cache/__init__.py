@@ -1,0 +1,39 @@
+"""The teacher cache: written once, read hundreds of times; exact, small, fast, and never wrong in silence.
+
+    create_cache(path, header)
+    open_writer(path).write_shard(0, data)
+    record = open_cache(path).read(index, view)
+
+`docs/cache-format.md` describes the bytes.
+"""
+
+from pipeline.cache.base import Record, ShardData, hash_source
+from pipeline.cache.commits import Commit, Tombstone, read_commit
+from pipeline.cache.fidelity import Fidelity, FidelityFigures
+from pipeline.cache.manifest import CacheHeader, DatasetSection, ViewSection, match_header, read_header
+from pipeline.cache.quantiser import Quantiser
+from pipeline.cache.reader import CacheReader, open_cache
+from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
+
+__all__ = [
+    "CacheHeader",
+    "CacheReader",
+    "CacheWriter",
+    "Commit",
+    "DatasetSection",
+    "Fidelity",
+    "FidelityFigures",
+    "Quantiser",
+    "Record",
+    "ShardData",
+    "Tombstone",
+    "ViewSection",
+    "create_cache",
+    "hash_source",
+    "match_header",
+    "open_cache",
+    "open_writer",
+    "read_commit",
+    "read_header",
+    "wait_for_cache",
+]

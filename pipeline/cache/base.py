@@ -1,0 +1,175 @@
+"""What a cache is made of: records, shards of them, and what a store must offer.
+
+A store knows how a shard lies on the disk and nothing else; `CacheWriter` and `CacheReader` add commits, tombstones,
+checks and the LRU of open shards, the same for every store.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from struct import Struct
+from typing import Any, NamedTuple, Protocol
+
+import google_crc32c
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pipeline.cache.files import FileEntry
+
+TAIL = Struct("<4iBQ")  # box (top, left, height, width), hflip, source hash: as a record's checksum covers them
+_HEAD = Struct("<QI")  # sample index, view
+
+
+@dataclass(slots=True)
+class ShardData:
+    """Every record of one shard: n samples (the shard's range), V views, L tokens, D channels, H heads.
+
+    Rows of tombstones hold anything; the writer zeroes them, so that the files don't depend on it.
+    """
+
+    tokens: NDArray[Any]  # [n, V, L, D] int8, float16 or float32, as quantised
+    scale: NDArray[np.float16] | None  # [n, V, L], int8 only
+    attention: NDArray[np.float16] | None  # [n, V, L], [n, V, H, L], or None when the cache keeps none
+    box: NDArray[np.int32]  # [n, V, 4] top, left, height, width in source pixels
+    hflip: NDArray[np.uint8]  # [n, V] 1 = mirrored
+    source_hash: NDArray[np.uint64]  # [n], see `hash_source`
+    keys: list[str]  # n
+    images: list[list[bytes] | None] | None = None  # n × V JPEG files, for stores that keep images; None at tombstones
+    tombstones: dict[int, str] = field(default_factory=dict)  # sample index → why it can't be read, one line
+    fidelity: dict[str, Any] = field(default_factory=dict)  # `FidelityFigures.to_json()`
+    times: dict[str, Any] = field(default_factory=dict)  # free, JSON; the only part that may differ between runs
+
+    def record(self, row: int, view: int) -> "Raw":
+        """One record on its way to the disk, its checksum still 0."""
+        images = None if self.images is None else self.images[row]
+        return Raw(
+            key=self.keys[row].encode(),
+            tail=TAIL.pack(*self.box[row, view].tolist(), int(self.hflip[row, view]), int(self.source_hash[row])),
+            crc32c=0,
+            tokens=self.tokens[row, view],
+            scale=None if self.scale is None else self.scale[row, view],
+            attention=None if self.attention is None else self.attention[row, view],
+            image=None if images is None else images[view],
+        )
+
+
+class Raw(NamedTuple):
+    """One record as it lies in the store, before any check."""
+
+    key: bytes  # UTF-8
+    tail: bytes  # TAIL
+    crc32c: int
+    tokens: NDArray[Any]  # [L, D]
+    scale: NDArray[np.float16] | None  # [L]
+    attention: NDArray[np.float16] | None  # [L] or [H, L]
+    image: bytes | None
+
+
+class Record:
+    """One checked view of one sample.
+
+    `tokens` is [L, D] (or [K, D] where rows were asked for), as stored, or float32 when dequantised; `scale` float16
+    [L] (or [K]) or None; `attention` float16 [L] or [H, L], always of all L tokens, or None; `image` the stored JPEG.
+    """
+
+    __slots__ = ("_tail", "attention", "image", "index", "key", "scale", "tokens", "view")
+
+    def __init__(self, index: int, view: int, raw: Raw) -> None:
+        self.index = index
+        self.view = view
+        self.key = raw.key.decode()
+        self.tokens: NDArray[Any] = raw.tokens
+        self.scale = raw.scale
+        self.attention = raw.attention
+        self.image = raw.image
+        self._tail = raw.tail
+
+    @property
+    def box(self) -> NDArray[np.int32]:
+        """int32 [4]: top, left, height, width in source pixels."""
+        return np.frombuffer(self._tail, "<i4", 4)
+
+    @property
+    def hflip(self) -> bool:
+        return self._tail[16] != 0
+
+    @property
+    def source_hash(self) -> int:
+        """`hash_source` of the image file that the view was cut from."""
+        return int.from_bytes(self._tail[17:], "little")
+
+
+class Seal:
+    """The crc32c of a record: fingerprint‖index‖view‖key‖box‖hflip‖source_hash‖tokens‖scale‖attention‖image.
+
+    It starts from the cache's fingerprint, so that a swapped or foreign record fails too, not only a damaged one.
+    """
+
+    def __init__(self, fingerprint: str) -> None:
+        self._start: int = google_crc32c.value(bytes.fromhex(fingerprint))
+
+    def __call__(self, index: int, view: int, raw: Raw) -> int:
+        extend = google_crc32c.extend
+        crc: int = extend(extend(self._start, _HEAD.pack(index, view) + raw.key + raw.tail), raw.tokens)
+        for part in (raw.scale, raw.attention, raw.image):
+            if part is not None:
+                crc = extend(crc, part)
+        return crc
+
+
+def hash_source(content: bytes) -> int:
+    """xxh3-64 of an image file: what `source_hash` holds."""
+    return xxhash.xxh3_64_intdigest(content)
+
+
+class OpenView(Protocol):
+    """One view of one shard, open for reading; `row` counts from the shard's first sample."""
+
+    def read(self, row: int) -> Raw:
+        """One record, unchecked. Raises CacheDamage where it can't even be found."""
+        ...
+
+    def key(self, row: int) -> str:
+        """The sample's key."""
+        ...
+
+
+class Store(Protocol):
+    """How shards lie on the disk. Paths in results are relative to the cache's folder, with slashes."""
+
+    stores_images: bool
+    descriptors: int  # that one open view holds
+
+    def create(self) -> None:
+        """Write what must exist before the first shard; harmless when repeated, an error over other content."""
+        ...
+
+    def files(self, shard: int) -> list[str]:
+        """The files that the shard's commit record lists."""
+        ...
+
+    def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:
+        """Write a checked shard, each file atomically and durably, and return what `files` names."""
+        ...
+
+    def open_view(self, shard: int, view: int) -> OpenView: ...
+
+    def scan(self, shard: int, view: int, rows: list[int], seen: dict[str, FileEntry]) -> Iterator[tuple[int, Raw]]:
+        """Read every byte of one view once: yield (row, record) and put what was measured of each file into `seen`."""
+        ...
+
+    def uncovered(self) -> Iterator[tuple[int | None, str, str | None]]:
+        """Check what no commit record covers, by making it again.
+
+        Yields (shard or None, file, what is wrong or None); a missing shard's files aren't visited.
+        """
+        ...
+
+    def rebuild(self, file: str) -> None:
+        """Write one of the files of `uncovered` again."""
+        ...
+
+
+def file_of(root: Path, relative: str) -> Path:
+    return root.joinpath(*relative.split("/"))

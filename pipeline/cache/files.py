@@ -1,0 +1,219 @@
+"""Files as the cache writes and reads them: whole or not at all, durable before they are named, few descriptors open.
+
+`write_file` is the only function of the cache that creates a file. A file appears under its name when every byte of it
+is on the disk; until then it lies beside it as `.NAME.RANDOM.partial`.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import google_crc32c
+import xxhash
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.errors import CacheDamage, CacheError
+
+PARTIAL = ".partial"
+CHECKSUM_BYTES = 4
+
+
+class FileEntry(BaseModel):
+    """What a commit record states about one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bytes: int
+    xxh3_128: str
+
+
+def write_file(path: Path, parts: Iterable[Any], *, exclusive: bool = False) -> FileEntry:
+    """Write the concatenated parts (buffers) to `path` atomically and durably, and measure them.
+
+    The folder is made when absent; the caller syncs it (`sync_folder`) once all of its files are there.
+
+    Raises:
+        FileExistsError: with `exclusive`, when the name is taken; that file is left as it is.
+        OSError: disk full, read-only, ...; no trace stays behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    hasher, size = xxhash.xxh3_128(), 0
+    try:
+        with partial.open("wb", buffering=1 << 20) as file:
+            for part in parts:
+                size += file.write(part)
+                hasher.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+        if exclusive:
+            path.hardlink_to(partial)  # a rename would replace, a link refuses
+        else:
+            partial.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+    return FileEntry(bytes=size, xxh3_128=hasher.hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partials_of(path: Path) -> Iterator[Path]:
+    """Temporary files that a killed writer of `path` left behind."""
+    return path.parent.glob(f".{path.name}.*{PARTIAL}")
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Turn an OSError within into a CacheError of one line that starts with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    remedies = {
+        errno.ENOSPC: "the disk is full: free some room or choose another folder, then run the same command again",
+        errno.EDQUOT: "your disk quota is used up: free some room or choose another folder, then run again",
+        errno.EROFS: "the file system is read-only: choose another folder",
+        errno.EACCES: "permission denied: choose a folder that you may write to, or mend its permissions",
+        errno.EPERM: "permission denied: choose a folder that you may write to, or mend its permissions",
+        errno.ENOTDIR: "a file stands where a folder is needed: choose another path",
+        errno.EMFILE: "too many open files: raise `ulimit -n`",
+    }
+    known = remedies.get(error.errno or 0)
+    return known or f"{error.strerror or error} ({error.filename or 'no file'}): mend that and run again"
+
+
+class Descriptor:
+    """A file open for reading, closed when the last reference goes.
+
+    So a thread that still reads from it keeps it open while the LRU drops it, and no number is read after its reuse.
+    """
+
+    __slots__ = ("number", "path")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = -1
+        try:
+            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise CacheDamage(f"{path.name} is missing") from error
+        except OSError as error:
+            raise CacheError(f"{path}: {_reason(error)}") from error
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+    def size(self) -> int:
+        return os.fstat(self.number).st_size
+
+    def read_from(self, offset: int) -> bytes:
+        """Everything from `offset` to the end; nothing when the file is shorter."""
+        buffer = bytearray(max(self.size() - offset, 0))
+        if buffer:
+            self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: Any, offset: int) -> None:
+        """Fill `buffer` (a contiguous array of one item or more) from `offset`, or raise CacheDamage."""
+        try:
+            got = os.preadv(self.number, (buffer,), offset)
+        except OSError as error:
+            raise CacheDamage(f"{self.path.name} can't be read at byte {offset}: {error.strerror}") from error
+        if got != buffer.nbytes:
+            self._read_rest(buffer, offset, got)
+
+    def _read_rest(self, buffer: Any, offset: int, got: int) -> None:
+        """A signal or a network file system may cut a read short; only a read of nothing is the end of the file."""
+        view = memoryview(buffer).cast("B")
+        while got < len(view):
+            more = os.preadv(self.number, (view[got:],), offset + got)
+            if more == 0:
+                raise CacheDamage(f"{self.path.name} ends at byte {offset + got}, within a record")
+            got += more
+
+
+def read_table(path: Path, expected: int | None = None) -> bytes:
+    """Read a small file that ends in its own crc32c (4 bytes, little-endian) and return what stands before it.
+
+    Raises:
+        CacheDamage: missing, of another length than `expected` bytes of payload, or the checksum differs.
+    """
+    content = read_whole(path)
+    if expected is not None and len(content) != expected + CHECKSUM_BYTES:
+        raise CacheDamage(f"{path.name} has {len(content)} bytes instead of {expected + CHECKSUM_BYTES}")
+    return check_table(path, content)
+
+
+def check_table(path: Path, content: bytes) -> bytes:
+    """`content` without the crc32c at its end; CacheDamage naming `path` when that differs."""
+    payload, stored = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
+    if checksum(payload) != stored:
+        raise CacheDamage(f"{path.name}: its crc32c differs")
+    return payload
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a small file; CacheDamage when it is missing, CacheError when it can't be opened."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CacheDamage(f"{path.name} is missing") from error
+    except OSError as error:
+        raise CacheError(f"{path}: {_reason(error)}") from error
+
+
+def checksum(payload: bytes) -> bytes:
+    """crc32c as it stands at the end of a file."""
+    return int(google_crc32c.value(payload)).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def hash_file(path: Path, block: int = 1 << 20) -> FileEntry:
+    """Measure a file as a commit record states it; CacheDamage when it is missing."""
+    descriptor = Descriptor(path)
+    hasher, buffer, offset = xxhash.xxh3_128(), memoryview(bytearray(block)), 0
+    while got := os.preadv(descriptor.number, (buffer,), offset):
+        hasher.update(buffer[:got])
+        offset += got
+    return FileEntry(bytes=offset, xxh3_128=hasher.hexdigest())
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Lru(Generic[K, V]):
+    """The `capacity` most recently used values; others are made again when asked for."""
+
+    def __init__(self, capacity: int, make: Callable[[K], V]) -> None:
+        self._capacity, self._make = capacity, make
+        self._values: OrderedDict[K, V] = OrderedDict()
+
+    def __call__(self, key: K) -> V:
+        value = self._values.get(key)
+        if value is None:
+            value = self._values[key] = self._make(key)
+            while len(self._values) > self._capacity:
+                self._values.popitem(last=False)
+        else:
+            self._values.move_to_end(key)
+        return value
+
+    def clear(self) -> None:
+        self._values.clear()

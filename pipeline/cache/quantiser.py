@@ -1,0 +1,141 @@
+"""Teacher tokens to what the cache stores, and back: int8 (the default), float16, float32.
+
+int8 standardises each channel with statistics of a few images, because channel deviations of real tokens span a factor
+of sixty, and then scales each token symmetrically to ±127 with one float16 scale. It runs where the tokens are.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import CacheError
+
+NAMES = ("int8", "float16", "float32")
+STD_FLOOR = 1e-2  # × the median deviation: a channel that is constant in calibration may move later
+SCALE_FLOOR = 2.0**-14  # the smallest normal float16: a zero token keeps a scale that divides
+LEVELS = 127
+
+
+class Quantiser:
+    """Maps tokens [..., L, D] to stored tokens and an optional scale [..., L], and back.
+
+    Args:
+        name: int8, float16 or float32.
+        mean, std: float32 [D], for int8; both empty means not calibrated yet.
+    """
+
+    def __init__(self, name: str, mean: NDArray[np.float32] | None = None, std: NDArray[np.float32] | None = None):
+        if name not in NAMES:
+            raise CacheError(f"quantiser '{name}' is not one of {', '.join(NAMES)} (int4 loses too much: cosine 0.93)")
+        empty = np.empty(0, np.float32)
+        self.name = name
+        self.mean = empty if mean is None else np.asarray(mean, np.float32)
+        self.std = empty if std is None else np.asarray(std, np.float32)
+        if self.mean.ndim != 1 or self.mean.shape != self.std.shape:
+            raise CacheError("quantiser: mean and std must be two lists of equal length")
+        if not np.isfinite(self.mean).all() or not (np.isfinite(self.std).all() and (self.std > 0).all()):
+            raise CacheError("quantiser: mean and std must be finite, and std above zero")
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def calibrate(cls, name: str, tokens: Tensor) -> "Quantiser":
+        """Measure channel statistics on tokens [N, L, D] of a few images (16 do, 256 are the default of extraction)."""
+        if name != "int8":
+            return cls(name)
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        if flat.shape[0] == 0 or not torch.isfinite(flat).all():
+            raise CacheError("calibration: the teacher gave no tokens, or some that are not finite; check its weights")
+        blocks = torch.split(flat, 4096)  # float64 sums without a float64 copy of everything
+        mean = torch.stack([block.double().sum(0) for block in blocks]).sum(0) / flat.shape[0]
+        squares = torch.stack([(block.double() - mean).square().sum(0) for block in blocks]).sum(0)
+        std = (squares / flat.shape[0]).sqrt()
+        floor = STD_FLOOR * std.median()
+        std = std.clamp(min=float(floor) if floor > 0 else 1.0)
+        return cls(name, mean.float().cpu().numpy(), std.float().cpu().numpy())
+
+    @property
+    def calibrated(self) -> bool:
+        return self.name != "int8" or len(self.mean) > 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy type of stored tokens, little-endian."""
+        return np.dtype({"int8": "i1", "float16": "<f2", "float32": "<f4"}[self.name])
+
+    @property
+    def has_scale(self) -> bool:
+        return self.name == "int8"
+
+    def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens float [..., L, D] → (stored [..., L, D], scale float16 [..., L] or None), on the same device.
+
+        Raises:
+            CacheError: tokens that are not finite, or too large to store.
+        """
+        if self.name == "float32":
+            return _finite(tokens.float()), None
+        if self.name == "float16":
+            return _finite(tokens.half()), None
+        mean, std = self._statistics(tokens.device)
+        standardised = (tokens.float() - mean) / std
+        scale = (standardised.abs().amax(-1) / LEVELS).clamp(min=SCALE_FLOOR).half()
+        _finite(scale)
+        # Dividing by the rounded scale, which is what the reader multiplies by, keeps the error within half a step.
+        stored = (standardised / scale.float().unsqueeze(-1)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+        return stored, scale
+
+    def dequantise(self, stored: Tensor | NDArray[Any], scale: Tensor | NDArray[Any] | None) -> Any:
+        """Stored tokens [..., L, D] and scale [..., L] → float32 [..., L, D]: tensors give tensors, arrays arrays."""
+        if isinstance(stored, np.ndarray):
+            return self._dequantise_array(stored, scale)
+        values = stored.float()
+        if self.name != "int8":
+            return values
+        assert isinstance(scale, Tensor)
+        mean, std = self._statistics(stored.device)
+        return values.mul_(scale.float().unsqueeze(-1)).mul_(std).add_(mean)
+
+    def _dequantise_array(self, stored: NDArray[Any], scale: Any) -> NDArray[np.float32]:
+        values = stored.astype(np.float32)
+        if self.name == "int8":
+            self._require_calibration()
+            values *= np.asarray(scale, np.float32)[..., None]
+            values *= self.std
+            values += self.mean
+        return values
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        self._require_calibration()
+        if device not in self._on:
+            self._on[device] = (torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device))
+        return self._on[device]
+
+    def _require_calibration(self) -> None:
+        if not self.calibrated:
+            raise CacheError("the int8 quantiser has no channel statistics: calibrate it first")
+
+    def to_json(self) -> dict[str, Any]:
+        """Exact: every float32 survives as the double that equals it."""
+        if self.name != "int8" or not self.calibrated:
+            return {"name": self.name}
+        return {"name": self.name, "mean": self.mean.tolist(), "std": self.std.tolist()}
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> "Quantiser":
+        """Inverse of `to_json`; other keys of the section are ignored."""
+        try:
+            mean, std = (np.asarray(state.get(key, []), np.float32) for key in ("mean", "std"))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CacheError("quantiser: mean and std must be lists of numbers") from error
+        return cls(str(state.get("name")), mean, std)
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise CacheError(
+            "the teacher gave tokens that are not finite or too large to store; check its weights, or run it in float32"
+        )
+    return values

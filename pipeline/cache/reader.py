@@ -1,0 +1,139 @@
+"""Random access to the records of a cache, each checked as it is read."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.cache.base import OpenView, Record, Seal
+from pipeline.cache.commits import committed_shards, read_commit
+from pipeline.cache.files import Lru
+from pipeline.cache.manifest import CacheHeader, read_header
+from pipeline.cache.writer import store_of
+from pipeline.errors import CacheDamage, CacheError
+
+_MOST_OPEN = 128  # views of shards; each keeps about 100 KB of small arrays
+
+
+def open_cache(path: Path | str) -> "CacheReader":
+    """Open a cache for reading; every commit record is read and checked, no data yet.
+
+    Raises:
+        CacheError: no cache there. CacheDamage: cache.json or a commit record is damaged.
+    """
+    path = Path(path)
+    header = read_header(path)
+    committed, tombstones = np.zeros(header.shards, bool), {}
+    for shard in committed_shards(path, header):
+        commit = read_commit(path, header, shard)
+        committed[shard] = True
+        tombstones.update({stone.index: stone.error for stone in commit.tombstones})
+    return CacheReader(path, header, committed, tombstones)
+
+
+class CacheReader:
+    """Reads records by sample index and view. Pickles small, and opens its files where it is used.
+
+    It sees the shards that were committed when it was opened. `tombstones` maps sample index → error.
+    """
+
+    def __init__(
+        self, path: Path, header: CacheHeader, committed: NDArray[np.bool_], tombstones: dict[int, str]
+    ) -> None:
+        self.path, self.header, self.tombstones = path, header, tombstones
+        self._committed = committed
+        self._store = store_of(path, header)
+        self._seal = Seal(header.fingerprint)
+        self._size, self._views = header.samples_per_shard, header.views
+        self._open: Lru[tuple[int, int], OpenView] = Lru(self._capacity(), self._open_view)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CacheReader, (self.path, self.header, self._committed, self.tombstones)
+
+    def __len__(self) -> int:
+        return self.header.count
+
+    @property
+    def stores_images(self) -> bool:
+        """Whether records carry the JPEG of their view."""
+        return self._store.stores_images
+
+    def read(self, index: int, view: int, rows: NDArray[Any] | None = None, dequantise: bool = False) -> Record:
+        """One checked record.
+
+        Args:
+            index: the sample, 0 to len - 1.
+            view: 0 to header.views - 1.
+            rows: token positions [K] to keep, in that order; all L when None.
+            dequantise: float32 tokens in place of stored ones.
+
+        Raises:
+            CacheDamage: the bytes are not those that were written; names shard, sample and view.
+            CacheError: out of range, not extracted yet, or a tombstone.
+        """
+        shard, row = self._locate(index, view)
+        try:
+            raw = self._open((shard, view)).read(row)
+            if self._seal(index, view, raw) != raw.crc32c:
+                raise CacheDamage("its checksum differs")
+        except CacheDamage as error:
+            raise CacheDamage(self._damage(shard, index, view, error)) from error
+        record = Record(index, view, raw)
+        if rows is not None:
+            record.tokens = record.tokens[rows]
+            record.scale = None if record.scale is None else record.scale[rows]
+        if dequantise:
+            record.tokens = self.header.quantiser.dequantise(record.tokens, record.scale)
+        return record
+
+    def key(self, index: int) -> str:
+        """The sample's key in the dataset, without reading or checking its record."""
+        shard, row = self._locate(index, 0)
+        try:
+            return self._open((shard, 0)).key(row)
+        except CacheDamage as error:
+            raise CacheDamage(self._damage(shard, index, 0, error)) from error
+
+    def live_indices(self) -> NDArray[np.int64]:
+        """Samples that can be read: committed and no tombstones, ascending."""
+        live = np.repeat(self._committed, self._size)[: len(self)]
+        live[list(self.tombstones)] = False
+        return np.flatnonzero(live)
+
+    def missing_shards(self) -> list[int]:
+        """Shards that extraction has still to finish."""
+        return np.flatnonzero(~self._committed).tolist()
+
+    def _locate(self, index: int, view: int) -> tuple[int, int]:
+        if not 0 <= index < self.header.count or not 0 <= view < self._views:
+            raise CacheError(
+                f"sample {index}, view {view}: {self.path} holds {len(self)} samples with {self._views} views each"
+            )
+        shard, row = divmod(index, self._size)
+        if not self._committed[shard]:
+            raise CacheError(
+                f"sample {index}: shard {shard} of {self.path} is not extracted yet; "
+                "finish it with `mrmae extract-teacher-features`"
+            )
+        if index in self.tombstones:
+            raise CacheError(
+                f"sample {index} is a tombstone ({self.tombstones[index]}); take samples from live_indices()"
+            )
+        return shard, row
+
+    def _open_view(self, place: tuple[int, int]) -> OpenView:
+        return self._store.open_view(*place)
+
+    def _capacity(self) -> int:
+        """Open views that leave half of the process's descriptors to others."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _MOST_OPEN if soft == resource.RLIM_INFINITY else soft // (2 * self._store.descriptors)
+        return max(1, min(_MOST_OPEN, most))
+
+    def _damage(self, shard: int, index: int, view: int, error: CacheDamage) -> str:
+        return (
+            f"{self.path}: damage in shard {shard}, sample {index}, view {view}: {error}; "
+            f"run `mrmae verify-cache {self.path} --repair`"
+        )

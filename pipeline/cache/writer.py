@@ -1,0 +1,188 @@
+"""Creating a cache and writing its shards: atomically, durably, the commit record last."""
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache.base import Seal, ShardData, Store, file_of
+from pipeline.cache.commits import Commit, Tombstone, commit_path, read_commit, write_commit
+from pipeline.cache.files import PARTIAL, one_line, partials_of, sync_folder, write_file
+from pipeline.cache.manifest import FILE, CacheHeader, match_header, read_header
+from pipeline.cache.webdataset_store import WebdatasetStore
+from pipeline.cache.zarr_store import ZarrStore, array_specs
+from pipeline.errors import CacheError
+
+
+def store_of(path: Path, header: CacheHeader) -> Store:
+    """The store that a header names."""
+    return ZarrStore(path, header) if header.store == "zarr" else WebdatasetStore(path, header)
+
+
+def create_cache(path: Path, header: CacheHeader) -> bool:
+    """Create an empty cache; of processes that race, exactly one does.
+
+    Returns:
+        True if this call created it, False if the same cache was there already (`dataset.source` may differ).
+
+    Raises:
+        CacheError: another cache or other files are there, or nothing can be written.
+    """
+    if not header.quantiser.calibrated:
+        raise CacheError("the int8 quantiser has no channel statistics: calibrate it before the cache is created")
+    with one_line(f"{path}: the cache can't be created"):
+        if (path / FILE).is_file():
+            match_header(path, read_header(path), header)
+            return False
+        _refuse_foreign_folder(path, header)
+        store_of(path, header).create()
+        (path / "commits").mkdir(parents=True, exist_ok=True)
+        try:
+            write_file(path / FILE, [header.to_bytes()], exclusive=True)
+        except FileExistsError:
+            match_header(path, read_header(path), header)
+            return False
+        sync_folder(path)
+        sync_folder(path.parent)
+    return True
+
+
+def _refuse_foreign_folder(path: Path, header: CacheHeader) -> None:
+    """A wrong path should not be filled; what a killed creation left is no reason to stop."""
+    ours = (
+        {"commits", "shards", "index"}
+        if header.store == "webdataset"
+        else {"commits", "zarr.json", *array_specs(header)}
+    )
+    strangers = (
+        [p.name for p in path.iterdir() if p.name not in ours and PARTIAL not in p.name] if path.exists() else []
+    )
+    if strangers and not (path / FILE).is_file():
+        raise CacheError(f"{path} is not empty ({strangers[0]}) and holds no cache; choose another folder")
+
+
+def wait_for_cache(path: Path, timeout: float = 3600.0) -> CacheHeader:
+    """Wait until another process has created the cache at `path`; `timeout` in seconds.
+
+    Raises:
+        CacheError: it didn't.
+    """
+    deadline = time.monotonic() + timeout
+    while not (path / FILE).is_file():
+        if time.monotonic() > deadline:
+            raise CacheError(f"{path}: no cache.json after {timeout:.0f} s: did the process that creates it fail?")
+        time.sleep(0.1)
+    return read_header(path)
+
+
+def open_writer(path: Path) -> "CacheWriter":
+    """Open an existing cache for writing. Any number of processes may, each for shards of its own."""
+    return CacheWriter(path, read_header(path))
+
+
+class CacheWriter:
+    """Writes whole shards. Writing one shard twice, even at once, is harmless: its bytes don't depend on who writes."""
+
+    def __init__(self, path: Path, header: CacheHeader) -> None:
+        self.path, self.header = path, header
+        self._store = store_of(path, header)
+        self._seal = Seal(header.fingerprint)
+
+    @property
+    def stores_images(self) -> bool:
+        """Whether `ShardData.images` is needed."""
+        return self._store.stores_images
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether the shard is finished. Raises CacheDamage when its commit record is damaged."""
+        if not commit_path(self.path, shard).is_file():
+            return False
+        read_commit(self.path, self.header, shard)
+        return True
+
+    def clean_partial(self, shard: int) -> None:
+        """Remove what a killed writer of an uncommitted shard left behind."""
+        if commit_path(self.path, shard).is_file():
+            return
+        with one_line(f"{self.path}: shard {shard} can't be cleaned"):
+            for file in [*(file_of(self.path, f) for f in self._store.files(shard)), commit_path(self.path, shard)]:
+                for partial in partials_of(file):
+                    partial.unlink(missing_ok=True)
+
+    def write_shard(self, shard: int, data: ShardData) -> None:
+        """Write one shard and commit it. Rows of tombstones are zeroed in `data`.
+
+        Raises:
+            CacheError: `data` doesn't fit the header, or the disk doesn't take it.
+        """
+        _check(self.header, shard, data, self._store.stores_images)
+        _clear_tombstones(self.header.shard_range(shard), data)
+        with one_line(f"{self.path}: shard {shard} can't be written"):
+            files = self._store.write(shard, data, self._seal)
+            write_commit(self.path, self._commit(shard, data, files))
+
+    def withdraw(self, shard: int) -> None:
+        """Take back a commit, so that the shard counts as unwritten; the first step of its repair."""
+        with one_line(f"{self.path}: shard {shard} can't be withdrawn"), contextlib.suppress(FileNotFoundError):
+            commit_path(self.path, shard).unlink()
+            sync_folder(commit_path(self.path, shard).parent)
+
+    def _commit(self, shard: int, data: ShardData, files: dict[str, Any]) -> Commit:
+        span = self.header.shard_range(shard)
+        stones = [
+            Tombstone(index=index, key=data.keys[index - span.start], error=error)
+            for index, error in sorted(data.tombstones.items())
+        ]
+        return Commit(
+            shard=shard,
+            fingerprint=self.header.fingerprint,
+            count=len(span),
+            files=files,
+            tombstones=stones,
+            fidelity=data.fidelity,
+            times=data.times,
+        )
+
+
+def _check(header: CacheHeader, shard: int, data: ShardData, stores_images: bool) -> None:
+    span = header.shard_range(shard)
+    n, V, L, D = len(span), header.views, header.tokens, header.dim
+    attention = header.attention_shape
+    expected: dict[str, tuple[Any, tuple[int, ...] | None, Any]] = {
+        "tokens": (data.tokens, (n, V, L, D), header.quantiser.dtype),
+        "scale": (data.scale, (n, V, L) if header.quantiser.has_scale else None, np.float16),
+        "attention": (data.attention, None if attention is None else (n, V, *attention), np.float16),
+        "box": (data.box, (n, V, 4), np.int32),
+        "hflip": (data.hflip, (n, V), np.uint8),
+        "source_hash": (data.source_hash, (n,), np.uint64),
+    }
+    for name, (array, shape, dtype) in expected.items():
+        found = None if array is None else array.shape
+        if found != shape or (array is not None and array.dtype != dtype):
+            kind = "" if array is None else f"{array.dtype} "
+            raise CacheError(f"shard {shard}: {name} is {kind}{found}, this cache wants {np.dtype(dtype)} {shape}")
+    if len(data.keys) != n or any(index not in span for index in data.tombstones):
+        raise CacheError(f"shard {shard}: {len(data.keys)} keys or a tombstone don't fit its {n} samples")
+    for index, key in zip(span, data.keys, strict=True):
+        if not _is_text(key):
+            raise CacheError(f"sample {index}: the key {key!a} is not valid Unicode; rename the file")
+        images = data.images[index - span.start] if data.images is not None else None
+        if stores_images and index not in data.tombstones and (images is None or len(images) != V):
+            raise CacheError(f"sample {index}: this cache stores {V} images a sample, {len(images or [])} were given")
+
+
+def _is_text(key: str) -> bool:
+    """File names that are no UTF-8 arrive with lone surrogates."""
+    try:
+        return b"\0" not in key.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _clear_tombstones(span: range, data: ShardData) -> None:
+    for index in data.tombstones:
+        for array in (data.tokens, data.scale, data.attention, data.box, data.hflip, data.source_hash):
+            if array is not None:
+                array[index - span.start] = 0

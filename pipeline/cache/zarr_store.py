@@ -1,0 +1,363 @@
+"""Targets as one Zarr v3 group: `zarr.open(path)["tokens"][i, v]` works for anyone; we read the chunk files raw.
+
+Every array has one chunk for each (shard, view), uncompressed and followed by its crc32c. Such a file is the plain
+array, so one `pread` fetches a record: thousands of times faster than decoding a chunk for each sample. Compressed
+tokens use zarr's sharding instead, one inner chunk a record, at the price of a decompression for each read.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import xxhash
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import Store as ZarrStoreBase
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore, MemoryStore
+
+from pipeline.cache.base import TAIL, Raw, Seal, ShardData, file_of
+from pipeline.cache.files import (
+    CHECKSUM_BYTES,
+    Descriptor,
+    FileEntry,
+    check_table,
+    hash_file,
+    one_line,
+    read_table,
+    sync_folder,
+    write_file,
+)
+from pipeline.cache.manifest import CacheHeader
+from pipeline.errors import CacheDamage, CacheError
+
+_KEY_ENCODING: Any = {"name": "default", "separator": "."}  # one flat folder an array: one fsync a shard, not five
+_SHUFFLES: tuple[Any, ...] = ("noshuffle", "shuffle", "bitshuffle")
+_TAILS: np.dtype[Any] = np.dtype(
+    [("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")]
+)  # rows of the struct TAIL
+_BLOCK_ROWS = 8  # rows that a scan holds at once: they stay in the CPU's cache between hash and checksum
+
+
+def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
+    """Arrays of the group: name → (shape, dtype, dimension names). Those of 2 dimensions or more run over views."""
+    N, V, L, D = header.count, header.views, header.tokens, header.dim
+    specs: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {
+        "tokens": ((N, V, L, D), header.quantiser.dtype.name, ("sample", "view", "token", "channel")),
+        "box": ((N, V, 4), "int32", ("sample", "view", "edge")),
+        "hflip": ((N, V), "uint8", ("sample", "view")),
+        "crc32c": ((N, V), "uint32", ("sample", "view")),
+        "source_hash": ((N,), "uint64", ("sample",)),
+        "key": ((N,), "str", ("sample",)),
+    }
+    if header.quantiser.has_scale:
+        specs["scale"] = ((N, V, L), "float16", ("sample", "view", "token"))
+    if header.attention_shape is not None:
+        names = ("sample", "view", "head", "token") if header.attention == "heads" else ("sample", "view", "token")
+        specs["attention"] = ((N, V, *header.attention_shape), "float16", names)
+    return specs
+
+
+def _create_group(store: ZarrStoreBase, header: CacheHeader) -> None:
+    group = zarr.create_group(store)
+    for name, (shape, dtype, dimension_names) in array_specs(header).items():
+        chunk = (header.samples_per_shard, *((1,) if len(shape) > 1 else ()), *shape[2:])
+        layout: dict[str, Any] = {"chunks": chunk, "compressors": [Crc32cCodec()]}
+        if name == "tokens" and header.compression is not None:
+            layout = {"chunks": (1, 1, *shape[2:]), "shards": chunk, "compressors": [_blosc(header.compression)]}
+        if dtype != "str":
+            layout |= {"serializer": BytesCodec(endian=None if np.dtype(dtype).itemsize == 1 else "little")}
+        group.create_array(
+            name,
+            shape=shape,
+            dtype=dtype,
+            fill_value="" if dtype == "str" else 0,
+            filters=None if dtype != "str" else "auto",
+            chunk_key_encoding=_KEY_ENCODING,
+            dimension_names=dimension_names,
+            **layout,
+        )
+
+
+def _blosc(compression: dict[str, Any]) -> BloscCodec:
+    """zarr's codec for a numcodecs config, with every default made explicit."""
+    try:
+        codec = numcodecs.Blosc(**{key: value for key, value in compression.items() if key != "id"})
+        shuffle = _SHUFFLES[codec.shuffle]
+    except (TypeError, ValueError, IndexError) as error:
+        raise CacheError(f"compression {compression} is no numcodecs config: {error}") from error
+    return BloscCodec(cname=codec.cname, clevel=codec.clevel, shuffle=shuffle, blocksize=codec.blocksize)
+
+
+class _DurableStore(LocalStore):
+    """zarr's LocalStore, except that a chunk is durable before it has its name, and is measured on the way."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.written: dict[str, FileEntry] = {}
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self.written[key] = await asyncio.to_thread(write_file, self.root / key, [value.as_buffer_like()])
+
+
+class ZarrStore:
+    """See `pipeline.cache.base.Store`."""
+
+    stores_images = False
+
+    def __init__(self, root: Path, header: CacheHeader) -> None:
+        self._root, self._header = root, header
+        self._specs = array_specs(header)
+        self.descriptors = sum(name in self._specs for name in ("tokens", "scale", "attention"))
+
+    def create(self) -> None:
+        for file, content in self._metadata().items():
+            path = file_of(self._root, file)
+            try:
+                write_file(path, [content], exclusive=True)
+            except FileExistsError as error:
+                if path.read_bytes() != content:
+                    raise CacheError(
+                        f"{path} belongs to another cache; choose another folder, or remove that one"
+                    ) from error
+            sync_folder(path.parent)
+
+    def _metadata(self) -> dict[str, bytes]:
+        """Every zarr.json, as zarr itself writes it."""
+        memory: dict[str, Buffer] = {}
+        _create_group(MemoryStore(memory), self._header)
+        return {key: value.to_bytes() for key, value in memory.items()}
+
+    def files(self, shard: int) -> list[str]:
+        return [
+            _chunk(name, shard, view, len(shape))
+            for name, (shape, _, _) in self._specs.items()
+            for view in range(self._header.views if len(shape) > 1 else 1)
+        ]
+
+    def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:
+        span = self._header.shard_range(shard)
+        store = _DurableStore(self._root)
+        group = zarr.open_group(store, mode="r+", zarr_format=3)
+        arrays: dict[str, Any] = {
+            "tokens": data.tokens,
+            "scale": data.scale,
+            "attention": data.attention,
+            "box": data.box,
+        }
+        arrays |= {"hflip": data.hflip, "source_hash": data.source_hash, "crc32c": _checksums(span, data, seal)}
+        arrays |= {"key": np.array(data.keys, dtype=object)}
+        for name in self._specs:
+            array = group[name]
+            assert isinstance(array, zarr.Array)
+            array.with_config({"write_empty_chunks": True})[span.start : span.stop] = arrays[name]
+            sync_folder(self._root / name)
+        return {file: store.written[file] for file in self.files(shard)}
+
+    def open_view(self, shard: int, view: int) -> "ZarrView":
+        return ZarrView(self._root, self._header, shard, view)
+
+    def scan(self, shard: int, view: int, rows: list[int], seen: dict[str, FileEntry]) -> Iterator[tuple[int, Raw]]:
+        opened = self.open_view(shard, view)
+        wanted = frozenset(rows)
+        tokens_file = _chunk("tokens", shard, view, 4)
+        for file in self.files(shard):
+            name, _, chunk = file.partition("/")
+            if file != tokens_file and (len(self._specs[name][0]) == 1 or chunk.split(".")[2] == str(view)):
+                seen[file] = hash_file(file_of(self._root, file))
+        if self._header.compression is not None:
+            seen[tokens_file] = hash_file(file_of(self._root, tokens_file))
+            yield from ((row, opened.read(row)) for row in rows)
+            return
+        hasher, offset = xxhash.xxh3_128(), 0
+        for row, tokens in opened.blocks(hasher.update):
+            offset += tokens.nbytes
+            for k in range(len(tokens)):
+                if row + k in wanted:
+                    yield row + k, opened.read(row + k, tokens[k])
+        rest = opened.rest(offset)
+        hasher.update(rest)
+        seen[tokens_file] = FileEntry(bytes=offset + len(rest), xxh3_128=hasher.hexdigest())
+
+    def uncovered(self) -> Iterator[tuple[int | None, str, str | None]]:
+        for file, expected in self._metadata().items():
+            path = file_of(self._root, file)
+            if not path.is_file():
+                yield None, file, "is missing"
+            elif not _same_json(path.read_bytes(), expected):
+                yield None, file, "is not what this cache's header asks for"
+            else:
+                yield None, file, None
+
+    def rebuild(self, file: str) -> None:
+        path = file_of(self._root, file)
+        with one_line(f"{path}: can't be written"):
+            write_file(path, [self._metadata()[file]])
+            sync_folder(path.parent)
+
+
+def _same_json(found: bytes, expected: bytes) -> bool:
+    """Equal bytes, or equal content: another version of zarr may lay out the file otherwise."""
+    try:
+        return found == expected or bool(json.loads(found) == json.loads(expected))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _chunk(name: str, shard: int, view: int, dimensions: int) -> str:
+    where = [shard, *((view,) if dimensions > 1 else ()), *(0 for _ in range(dimensions - 2))]
+    return f"{name}/c." + ".".join(map(str, where))
+
+
+def _checksums(span: range, data: ShardData, seal: Seal) -> NDArray[np.uint32]:
+    """crc32c of every record, [n, V]; 0 at tombstones."""
+    views = data.hflip.shape[1]
+    result = np.zeros((len(span), views), np.uint32)
+    for row, index in enumerate(span):
+        if index not in data.tombstones:
+            for view in range(views):
+                result[row, view] = seal(index, view, data.record(row, view))
+    return result
+
+
+class ZarrView:
+    """One view of one shard: the large arrays as open files, the small ones in memory (about 100 bytes a sample)."""
+
+    def __init__(self, root: Path, header: CacheHeader, shard: int, view: int) -> None:
+        specs, S = array_specs(header), header.samples_per_shard
+        self._rows = S
+
+        def path(name: str) -> Path:
+            return file_of(root, _chunk(name, shard, view, len(specs[name][0])))
+
+        def table(name: str, items: int, dtype: str) -> NDArray[Any]:
+            return np.frombuffer(read_table(path(name), S * items * np.dtype(dtype).itemsize), dtype)
+
+        tokens, dtype, shape = path("tokens"), header.quantiser.dtype, (header.tokens, header.dim)
+        self._tokens = (
+            _RawTokens(tokens, dtype, shape)
+            if header.compression is None
+            else _PackedTokens(tokens, dtype, shape, header.samples_per_shard)
+        )
+        self._scale = Descriptor(path("scale")) if "scale" in specs else None
+        self._scale_shape = header.tokens
+        self._attention = Descriptor(path("attention")) if "attention" in specs else None
+        self._attention_shape = header.attention_shape or ()
+        tails = np.empty(S, _TAILS)
+        tails["box"] = table("box", 4, "<i4").reshape(S, 4)
+        tails["hflip"] = table("hflip", 1, "u1")
+        tails["source_hash"] = table("source_hash", 1, "<u8")
+        self._tails = tails.tobytes()
+        self._crc = table("crc32c", 1, "<u4")
+        self._keys = _parse_strings(read_table(path("key")), S, path("key").name)
+
+    def read(self, row: int, tokens: NDArray[Any] | None = None) -> Raw:
+        """One record; `tokens` if the caller has read them already."""
+        scale = attention = None
+        if self._scale is not None:
+            scale = np.empty(self._scale_shape, np.float16)
+            self._scale.read_into(scale, row * scale.nbytes)
+        if self._attention is not None:
+            attention = np.empty(self._attention_shape, np.float16)
+            self._attention.read_into(attention, row * attention.nbytes)
+        return Raw(
+            self._keys[row],
+            self._tails[row * TAIL.size : (row + 1) * TAIL.size],
+            int(self._crc[row]),
+            self._tokens.read(row) if tokens is None else tokens,
+            scale,
+            attention,
+            None,
+        )
+
+    def key(self, row: int) -> str:
+        return self._keys[row].decode()
+
+    def blocks(self, measure: Callable[[Any], None]) -> Iterator[tuple[int, NDArray[Any]]]:
+        """All rows of uncompressed tokens in order, a few at a time, each block given to `measure` as it is read.
+
+        Yields (first row, tokens [n, L, D]); a block is overwritten by the next one.
+        """
+        assert isinstance(self._tokens, _RawTokens)
+        for start in range(0, self._rows, _BLOCK_ROWS):
+            block = self._tokens.read_block(start, min(_BLOCK_ROWS, self._rows - start))
+            measure(block)
+            yield start, block
+
+    def rest(self, offset: int) -> bytes:
+        """What follows the rows in the tokens file: the chunk's own checksum."""
+        return self._tokens.rest(offset)
+
+
+class _RawTokens:
+    """A chunk file as it is: the array, then its crc32c."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
+        self._file, self._dtype, self._shape = Descriptor(path), dtype, shape
+        self._bytes = shape[0] * shape[1] * dtype.itemsize
+        self._block = np.empty((0, *shape), dtype)
+
+    def read(self, row: int) -> NDArray[Any]:
+        tokens = np.empty(self._shape, self._dtype)
+        self._file.read_into(tokens, row * self._bytes)
+        return tokens
+
+    def read_block(self, row: int, rows: int) -> NDArray[Any]:
+        if len(self._block) < rows:
+            self._block = np.empty((rows, *self._shape), self._dtype)
+        block = self._block[:rows]
+        self._file.read_into(block, row * self._bytes)
+        return block
+
+    def rest(self, offset: int) -> bytes:
+        return self._file.read_from(offset)
+
+
+class _PackedTokens:
+    """Tokens in zarr's sharding codec: inner chunks, one a record, then an index of (offset, length) and its crc32c."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, int], rows: int) -> None:
+        self._file, self._dtype, self._shape = Descriptor(path), dtype, shape
+        self._end = self._file.size() - rows * 16 - CHECKSUM_BYTES
+        if self._end < 0:
+            raise CacheDamage(f"{path.name} is shorter than its index")
+        index = check_table(path, self._file.read_from(self._end))
+        self._index = np.frombuffer(index, "<u8").reshape(rows, 2)
+        self._codec = numcodecs.Blosc()
+
+    def read(self, row: int) -> NDArray[Any]:
+        offset, length = self._index[row].tolist()
+        if not 0 < length <= self._end - offset:
+            raise CacheDamage(f"{self._file.path.name}: row {row} lies outside the file")
+        packed = np.empty(length, np.uint8)
+        self._file.read_into(packed, offset)
+        tokens = np.empty(self._shape, self._dtype)
+        try:
+            self._codec.decode(packed, tokens)
+        except (RuntimeError, ValueError) as error:
+            raise CacheDamage(f"{self._file.path.name}: row {row} doesn't decompress") from error
+        return tokens
+
+    def rest(self, offset: int) -> bytes:
+        return self._file.read_from(offset)
+
+
+def _parse_strings(payload: bytes, count: int, name: str) -> list[bytes]:
+    """The strings of a vlen-utf8 chunk: their count, then (length, bytes) each; numbers are uint32."""
+    # No key holds a NUL, so lengths under 256 show as three of them: splitting there is ten times faster.
+    quick = payload[4:].split(b"\0\0\0")
+    if len(quick) == count + 1 and b"\0\0\0\0" not in payload[4:]:  # four of them: an empty string
+        return [*(part[:-1] for part in quick[1:-1]), quick[-1]]
+    strings, position = [], 4
+    for _ in range(count):
+        start = position + 4
+        position = start + int.from_bytes(payload[position:start], "little")
+        strings.append(payload[start:position])
+    if int.from_bytes(payload[:4], "little") != count or position != len(payload):
+        raise CacheDamage(f"{name} doesn't hold {count} strings")
+    return strings
