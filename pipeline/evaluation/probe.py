@@ -117,8 +117,8 @@ def linear_probe(
         num_classes: C.
         epochs: passes over the training features; an incomplete last batch is left out of each.
         batch_size: samples a step, at most N.
-        lrs: learning rates per 256 samples (`blr`), multiplied by batch_size / 256. MAE's is 0.1 at 1.28 M images a
-            pass; small sets take few steps and want more.
+        lrs: peak learning rates. MAE's is 0.1 · batch_size / 256 for 1.28 M images; LARS moves weights by a fixed
+            share a step, so small sets, which take few steps, want up to a hundred times more.
         momentum, weight_decay: of LARS.
         warmup_epochs: linear rise before the cosine falls to 0; None for a ninth of all, as 10 of 90.
         seed: of the first weights and the order of samples.
@@ -131,9 +131,8 @@ def linear_probe(
     x, y = train_x.to(device, torch.float32), train_y.to(device)
     batch_size = min(batch_size, len(x))
     warmup = epochs / 9 if warmup_epochs is None else warmup_epochs
-    scaled = [lr * batch_size / 256 for lr in lrs]
     heads = ProbeHeads(
-        x.shape[1], num_classes, scaled, momentum=momentum, weight_decay=weight_decay, seed=seed, device=device
+        x.shape[1], num_classes, lrs, momentum=momentum, weight_decay=weight_decay, seed=seed, device=device
     )
     generator = torch.Generator().manual_seed(seed)
     steps = len(x) // batch_size

@@ -122,6 +122,11 @@ class Teacher(nn.Module):
         return self.backbone.model
 
     @property
+    def device(self) -> torch.device:
+        """Where it lives, and where it expects its views."""
+        return self.pixel_mean.device
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches, rows × columns; L is their product."""
         return self.backbone.grid

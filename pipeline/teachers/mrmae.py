@@ -30,7 +30,7 @@ class PatchEncoder(Protocol):
     attention_query: Literal["cls", "mean", "none"]
     grid: tuple[int, int]
     dim: int
-    image_size: int
+    image_size: int | tuple[int, int]  # pixels; views are square
 
     def forward_tokens(self, images: Tensor) -> Tensor:
         """ImageNet-normalised [B,3,S,S] → patch tokens [B,L,D] after the final norm, prefix dropped."""
@@ -53,10 +53,10 @@ class MrmaeBackbone(nn.Module):
 
     def __init__(self, module: Any, name: str, image_size: int | None) -> None:
         super().__init__()
-        if image_size not in (None, module.image_size):
-            raise TeacherError(f"teacher '{name}' was built for image_size={module.image_size}, not {image_size}")
         self.model = module
-        self.image_size: int = module.image_size
+        self.image_size = _side(module.image_size, name)
+        if image_size not in (None, self.image_size):
+            raise TeacherError(f"teacher '{name}' was built for image_size={self.image_size}, not {image_size}")
         self.grid: tuple[int, int] = tuple(module.grid)
         self.dim: int = module.dim
         self.depth = len(module.blocks)
@@ -81,9 +81,8 @@ class MrmaeBackbone(nn.Module):
         return int(counter.get_total_flops()) // 2
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """See `Backbone.norm`; only asked for means over several blocks."""
-        normed: Tensor = self.model.norm(tokens)
-        return normed
+        """Only asked for means over several blocks, which these encoders norm nowhere."""
+        raise TeacherError("a mrmae: teacher norms its last block alone: set teacher.layers=1, or teacher.tokens=block")
 
     def project(self, tokens: Tensor) -> Tensor:
         """Never asked for: `projected_dim` is None."""
@@ -94,6 +93,13 @@ class MrmaeBackbone(nn.Module):
         if self.model.attention_query == "cls":
             return class_row(attn, attention_input)
         return mean_row(attn, attention_input, self.num_prefix)
+
+
+def _side(image_size: int | Sequence[int], name: str) -> int:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height != width:
+        raise TeacherError(f"teacher '{name}' sees {height}x{width} and views are square: choose one with square input")
+    return height
 
 
 class _Heard:

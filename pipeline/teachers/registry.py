@@ -80,7 +80,8 @@ def build_teacher(
     Raises:
         TeacherError: unknown spec, weights that can't be had or don't fit, a choice that the model doesn't offer.
     """
-    backbone, label = _build_backbone(spec, None if weights is None else str(weights), image_size, module)
+    source = None if weights is None else str(Path(weights).expanduser())
+    backbone, label = _build_backbone(spec, source, image_size, module)
     name = spec if spec in TEACHERS else _short_name(spec)
     teacher = Teacher(
         backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, dtype=dtype, compile=compile
@@ -115,6 +116,8 @@ def _build_backbone(
     if name and prefix == "open_clip":
         return build_open_clip(name, weights, image_size)
     if name and prefix == "mrmae":
+        if weights is not None:
+            raise TeacherError(f"teacher '{spec}' has its weights in its checkpoint: leave teacher.weights out")
         return build_mrmae(name, module, image_size)
     near = difflib.get_close_matches(spec, TEACHERS, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else f"choose {', '.join(TEACHERS)}, or {', '.join(PREFIXES)}"

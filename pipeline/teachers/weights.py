@@ -70,7 +70,7 @@ def fetching(name: str, what: str) -> Iterator[None]:
     """Turn whatever a download raises into one line that names the file and the key that takes a local one."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         raise TeacherError(
             f"teacher '{name}' can't be fetched ({reason}): download {what} where there is a network "
