@@ -132,11 +132,6 @@ def decode(data: bytes) -> Image.Image:
         raise DataError(f"not a readable image: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def source_hash(data: bytes) -> int:
-    """xxh3-64 of the encoded bytes, as the cache stores it for each sample."""
-    return xxhash.xxh3_64_intdigest(data)
-
-
 def _find_tars(path: str) -> tuple[str, ...]:
     """The tars that a folder, a file, a glob or a brace pattern names; () when it is a folder of images."""
     if os.path.isdir(path):

@@ -1,7 +1,7 @@
 """Labelled images for fine-tuning and evaluation: decoded, cropped and augmented by (seed, epoch, index) alone."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.images import ImageSource, decode
-from pipeline.data.loader import Request
+from pipeline.data.loader import Request, load
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.views import ViewConfig, center_view, draw_view, render, to_chw
 from pipeline.errors import DataError
@@ -81,3 +81,12 @@ def _seeded(augment: Augment, image: Image.Image, seed: int, epoch: int, index: 
     random.seed(int(words[0]))
     np.random.seed(int(words[1]) & 0xFFFFFFFF)
     return augment(image)
+
+
+def evaluation_batches(
+    source: ImageSource, image_size: int, crop: float, workers: int, rank: int = 0, processes: int = 1, batch: int = 128
+) -> Iterator[LabelledBatch]:
+    """Central crops of every `processes`-th image from `rank` on, in order, the last batch as short as it is."""
+    mine = range(rank, len(source), processes)
+    requests = [[(0, index) for index in mine[at : at + batch]] for at in range(0, len(mine), batch)]
+    return load(LabelledDataset(source, image_size, crop=crop), requests, workers)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.cache import CacheReader, Record
-from pipeline.data.images import ImageSource, decode, source_hash
+from pipeline.cache import CacheReader, Record, hash_source
+from pipeline.data.images import ImageSource, decode
 from pipeline.data.masks import Focus, draw_masks
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import View, ViewConfig, draw_view, render, to_chw, view_of_epoch
@@ -199,7 +199,7 @@ class PretrainDataset:
         return to_chw(render(image, self._agreed_view(index, data, records), self._size))
 
     def _agreed_view(self, index: int, data: bytes, records: list[Record]) -> View:
-        if any(record.source_hash != source_hash(data) for record in records):
+        if any(record.source_hash != hash_source(data) for record in records):
             raise CacheError(
                 f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
             )

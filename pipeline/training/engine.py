@@ -241,7 +241,7 @@ class _Loop:
         if bad >= 0:
             good = max(self.run.checkpoints.glob("step-*"), default="none yet")
             raise TrainingError(
-                f"the loss became non-finite at step {bad} (lr {self.schedule(bad):.3g}); last good checkpoint: {good}; "
+                f"the loss became non-finite at step {bad} (lr {self.schedule(bad):.3g}); last checkpoint: {good}; "
                 "lower optim.blr, set optim.clip_grad=1, or use precision=bf16 or fp32"
             )
 

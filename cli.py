@@ -1,0 +1,226 @@
+"""The `mrmae` command: loads a config, calls a stage, prints what it found.
+
+The only place that prints errors and sets exit codes: 0 well, 1 the command found damage, 2 it could not run, 130 it
+was interrupted. Heavy imports happen inside the commands, so that `mrmae --help` answers at once.
+"""
+
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_EPILOG = "Every key of a config can be given as key=value, for instance: batch_size=256 data.path=/data/train"
+
+
+class _Group(click.Group):
+    """Prints one line for what a user can mend; a traceback only with --debug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; what is committed or checkpointed stays, the same command goes on from there", 130)
+        except BrokenPipeError:
+            # The reader of our output left, as `| head` does: no fault of ours, and nothing left to say.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:  # noqa: BLE001 - the one boundary between the program and its user
+            message, code = _explain(error)
+            _fail(ctx, message, code)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of a project, not of the alphabet
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    from pipeline.errors import PipelineError
+
+    if isinstance(error, PipelineError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or 'while writing'}): free some space, then run again to go on", 2
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {error.strerror or error}", 2
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the accelerator's memory is full: lower batch_size, or raise accum_iter", 2
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__}: {first} (mrmae --debug ... shows where)", 2
+
+
+def _fail(ctx: click.Context, message: str, code: int) -> None:
+    if ctx.find_root().params.get("debug"):
+        raise
+    click.echo(f"error: {message}", err=True)
+    ctx.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.option("--debug", is_flag=True, help="Show tracebacks, and what the libraries warn about.")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens.")
+@click.version_option(package_name="mrmae")
+def main(debug: bool, verbose: bool) -> None:
+    """MR-MAE pre-training without paying for the teacher at every step.
+
+    Stage 1 runs a CLIP or DINO teacher once over your images and keeps its features in a cache; stage 2 trains masked
+    autoencoders from images and cache. `mrmae demo` shows all of it in minutes, offline.
+    """
+    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for wing in ("pipeline", "stages"):
+        logging.getLogger(wing).setLevel(level)
+    if not debug:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+def configured(command: F) -> F:
+    """The arguments of a command that takes a config."""
+    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
+    return click.option("--config", type=click.Path(path_type=Path), help="YAML file; see configs/.")(command)
+
+
+@main.command("extract-teacher-features")
+@configured
+@click.option("--init-only", is_flag=True, help="Calibrate and create the cache, extract nothing: before a job array.")
+@click.option("--shard-range", metavar="A:B", help="Only the shards A to B-1, for job arrays.")
+def extract_teacher_features(
+    config: Path | None, overrides: tuple[str, ...], init_only: bool, shard_range: str | None
+) -> None:
+    """Stage 1: run a teacher over the images once and cache its token features and attention.
+
+    Reads images (data.path: a class-folder tree, a flat folder, or tars by glob or brace pattern) and a teacher
+    (teacher.spec; teacher.weights for a local file). Writes a cache at cache.path: 151 KB a view for 196 tokens of
+    width 768, so 194 GB for ImageNet-1k at views.count=1 (`mrmae plan` tells yours). Costs one forward pass of the
+    teacher per view. Run it again after a stop: finished shards are kept. Start it with torchrun or accelerate launch
+    for several processes: they share the shards out.
+    """
+    from pipeline.config import load_config
+    from stages.extract_teacher_features import ExtractConfig, run
+
+    result = run(load_config(ExtractConfig, config, overrides), init_only=init_only, shard_range=shard_range)
+    _print_facts(result)
+
+
+@main.command("verify-cache")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--level", type=click.Choice(["quick", "full", "deep"]), default="full", show_default=True)
+@click.option("--data", metavar="PATH", help="Where the images lie now, if not where they were extracted from.")
+@click.option("--weights", metavar="FILE", help="The teacher's weights, for --level deep and --repair.")
+@click.option("--samples", default=64, show_default=True, help="Records that --level deep computes again.")
+@click.option("--repair", is_flag=True, help="Extract the damaged shards again, and nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def verify_cache(
+    path: Path, level: str, data: str | None, weights: str | None, samples: int, repair: bool, as_json: bool
+) -> None:
+    """Check that a cache is what was extracted. Exit code 0: sound; 1: damaged; 2: could not check.
+
+    quick looks at files and sizes, full at every byte and record and at the source images, deep also runs the live
+    teacher again on some records. Reads the cache at PATH; writes nothing, but with --repair. Costs seconds (quick),
+    one reading of the cache (full), a few forward passes of the teacher more (deep).
+    """
+    from stages.verify_cache import VerifyConfig, run
+
+    report = run(VerifyConfig(path=path, level=level, data=data, weights=weights, samples=samples, repair=repair))
+    click.echo(json.dumps(report.to_json(), indent=1) if as_json else report.to_text())
+    sys.exit(0 if report.sound else 1)
+
+
+@main.command("pretrain")
+@configured
+def pretrain(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Stage 2: train a masked autoencoder that mimics the cached teacher on visible patches (MR-MAE).
+
+    Reads images (data.path) and a cache (cache.path); mimic.objective=mae needs no cache. Writes to output:
+    config.yaml, metrics.jsonl, tensorboard/, checkpoints/. Costs what plain MAE costs: no step runs a teacher. Stops
+    in good order on ctrl-C or SIGTERM; the same command goes on from the newest sound checkpoint.
+    """
+    from pipeline.config import load_config
+    from stages.pretrain import PretrainConfig, run
+
+    _print_facts(run(load_config(PretrainConfig, config, overrides)))
+
+
+@main.command("finetune")
+@configured
+def finetune(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Train a classifier from a pre-trained checkpoint (init=RUN), or from scratch (student.name=...).
+
+    Reads labelled images (data.path, val.path). Writes to output as pretrain does, and checkpoints/best by top-1.
+    Prints top-1 and top-5 on the validation set. Costs a full training of the encoder on all patches.
+    """
+    from pipeline.config import load_config
+    from stages.finetune import FinetuneConfig, run
+
+    _print_facts(run(load_config(FinetuneConfig, config, overrides)))
+
+
+@main.command("linear-probe")
+@configured
+def linear_probe(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Train linear classifiers on frozen features: how much a checkpoint knows, without fine-tuning.
+
+    Reads labelled images (data.path, val.path) and a checkpoint (init). Writes metrics.json to output if given. Costs
+    one forward pass over the images, then minutes for all learning rates at once.
+    """
+    from pipeline.config import load_config
+    from stages.linear_probe import LinearProbeConfig, run
+
+    _print_facts(run(load_config(LinearProbeConfig, config, overrides)))
+
+
+@main.command("knn")
+@configured
+def knn(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Classify by the nearest training images in frozen features: the cheapest honest number.
+
+    Reads labelled images (data.path, val.path) and a checkpoint (init), or a teacher (teacher.spec). Writes
+    metrics.json to output if given. Costs one forward pass over the images.
+    """
+    from pipeline.config import load_config
+    from stages.knn import KnnConfig, run
+
+    _print_facts(run(load_config(KnnConfig, config, overrides)))
+
+
+@main.command("demo")
+@configured
+def demo(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """The whole pipeline on handwritten digits, offline, in under four minutes on two CPU cores.
+
+    Trains a small teacher, caches its features, verifies the cache, pre-trains MAE and MR-MAE students for equal steps
+    and compares them. Reads nothing (the digits come with scikit-learn); writes to output, by default runs/demo.
+    """
+    from pipeline.config import load_config
+    from stages.demo import DemoConfig, run
+
+    click.echo(run(load_config(DemoConfig, config, overrides), say=lambda line: click.echo(line)))
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    if not facts or int(os.environ.get("RANK", "0")):
+        return
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {_readable(value)}")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return json.dumps(value)
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()

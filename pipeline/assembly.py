@@ -1,0 +1,116 @@
+"""Teachers and students from configs and checkpoints: what several stages build the same way."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError, TeacherError
+from pipeline.models import (
+    Classifier,
+    Student,
+    build_from_spec,
+    build_student,
+    load_model,
+    load_weights,
+    read_weights,
+)
+from pipeline.models.config import StudentConfig
+from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers.config import TeacherConfig
+from pipeline.training.checkpoint import resolve_checkpoint
+
+log = logging.getLogger(__name__)
+
+# The students' pixels, as MAE normalises them: the mean and deviation of ImageNet's.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] → float32, as students take it."""
+    mean = torch.tensor(_MEAN, device=images.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(_STD, device=images.device).view(1, 3, 1, 1) * 255
+    return (images.float() - mean) / std
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """The inverse of `normalise`, float32 in [0, 1]."""
+    mean = torch.tensor(_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(_STD, device=images.device).view(1, 3, 1, 1)
+    return (images * std + mean).clamp(0, 1)
+
+
+def load_teacher(config: TeacherConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Teacher:
+    """Build the teacher; a `mrmae:` one from its run or checkpoint folder.
+
+    Raises:
+        TeacherError, CheckpointError: as `build_teacher` and `load_model`.
+    """
+    module: Any = None
+    if config.spec.startswith("mrmae:"):
+        model = load_model(resolve_checkpoint(Path(config.spec.removeprefix("mrmae:"))))
+        module = model if isinstance(model, Classifier) else model.encoder
+    return build_teacher(
+        config.spec,
+        weights=config.weights,
+        image_size=config.image_size,
+        tokens=config.tokens,
+        layers=config.layers,
+        module=module,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def teacher_of_cache(description: dict[str, Any], weights: str | None, device: torch.device) -> Teacher:
+    """The live teacher that a cache's header describes, with `weights` in place of the recorded ones if given.
+
+    Raises:
+        TeacherError: it can't be built, or speaks with other weights than the cache's.
+    """
+    config = TeacherConfig(
+        spec=description["spec"],
+        weights=weights or description.get("weights_path"),
+        image_size=description["image_size"],
+        tokens=description["tokens"],
+        layers=description["layers"],
+    )
+    teacher = load_teacher(config, device, getattr(torch, description["dtype"]))
+    if teacher.weights_sha256 != description["weights_sha256"]:
+        raise TeacherError(f"the weights of teacher {config.spec} are not those that the cache was made with")
+    return teacher
+
+
+def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | Classifier:
+    """A model whose `forward_tokens` gives features: from `init`, or untrained from `student`.
+
+    Our own checkpoints say what they are; for a lone weights file `student` has to.
+
+    Raises:
+        ConfigError: neither is given. CheckpointError: the weights aren't there or don't fit.
+    """
+    if init is None and student is None:
+        raise ConfigError("give init=CHECKPOINT, or student.name=... for an untrained one")
+    if init is None:
+        assert student is not None
+        return _bare_student(student)
+    state, spec = read_weights(resolve_checkpoint(init))
+    if spec is None and student is None:
+        raise ConfigError(f"init={init} doesn't say what it is: give student.name=... as well")
+    model = build_from_spec(spec) if spec is not None else _bare_student(student or StudentConfig())
+    log.info("init: %s", load_weights(model, state, strict=spec is not None))
+    return model
+
+
+def features_of(model: Student | Classifier, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """uint8 images [B, 3, S, S] → the mean of the patch tokens [B, D]: what k-NN and probes read."""
+    model = model.to(device).eval()
+    encoder = model if isinstance(model, Classifier) else model.encoder
+    return lambda images: encoder.forward_tokens(normalise(images.to(device))).mean(1)
+
+
+def _bare_student(student: StudentConfig) -> Student:
+    return build_student(**student.model_dump(exclude_none=True), objective="mae")

@@ -1,0 +1,214 @@
+"""`mrmae demo`: the main job on scikit-learn's handwritten digits, offline, in minutes on a laptop.
+
+Trains a small supervised teacher, caches its features, verifies the cache, pre-trains an MAE and an MR-MAE student for
+equal steps without labels, and compares them. It composes the other stages and has no pipeline of its own: each line
+below is a command that a user could type.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from sklearn.datasets import load_digits
+
+from pipeline.assembly import denormalise, load_teacher, normalise
+from pipeline.config import Config, PathField
+from pipeline.data.images import open_images
+from pipeline.data.labelled import evaluation_batches
+from pipeline.data.masks import draw_masks
+from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid
+from pipeline.models import Student, load_model
+from pipeline.models.patches import patchify, unpatchify
+from pipeline.teachers.config import TeacherConfig
+from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.training.plots import plot_curves
+from stages import extract_teacher_features, finetune, knn, linear_probe, pretrain, verify_cache
+
+_SIZE = 32
+_ENCODER = {
+    "name": "mrmae_vit_tiny_patch16",
+    "image_size": _SIZE,
+    "patch_size": 4,
+    "dim": 96,
+    "depth": 3,
+    "num_heads": 3,
+}
+_STUDENT = {**_ENCODER, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 2}
+_PLAIN = {"rand_augment": None, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "hflip": 0.0, "scale": [0.75, 1.0]}
+
+
+class DemoConfig(Config):
+    """Everything `demo` takes."""
+
+    output: PathField = Path("runs/demo")
+    seed: int = Field(0, ge=0)
+    max_steps: int = Field(200, ge=1)  # of each student's pre-training
+    teacher_steps: int = Field(300, ge=1)
+    finetune_steps: int = Field(60, ge=1)
+
+
+def run(config: DemoConfig, say: Callable[[str], None] = lambda line: None) -> str:
+    """Run everything; returns the comparison as a Markdown table, which also lies in the output folder."""
+    out = config.output
+    say(f"1/6  handwritten digits → {_write_digits(out / 'digits')}")
+    data = {"data": {"path": str(out / "digits/train"), "workers": 2}}
+    both = {**data, "val": {"path": str(out / "digits/val"), "workers": 1}, "image_size": _SIZE, "crop": 1.0}
+
+    teacher = _train_teacher(config, both)
+    say(f"2/6  teacher, supervised, trained from scratch: top-1 {teacher['top1']:.3f}")
+    _extract(config, data)
+    say(f"3/6  its features for every training image → {out / 'cache'}")
+    report = verify_cache.run(verify_cache.VerifyConfig(path=out / "cache", level="full"))
+    say(f"4/6  the cache is {'sound' if report.sound else 'DAMAGED'}")
+    for name in ("mae", "mr_mae"):
+        metrics = _pretrain(config, data, name)
+        say(f"5/6  {name} student, {config.max_steps} steps without labels: loss {metrics['loss']:.3f}")
+    table = _compare(config, both)
+    say(f"6/6  compared; pictures: {', '.join(str(path) for path in _draw(config))}")
+    (out / "results.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    text = _markdown(config, table)
+    (out / "results.md").write_text(text, encoding="utf-8")
+    return f"\n{text}\nEverything lies in {out}"
+
+
+def _write_digits(folder: Path) -> str:
+    """1,797 real 8×8 scans as 32×32 PNGs in class folders; every fifth one is for validation."""
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        file = folder / ("train" if number % 5 else "val") / str(label) / f"{number:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((pixels * (255 / 16)).astype(np.uint8))
+        image.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC).save(file)
+    return str(folder)
+
+
+def _train_teacher(config: DemoConfig, both: dict[str, Any]) -> dict[str, Any]:
+    return _finetune(config, both, "teacher", config.teacher_steps, student=_ENCODER, pool="cls", lr=1e-3)
+
+
+def _finetune(
+    config: DemoConfig, both: dict[str, Any], name: str, steps: int, lr: float, pool: str = "mean", **start: Any
+) -> dict[str, Any]:
+    optim = {"lr": lr, "warmup_epochs": 1, "betas": [0.9, 0.999], "layer_decay": 1.0}
+    keys = {**both, **start, "output": config.output / name, "seed": config.seed, "max_steps": steps, "pool": pool}
+    shape = {"batch_size": 64, "drop_path": 0.0, "augment": _PLAIN, "optim": optim, "eval_every": 100}
+    return finetune.run(finetune.FinetuneConfig.model_validate({**keys, **shape}))
+
+
+def _extract(config: DemoConfig, data: dict[str, Any]) -> None:
+    views = {"count": 4, "image_size": _SIZE, "scale": [0.75, 1.0], "hflip": 0.0, "seed": config.seed}
+    keys = {"teacher": {"spec": f"mrmae:{config.output / 'teacher'}"}, "views": views, "batch_size": 256}
+    cache = {"path": config.output / "cache", "samples_per_shard": 512}
+    extract_teacher_features.run(
+        extract_teacher_features.ExtractConfig.model_validate({**data, **keys, "cache": cache})
+    )
+
+
+def _pretrain(config: DemoConfig, data: dict[str, Any], objective: str) -> dict[str, Any]:
+    """Both students see the same views of the same cache in the same order; MAE ignores the targets."""
+    keys = {
+        **data,
+        "cache": {"path": config.output / "cache"},
+        "output": config.output / objective,
+        "student": _STUDENT,
+        "mimic": {"objective": objective},
+        "mask": {"focus": "sampled" if objective == "mr_mae" else "random"},
+        "optim": {"lr": 1.5e-3, "warmup_epochs": 1},
+        "batch_size": 64,
+        "max_steps": config.max_steps,
+        "seed": config.seed,
+        "log_every": 10,
+    }
+    return pretrain.run(pretrain.PretrainConfig.model_validate(keys))
+
+
+def _compare(config: DemoConfig, both: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """k-NN, linear probe and fine-tuning of each student, and the references beside them."""
+    out, seed = config.output, {"seed": config.seed}
+    subjects: dict[str, dict[str, Any]] = {
+        "untrained": {"student": _STUDENT},
+        "mae": {"init": out / "mae"},
+        "mr_mae": {"init": out / "mr_mae"},
+        "teacher (saw labels)": {"teacher": {"spec": f"mrmae:{out / 'teacher'}"}},
+        "raw pixels": {"pixels": True},
+    }
+    table: dict[str, dict[str, float]] = {}
+    for name, subject in subjects.items():
+        keys = {**both, **seed, **subject}
+        probe = {"batch_size": 256, "epochs": 30}
+        row = {
+            "k-NN": knn.run(knn.KnnConfig.model_validate(keys))["top1"],
+            "linear probe": linear_probe.run(linear_probe.LinearProbeConfig.model_validate({**keys, **probe}))["top1"],
+        }
+        if name in ("untrained", "mae", "mr_mae"):
+            start = {"student": _ENCODER} if name == "untrained" else {"init": out / name}
+            tuned = _finetune(config, both, f"finetune-{name}", config.finetune_steps, lr=5e-4, **start)
+            row[f"fine-tuned, {config.finetune_steps} steps"] = tuned["top1"]
+        table[name] = row
+    return table
+
+
+def _draw(config: DemoConfig) -> list[Path]:
+    out = config.output
+    images = next(evaluation_batches(open_images(str(out / "digits/val"), 6), _SIZE, 1.0, 0, batch=6)).images
+    curves = plot_curves(
+        out / "curves.png", {"mae": out / "mae", "mr_mae": out / "mr_mae"}, ("loss", "pixel_loss", "mimic_loss")
+    )
+    return [curves, _draw_reconstructions(out, images), _draw_attention(out, images)]
+
+
+def _draw_reconstructions(out: Path, images: torch.Tensor) -> Path:
+    columns: dict[str, Any] = {"input": as_pictures(images / 255)}
+    for name in ("mae", "mr_mae"):
+        student = load_model(resolve_checkpoint(out / name))
+        assert isinstance(student, Student)
+        masked, predicted = reconstruct(student.eval(), images)
+        columns |= {"masked": as_pictures(masked), f"{name} prediction": as_pictures(predicted)}
+    return draw_grid(out / "reconstructions.png", columns, "Reconstruction from a quarter of the patches")
+
+
+@torch.inference_mode()
+def reconstruct(student: Student, images: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(masked input, visible patches completed by the student), float [N, 3, S, S] in [0, 1], of uint8 images."""
+    length, patch = student.grid[0] * student.grid[1], student.encoder.patch_size
+    keep = length // 4
+    ids = torch.from_numpy(
+        np.concatenate([draw_masks(None, length, keep, "random", seed, 0, i, 1) for i in range(len(images))])
+    )
+    pixels = normalise(images)
+    true = patchify(pixels, patch)  # [N, L, p*p*3]
+    pred = student.decoder.predict_pixels(student.decoder(student.encoder(pixels, ids).latent, ids))
+    if student.norm_pix_loss:
+        # Each patch was predicted up to its own mean and deviation: give them back, as MAE's pictures do.
+        pred = pred * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
+    visible = torch.zeros(true.shape[:2]).scatter_(1, ids, 1.0).unsqueeze(-1)  # [N, L, 1]
+    gray = torch.zeros_like(true)
+    masked, predicted = (true * visible + other * (1 - visible) for other in (gray, pred))
+    return tuple(denormalise(unpatchify(each, student.grid, patch)) for each in (masked, predicted))  # type: ignore[return-value]
+
+
+def _draw_attention(out: Path, images: torch.Tensor) -> Path:
+    columns: dict[str, Any] = {"input": as_pictures(images / 255)}
+    for name in ("teacher", "mae", "mr_mae"):
+        looker = load_teacher(TeacherConfig(spec=f"mrmae:{out / name}"), torch.device("cpu"))
+        attention = looker(images).attention
+        assert attention is not None
+        columns[name] = as_maps(attention, looker.grid)
+    return draw_grid(out / "attention.png", columns, "Where the class token of the last block looks")
+
+
+def _markdown(config: DemoConfig, table: dict[str, dict[str, float]]) -> str:
+    columns = list(table["mae"])
+    lines = [
+        f"| digits, seed {config.seed}, {config.max_steps} steps | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name, row in table.items():
+        cells = [f"{row[column]:.3f}" if column in row else "–" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,38 @@
+"""`mrmae knn`: classify by the nearest training images in frozen features.
+
+    mrmae knn init=runs/convvit data.path=/data/imagenet/train val.path=/data/imagenet/val
+
+Without init it scores an untrained student (student.name), a teacher (teacher.spec) or raw pixels (pixels=true).
+"""
+
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.evaluation.knn import knn_classify
+from pipeline.frozen import FrozenConfig, frozen_features, write_metrics
+
+
+class KnnConfig(FrozenConfig):
+    """Everything `knn` takes."""
+
+    k: int = Field(20, ge=1)
+    temperature: float | None = Field(
+        0.07, gt=0
+    )  # of the votes, as in DINO's protocol; null: every neighbour counts one
+
+
+def run(config: KnnConfig) -> dict[str, Any]:
+    """Returns top1 and top5."""
+    frozen = frozen_features(config)
+    result = knn_classify(
+        frozen.train_x,
+        frozen.train_y,
+        frozen.val_x,
+        frozen.val_y,
+        k=min(config.k, len(frozen.train_x)),
+        temperature=config.temperature,
+        num_classes=frozen.num_classes,
+    )
+    write_metrics(config, "knn", result)
+    return dict(result)
