@@ -4,7 +4,7 @@
         model.safetensors   weights, by the reference code's names
         model.json          how to build the model again
         optimizer.pt        AdamW's state (tensors and numbers only: loads with weights_only=True)
-        checkpoint.json     step, identity of the run, and length and xxh3-128 of each file above
+        checkpoint.json     step, identity of the run, length and xxh3-128 of each file above, and a digest of itself
 
 `checkpoint.json` is written last: a folder without it, or that does not agree with it, is torn and never loaded.
 """
@@ -69,7 +69,7 @@ def save_checkpoint(
             torch.save(optimizer_state, partial / "optimizer.pt")
         files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
         record = {"step": step, "identity": dict(identity), "metrics": dict(metrics), "files": files}
-        (partial / _RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (partial / _RECORD).write_text(json.dumps({**record, "digest": _digest(record)}, indent=1), encoding="utf-8")
         for file in partial.iterdir():
             _fsync(file)
         _fsync(partial)
@@ -89,6 +89,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        if record.pop("digest") != _digest(record):
+            raise CheckpointError(f"checkpoint {path} is damaged: {_RECORD} is not what was written")
         for name, expected in record["files"].items():
             if _fingerprint(path / name) != expected:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
@@ -132,6 +134,10 @@ def prune(folder: Path, keep: int) -> None:
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True))
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""What tests share: small real pictures, and the real data when it is there."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pictures import smooth_picture
+
+REAL_DATA = Path(os.environ.get("MRMAE_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """Imagenette, COCO samples and a real ViT-Ti/16; see CONTRIBUTING.md for where they come from."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"needs the real images and teacher in MRMAE_DATA ({REAL_DATA} isn't there)")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-folder tree: 3 classes × 8 JPEGs of different sizes."""
+    root = tmp_path_factory.mktemp("tree")
+    for number in range(24):
+        folder = root / f"class{number % 3}"
+        folder.mkdir(exist_ok=True)
+        smooth_picture(number, 40 + number, 64 - number).save(folder / f"{number:02d}.jpg", quality=90)
+    return root

@@ -1,0 +1,92 @@
+"""The house's rules about who imports whom, read from the source: docs/architecture.md says why."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPOSING = {"demo"}  # stages that are made of other stages
+CONFIG = {"config", "errors", "progress"}  # modules of pipeline/ that any wing may use
+WINGS = {"data", "teachers", "cache", "models", "training", "evaluation"}
+
+
+def imports_of(file: Path) -> set[str]:
+    """Dotted names of the project's modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] in {"pipeline", "stages", "cli"}}
+
+
+def wings_of(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports_of(file) if name.startswith("pipeline.")} - CONFIG
+
+
+def files(folder: str) -> list[Path]:
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("file", files("pipeline"), ids=lambda f: str(f.relative_to(ROOT)))
+def test_parts_know_no_stage(file: Path) -> None:
+    assert not {name for name in imports_of(file) if name.split(".")[0] in {"stages", "cli"}}
+
+
+@pytest.mark.parametrize("file", files("stages"), ids=lambda f: f.name)
+def test_stages_do_not_import_each_other(file: Path) -> None:
+    others = {name for name in imports_of(file) if name.startswith("stages.")}
+    assert not others or file.stem in COMPOSING
+    assert "cli" not in {name.split(".")[0] for name in imports_of(file)}
+
+
+@pytest.mark.parametrize("wing", ["models", "teachers", "training", "evaluation"])
+def test_wings_that_stand_alone(wing: str) -> None:
+    for file in files(f"pipeline/{wing}"):
+        assert wings_of(file) <= {wing}, file
+
+
+def test_the_cache_knows_only_errors() -> None:
+    for file in files("pipeline/cache"):
+        names = {name.split(".")[1] for name in imports_of(file)}
+        assert names <= {"cache", "errors"}, file
+
+
+def test_only_data_and_extraction_import_the_cache() -> None:
+    for file in files("pipeline"):
+        if "cache" in wings_of(file):
+            assert file.parent.name in {"cache", "data"} or file.name == "extraction.py", file
+
+
+def test_only_extraction_brings_data_teachers_and_cache_together() -> None:
+    for file in files("pipeline"):
+        if {"data", "teachers", "cache"} <= wings_of(file):
+            assert file.name == "extraction.py", file
+
+
+def test_every_wing_is_known_here() -> None:
+    assert {folder.name for folder in (ROOT / "pipeline").iterdir() if (folder / "__init__.py").exists()} == WINGS
+
+
+def test_cli_starts_light() -> None:
+    """`--help` answers at once: no heavy library comes in with the cli."""
+    code = "import cli, sys; print(*{'torch', 'timm', 'pydantic', 'omegaconf', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_help_answers_in_half_a_second() -> None:
+    def seconds() -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "cli", "--help"], cwd=ROOT, capture_output=True, check=True)
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(3)) < 0.5  # the best of three: other work may share the machine

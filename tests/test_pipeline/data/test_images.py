@@ -1,0 +1,144 @@
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.data.images import decode, open_images
+from pipeline.errors import DataError
+
+
+def encode(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+JPEG = encode(Image.new("RGB", (20, 10), (200, 30, 30)), "JPEG")
+
+
+def test_class_tree(image_tree: Path) -> None:
+    images = open_images(str(image_tree))
+    assert (images.kind, len(images), images.num_classes) == ("tree", 24, 3)
+    assert images.classes == ("class0", "class1", "class2")
+    assert images.key(0) == "class0/00.jpg"
+    assert images.read(0) == (image_tree / "class0/00.jpg").read_bytes()
+    assert [images.label(i) for i in range(24)] == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.JPG", "notes.txt", ".hidden.jpg"):
+        (tmp_path / name).write_bytes(JPEG)
+    images = open_images(str(tmp_path))
+    assert (images.kind, [images.key(i) for i in range(2)], images.num_classes) == ("flat", ["a.JPG", "b.jpg"], 0)
+
+
+@pytest.mark.parametrize("pattern", ["{dir}/x-{{0..1}}.tar", "{dir}/x-*.tar", "{dir}"])
+def test_tars(tmp_path: Path, pattern: str) -> None:
+    write_tar(tmp_path / "x-0.tar", {"a.jpg": JPEG, "a.cls": b"3", "b.cls": b"1", "b.jpg": JPEG + b"tail"})
+    write_tar(tmp_path / "x-1.tar", {"a.jpg": JPEG})
+    images = open_images(pattern.format(dir=tmp_path))
+    assert [images.key(i) for i in range(3)] == ["x-0.tar/a.jpg", "x-0.tar/b.jpg", "x-1.tar/a.jpg"]
+    assert [images.label(i) for i in range(3)] == [3, 1, -1]
+    assert images.read(1) == JPEG + b"tail"
+
+
+def test_limit_spreads_over_the_whole(image_tree: Path) -> None:
+    images = open_images(str(image_tree), limit=6)
+    assert [images.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_digest_knows_keys_and_lengths(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    before = open_images(str(tmp_path)).digest()
+    assert before == open_images(str(tmp_path)).digest()
+    (tmp_path / "a.jpg").write_bytes(JPEG + b"x")
+    longer = open_images(str(tmp_path)).digest()
+    (tmp_path / "a.jpg").rename(tmp_path / "b.jpg")
+    assert len({before, longer, open_images(str(tmp_path)).digest()}) == 3
+
+
+@pytest.mark.parametrize("path", ["absent", "absent-{0..3}.tar", "empty", "file.txt", "mixed", "torn.tar"])
+def test_what_cannot_be_listed(tmp_path: Path, path: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("no image")
+    (tmp_path / "mixed/class").mkdir(parents=True)
+    (tmp_path / "mixed/stray.jpg").write_bytes(JPEG)
+    (tmp_path / "mixed/class/a.jpg").write_bytes(JPEG)
+    (tmp_path / "torn.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(DataError, match=r"data\.path"):
+        open_images(str(tmp_path / path))
+
+
+def test_an_image_that_went_away(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    images = open_images(str(tmp_path))
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"a\.jpg"):
+        images.read(0)
+
+
+RED = (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "colour"),
+    [
+        (encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", quality=100), RED),
+        (encode(Image.new("L", (4, 4), 100), "PNG"), (100, 100, 100)),
+        (encode(Image.new("RGB", (4, 4), RED).convert("P"), "PNG"), RED),
+        (encode(Image.new("RGBA", (4, 4), (*RED, 128)), "PNG"), RED),
+        (encode(Image.fromarray(np.full((4, 4), 0x64FF, np.uint16)), "PNG"), (100, 100, 100)),
+        (encode(Image.new("1", (4, 4), 1), "PNG"), (255, 255, 255)),
+        (encode(Image.new("RGB", (4, 4), RED), "WEBP", lossless=True), RED),
+    ],
+    ids=["cmyk", "grey", "palette", "alpha", "16-bit", "bilevel", "webp"],
+)
+def test_photos_in_the_wild(data: bytes, colour: tuple[int, int, int]) -> None:
+    image = decode(data)
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image).astype(int) - colour).max() <= 2
+
+
+def test_exif_rotation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90° clockwise
+    left_red = Image.new("RGB", (20, 10))
+    left_red.paste(RED, (0, 0, 10, 10))
+    image = decode(encode(left_red, "PNG", exif=exif))
+    assert image.size == (10, 20)
+    assert image.getpixel((5, 2)) == RED
+    assert image.getpixel((5, 17)) == (0, 0, 0)
+
+
+def test_truncated_and_huge_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    big = encode(Image.effect_noise((64, 64), 50), "PNG")
+    with pytest.raises(DataError, match="not a readable image"):
+        decode(big[: len(big) // 2])
+    monkeypatch.setattr("pipeline.data.images._BOMB_PIXELS", 1000)
+    with pytest.raises(DataError, match="64x64 pixels"):
+        decode(big)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on odd EXIF data
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from([b"", JPEG[:30], b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"II*\0"]))
+def test_arbitrary_bytes_are_an_error_and_never_a_crash(data: bytes, head: bytes) -> None:
+    try:
+        mode = decode(head + data).mode
+    except DataError as error:
+        mode = "RGB" if len(str(error).splitlines()) == 1 else "more than one line"
+    assert mode == "RGB"

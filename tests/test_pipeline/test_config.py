@@ -1,0 +1,69 @@
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from pipeline.config import Config, Pair, PathField, load_config, save_config
+from pipeline.errors import ConfigError
+
+
+class Inner(Config):
+    path: PathField
+    limit: int | None = Field(None, gt=0)
+
+
+class Outer(Config):
+    data: Inner
+    extra: Inner | None = None
+    scale: Pair = (0.2, 1.0)
+    focus: Literal["sampled", "random"] = "sampled"
+    rate: float = Field(1e-3, gt=0)
+
+
+def test_file_then_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGES", "/images")
+    file = tmp_path / "config.yaml"
+    file.write_text("data: {path: '${oc.env:IMAGES}/train', limit: 5}\nrate: 1e-4\n")
+    config = load_config(Outer, file, ["data.limit=7", "scale=[0.5,1]"])
+    assert config == Outer(data=Inner(path=Path("/images/train"), limit=7), scale=(0.5, 1.0), rate=1e-4)
+
+
+def test_a_saved_config_loads_again(tmp_path: Path) -> None:
+    config = Outer(data=Inner(path=Path("/a b"), limit=3), focus="random")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(Outer, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.pth=/x", "data.path=/y"], r"unknown key 'data.pth' \(did you mean 'path'\?\)"),
+        (["data.path=/x", "colour=red"], r"unknown key 'colour' \(known here: data, extra, scale, focus, rate\)"),
+        (["rate=1"], r"'data' is missing: give data="),
+        (["data.path=3"], r"data.path=3: .*Path"),
+        (["data.path=/x", "data.limit=0"], r"data.limit=0: .*greater than 0"),
+        (["data.path=/x", "data.limit=many"], r"data.limit='many': .*valid integer"),
+        (["data.path=/x", "focus=top"], r"focus='top': .*'sampled' or 'random'"),
+        (["data.path=/x", "scale=[0.1]"], r"scale.1"),
+        (["data.path=/x", "rate=.nan"], r"rate=nan: .*finite"),
+        (["data.path=${nowhere}"], r"nowhere"),
+        (["data.path"], r"write key=value"),
+    ],
+)
+def test_errors_name_the_key(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(Outer, None, overrides)
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"- 1\n- 2\n", b"\xff\xfe\x00", b"a: ${"])
+def test_files_that_are_no_config(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError):
+        load_config(Outer, file)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(Outer, tmp_path / "absent.yaml")
