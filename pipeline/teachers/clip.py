@@ -127,9 +127,11 @@ def _wrap(
     if isinstance(visual, VisionTransformer):
         return ClipBackbone(visual, spec, image_size, mean, std)
     if isinstance(visual, TimmModel):
-        linear = getattr(visual.head, "proj", None)
-        dim = linear.out_features if isinstance(linear, nn.Linear) else None
-        return TimmBackbone(visual.trunk, spec, image_size, mean, std, visual.head if dim else None, dim)
+        # open_clip either adds a linear head of its own or lets the trunk's classifier be the projection.
+        for linear in (getattr(visual.head, "proj", None), visual.trunk.head):
+            if isinstance(linear, nn.Linear):
+                return TimmBackbone(visual.trunk, spec, image_size, mean, std, linear, linear.out_features)
+        return TimmBackbone(visual.trunk, spec, image_size, mean, std)
     raise TeacherError(f"teacher '{spec}' has no ViT as its vision tower: choose a ViT-* architecture")
 
 
