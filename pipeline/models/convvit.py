@@ -8,14 +8,13 @@ patch, so only the 5 × 5 depthwise ones look beyond a cell. Hence two paths wit
 - `dense`, where nothing is masked, and as the sparse path's test oracle: whole maps, the depthwise input masked.
 """
 
-import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.masking import gather_tokens, scatter_tokens, visible_map, visible_pixels
 from pipeline.models.patches import conv_in_cells, patchify, sincos_positions
-from pipeline.models.vit import EncoderOutput, LayerNorm, apply, initialise, run_blocks, transformer
+from pipeline.models.vit import EncoderOutput, LayerNorm, apply, drop_rates, initialise, run_blocks, transformer
 
 
 class ConvViT(nn.Module):
@@ -55,7 +54,7 @@ class ConvViT(nn.Module):
         self.image_size, self.patch_size, self.dim, self.taps = image_size, patch_size, dim[2], taps
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.gradient_checkpointing, self.sparse = gradient_checkpointing, sparse
-        rates = torch.linspace(0, drop_path, sum(depth)).tolist()
+        rates = drop_rates(drop_path, sum(depth))
         self.patch_embed1 = ConvEmbed(3, dim[0], patch_size // 4)
         self.patch_embed2 = ConvEmbed(dim[0], dim[1], 2)
         self.patch_embed3 = ConvEmbed(dim[1], dim[2], 2)

@@ -5,7 +5,7 @@ A model that holds `self.encoder` and `self.decoder` would save `encoder.blocks.
 on the way in. Only state dicts are renamed: `named_parameters()` still tells which part a parameter belongs to.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import nn
 
 def flatten_parts(model: nn.Module, *parts: str) -> None:
     """Leave the names of these child modules out of the model's state dict."""
-    model.register_state_dict_post_hook(partial(_shorten, parts=parts))  # type: ignore[no-untyped-call]
-    model.register_load_state_dict_pre_hook(partial(_lengthen, parts=parts))  # type: ignore[no-untyped-call]
+    on_save: Callable[..., Any] = model.register_state_dict_post_hook  # torch leaves both untyped
+    on_load: Callable[..., Any] = model.register_load_state_dict_pre_hook
+    on_save(partial(_shorten, parts=parts))
+    on_load(partial(_lengthen, parts=parts))
 
 
 def _shorten(_: nn.Module, state: MutableMapping[str, Any], prefix: str, __: object, *, parts: tuple[str, ...]) -> None:

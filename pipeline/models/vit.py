@@ -67,8 +67,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid, prefix=1), requires_grad=False)
-        rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = transformer(dim, num_heads, rates)
+        self.blocks = transformer(dim, num_heads, drop_rates(drop_path, depth))
         self.norm = LayerNorm(dim) if final_norm else nn.Identity()
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -108,6 +107,11 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """[B, K, p*p*3] to [B, K, D]."""
         return conv_in_cells(patches.view(*patches.shape[:2], -1, 3), self.proj).squeeze(2)
+
+
+def drop_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth that grows linearly from 0 at the first block to `last` at the last."""
+    return [last * block / max(depth - 1, 1) for block in range(depth)]
 
 
 def transformer(dim: int, num_heads: int, drop_path: Iterable[float]) -> nn.ModuleList:

@@ -5,6 +5,7 @@ Nothing is loaded in silence: `load_weights` raises, or returns a report of what
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isqrt
@@ -48,12 +49,11 @@ class LoadReport:
     dropped: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        parts += [f"{label}: {_summary(names)}" for label, names in self._rest() if names]
-        return "; ".join(parts)
-
-    def _rest(self) -> tuple[tuple[str, list[str]], ...]:
-        return ("resampled", self.resampled), ("fresh", self.fresh), ("dropped", self.dropped)
+        said = [f"{len(self.loaded)} tensors loaded"]
+        for label, names in (("resampled", self.resampled), ("fresh", self.fresh), ("dropped", self.dropped)):
+            parts = Counter(_part(name) for name in names)
+            said += [f"{label}: " + ", ".join(f"{part} ({count})" for part, count in parts.items())] if parts else []
+        return "; ".join(said)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
