@@ -9,10 +9,14 @@
 
 from pipeline.cache.base import Record, ShardData, hash_source
 from pipeline.cache.commits import Commit, Tombstone, read_commit
+from pipeline.cache.deep import Reextract, Reextracted
 from pipeline.cache.fidelity import Fidelity, FidelityFigures
 from pipeline.cache.manifest import CacheHeader, DatasetSection, ViewSection, match_header, read_header
 from pipeline.cache.quantiser import Quantiser
 from pipeline.cache.reader import CacheReader, open_cache
+from pipeline.cache.repair import Repair, repair
+from pipeline.cache.report import Finding, Report
+from pipeline.cache.verify import Source, verify
 from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
 
 __all__ = [
@@ -23,9 +27,15 @@ __all__ = [
     "DatasetSection",
     "Fidelity",
     "FidelityFigures",
+    "Finding",
     "Quantiser",
     "Record",
+    "Reextract",
+    "Reextracted",
+    "Repair",
+    "Report",
     "ShardData",
+    "Source",
     "Tombstone",
     "ViewSection",
     "create_cache",
@@ -35,5 +45,7 @@ __all__ = [
     "open_writer",
     "read_commit",
     "read_header",
+    "repair",
+    "verify",
     "wait_for_cache",
 ]

@@ -10,12 +10,13 @@ from pathlib import Path
 from struct import Struct
 from typing import Any, NamedTuple, Protocol
 
-import google_crc32c
 import numpy as np
 import xxhash
+from google_crc32c import extend
 from numpy.typing import NDArray
 
 from pipeline.cache.files import FileEntry
+from pipeline.errors import CacheDamage
 
 TAIL = Struct("<4iBQ")  # box (top, left, height, width), hflip, source hash: as a record's checksum covers them
 _HEAD = Struct("<QI")  # sample index, view
@@ -73,17 +74,18 @@ class Record:
     [L] (or [K]) or None; `attention` float16 [L] or [H, L], always of all L tokens, or None; `image` the stored JPEG.
     """
 
-    __slots__ = ("_tail", "attention", "image", "index", "key", "scale", "tokens", "view")
+    __slots__ = ("_key", "_tail", "attention", "image", "index", "scale", "tokens", "view")
 
     def __init__(self, index: int, view: int, raw: Raw) -> None:
         self.index = index
         self.view = view
-        self.key = raw.key.decode()
-        self.tokens: NDArray[Any] = raw.tokens
-        self.scale = raw.scale
-        self.attention = raw.attention
-        self.image = raw.image
-        self._tail = raw.tail
+        self.tokens: NDArray[Any]
+        self._key, self._tail, _, self.tokens, self.scale, self.attention, self.image = raw
+
+    @property
+    def key(self) -> str:
+        """The sample's name in the dataset."""
+        return self._key.decode()
 
     @property
     def box(self) -> NDArray[np.int32]:
@@ -107,14 +109,17 @@ class Seal:
     """
 
     def __init__(self, fingerprint: str) -> None:
-        self._start: int = google_crc32c.value(bytes.fromhex(fingerprint))
+        self._start: int = extend(0, bytes.fromhex(fingerprint))
 
     def __call__(self, index: int, view: int, raw: Raw) -> int:
-        extend = google_crc32c.extend
-        crc: int = extend(extend(self._start, _HEAD.pack(index, view) + raw.key + raw.tail), raw.tokens)
-        for part in (raw.scale, raw.attention, raw.image):
-            if part is not None:
-                crc = extend(crc, part)
+        key, tail, _, tokens, scale, attention, image = raw
+        crc: int = extend(extend(self._start, _HEAD.pack(index, view) + key + tail), tokens)
+        if scale is not None:
+            crc = extend(crc, scale)
+        if attention is not None:
+            crc = extend(crc, attention)
+        if image is not None:
+            crc = extend(crc, image)
         return crc
 
 
@@ -153,17 +158,30 @@ class Store(Protocol):
         """Write a checked shard, each file atomically and durably, and return what `files` names."""
         ...
 
-    def open_view(self, shard: int, view: int) -> OpenView: ...
-
-    def scan(self, shard: int, view: int, rows: list[int], seen: dict[str, FileEntry]) -> Iterator[tuple[int, Raw]]:
-        """Read every byte of one view once: yield (row, record) and put what was measured of each file into `seen`."""
+    def open_view(self, shard: int, view: int) -> OpenView:
+        """Open one view of a committed shard. Raises CacheDamage."""
         ...
 
-    def uncovered(self) -> Iterator[tuple[int | None, str, str | None]]:
-        """Check what no commit record covers, by making it again.
+    def scan(
+        self, shard: int, view: int, rows: list[int], seen: dict[str, FileEntry], fresh: bool = False
+    ) -> Iterator[tuple[int, Raw | CacheDamage]]:
+        """Read every byte of one view once, for verification.
 
-        Yields (shard or None, file, what is wrong or None); a missing shard's files aren't visited.
+        Yields (row, record or what keeps it from being found) for each of `rows`, ascending; the next overwrites it.
+        Puts the measure of each file that could be read whole into `seen`. `fresh` distrusts sidecars.
+        Raises CacheDamage when nothing of the view can be read.
         """
+        ...
+
+    def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
+        """Check files that no commit record covers: those of one shard, or of the whole cache (None).
+
+        Returns file → what is wrong with it. `thorough` makes them again and compares.
+        """
+        ...
+
+    def derived(self) -> set[str]:
+        """Every file of a finished cache that no commit record covers."""
         ...
 
     def rebuild(self, file: str) -> None:

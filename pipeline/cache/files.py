@@ -10,6 +10,7 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from os import preadv
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -133,7 +134,7 @@ class Descriptor:
     def read_into(self, buffer: Any, offset: int) -> None:
         """Fill `buffer` (a contiguous array of one item or more) from `offset`, or raise CacheDamage."""
         try:
-            got = os.preadv(self.number, (buffer,), offset)
+            got = preadv(self.number, (buffer,), offset)
         except OSError as error:
             raise CacheDamage(f"{self.path.name} can't be read at byte {offset}: {error.strerror}") from error
         if got != buffer.nbytes:
@@ -149,16 +150,16 @@ class Descriptor:
             got += more
 
 
-def read_table(path: Path, expected: int | None = None) -> bytes:
+def read_table(path: Path, expected: int | None = None, *, check: bool = True) -> bytes:
     """Read a small file that ends in its own crc32c (4 bytes, little-endian) and return what stands before it.
 
     Raises:
-        CacheDamage: missing, of another length than `expected` bytes of payload, or the checksum differs.
+        CacheDamage: missing, of another length than `expected` bytes of payload, or, with `check`, another crc32c.
     """
     content = read_whole(path)
     if expected is not None and len(content) != expected + CHECKSUM_BYTES:
         raise CacheDamage(f"{path.name} has {len(content)} bytes instead of {expected + CHECKSUM_BYTES}")
-    return check_table(path, content)
+    return check_table(path, content) if check else content[:-CHECKSUM_BYTES]
 
 
 def check_table(path: Path, content: bytes) -> bytes:

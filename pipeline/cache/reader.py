@@ -46,7 +46,7 @@ class CacheReader:
         self._committed = committed
         self._store = store_of(path, header)
         self._seal = Seal(header.fingerprint)
-        self._size, self._views = header.samples_per_shard, header.views
+        self._count, self._views, self._size = header.count, header.views, header.samples_per_shard
         self._open: Lru[tuple[int, int], OpenView] = Lru(self._capacity(), self._open_view)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,8 +82,8 @@ class CacheReader:
             raise CacheDamage(self._damage(shard, index, view, error)) from error
         record = Record(index, view, raw)
         if rows is not None:
-            record.tokens = record.tokens[rows]
-            record.scale = None if record.scale is None else record.scale[rows]
+            record.tokens = record.tokens.take(rows, 0)
+            record.scale = None if record.scale is None else record.scale.take(rows)
         if dequantise:
             record.tokens = self.header.quantiser.dequantise(record.tokens, record.scale)
         return record
@@ -107,24 +107,23 @@ class CacheReader:
         return np.flatnonzero(~self._committed).tolist()
 
     def _locate(self, index: int, view: int) -> tuple[int, int]:
-        if not 0 <= index < self.header.count or not 0 <= view < self._views:
+        if not 0 <= index < self._count or not 0 <= view < self._views:
             raise CacheError(
                 f"sample {index}, view {view}: {self.path} holds {len(self)} samples with {self._views} views each"
-            )
-        shard, row = divmod(index, self._size)
-        if not self._committed[shard]:
-            raise CacheError(
-                f"sample {index}: shard {shard} of {self.path} is not extracted yet; "
-                "finish it with `mrmae extract-teacher-features`"
             )
         if index in self.tombstones:
             raise CacheError(
                 f"sample {index} is a tombstone ({self.tombstones[index]}); take samples from live_indices()"
             )
-        return shard, row
+        return divmod(index, self._size)
 
     def _open_view(self, place: tuple[int, int]) -> OpenView:
-        return self._store.open_view(*place)
+        shard, view = place
+        if not self._committed[shard]:
+            raise CacheError(
+                f"shard {shard} of {self.path} is not extracted yet: finish it with `mrmae extract-teacher-features`"
+            )
+        return self._store.open_view(shard, view)
 
     def _capacity(self) -> int:
         """Open views that leave half of the process's descriptors to others."""

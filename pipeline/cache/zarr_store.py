@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numcodecs
 import numpy as np
@@ -35,6 +35,8 @@ from pipeline.cache.files import (
 )
 from pipeline.cache.manifest import CacheHeader
 from pipeline.errors import CacheDamage, CacheError
+
+T = TypeVar("T")
 
 _KEY_ENCODING: Any = {"name": "default", "separator": "."}  # one flat folder an array: one fsync a shard, not five
 _SHUFFLES: tuple[Any, ...] = ("noshuffle", "shuffle", "bitshuffle")
@@ -162,37 +164,45 @@ class ZarrStore:
     def open_view(self, shard: int, view: int) -> "ZarrView":
         return ZarrView(self._root, self._header, shard, view)
 
-    def scan(self, shard: int, view: int, rows: list[int], seen: dict[str, FileEntry]) -> Iterator[tuple[int, Raw]]:
-        opened = self.open_view(shard, view)
-        wanted = frozenset(rows)
+    def scan(
+        self, shard: int, view: int, rows: list[int], seen: dict[str, FileEntry], fresh: bool = False
+    ) -> Iterator[tuple[int, Raw | CacheDamage]]:
+        # The files' own checksums are left aside: `seen` shows a damaged file, and each record its own damage.
+        opened = ZarrView(self._root, self._header, shard, view, check_tables=False)
         tokens_file = _chunk("tokens", shard, view, 4)
-        for file in self.files(shard):
-            name, _, chunk = file.partition("/")
-            if file != tokens_file and (len(self._specs[name][0]) == 1 or chunk.split(".")[2] == str(view)):
+        packed = self._header.compression is not None
+        for name, (shape, _, _) in self._specs.items():
+            file = _chunk(name, shard, view, len(shape))
+            if packed or file != tokens_file:
                 seen[file] = hash_file(file_of(self._root, file))
-        if self._header.compression is not None:
-            seen[tokens_file] = hash_file(file_of(self._root, tokens_file))
-            yield from ((row, opened.read(row)) for row in rows)
+        if packed:
+            yield from ((row, _attempt(opened.read, row)) for row in rows)
             return
-        hasher, offset = xxhash.xxh3_128(), 0
-        for row, tokens in opened.blocks(hasher.update):
-            offset += tokens.nbytes
-            for k in range(len(tokens)):
-                if row + k in wanted:
-                    yield row + k, opened.read(row + k, tokens[k])
-        rest = opened.rest(offset)
+        wanted, hasher, tokens = frozenset(rows), xxhash.xxh3_128(), opened.raw_tokens
+        for start in range(0, self._header.samples_per_shard, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, self._header.samples_per_shard)
+            block = _attempt(tokens.read_block, start, stop)
+            if not isinstance(block, CacheDamage):
+                hasher.update(block.data)
+            for row in filter(wanted.__contains__, range(start, stop)):
+                yield row, _attempt(opened.read, row, None if isinstance(block, CacheDamage) else block[row - start])
+        size = self._header.samples_per_shard * tokens.bytes
+        rest = tokens.file.read_from(size)
         hasher.update(rest)
-        seen[tokens_file] = FileEntry(bytes=offset + len(rest), xxh3_128=hasher.hexdigest())
+        seen[tokens_file] = FileEntry(bytes=tokens.file.size(), xxh3_128=hasher.hexdigest())
 
-    def uncovered(self) -> Iterator[tuple[int | None, str, str | None]]:
-        for file, expected in self._metadata().items():
+    def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
+        problems = {}
+        for file, expected in self._metadata().items() if shard is None else ():
             path = file_of(self._root, file)
             if not path.is_file():
-                yield None, file, "is missing"
+                problems[file] = "is missing"
             elif not _same_json(path.read_bytes(), expected):
-                yield None, file, "is not what this cache's header asks for"
-            else:
-                yield None, file, None
+                problems[file] = "is not what this cache's header asks for"
+        return problems
+
+    def derived(self) -> set[str]:
+        return set(self._metadata())
 
     def rebuild(self, file: str) -> None:
         path = file_of(self._root, file)
@@ -228,15 +238,15 @@ def _checksums(span: range, data: ShardData, seal: Seal) -> NDArray[np.uint32]:
 class ZarrView:
     """One view of one shard: the large arrays as open files, the small ones in memory (about 100 bytes a sample)."""
 
-    def __init__(self, root: Path, header: CacheHeader, shard: int, view: int) -> None:
+    def __init__(self, root: Path, header: CacheHeader, shard: int, view: int, check_tables: bool = True) -> None:
         specs, S = array_specs(header), header.samples_per_shard
-        self._rows = S
 
         def path(name: str) -> Path:
             return file_of(root, _chunk(name, shard, view, len(specs[name][0])))
 
         def table(name: str, items: int, dtype: str) -> NDArray[Any]:
-            return np.frombuffer(read_table(path(name), S * items * np.dtype(dtype).itemsize), dtype)
+            size = S * items * np.dtype(dtype).itemsize
+            return np.frombuffer(read_table(path(name), size, check=check_tables), dtype)
 
         tokens, dtype, shape = path("tokens"), header.quantiser.dtype, (header.tokens, header.dim)
         self._tokens = (
@@ -253,8 +263,8 @@ class ZarrView:
         tails["hflip"] = table("hflip", 1, "u1")
         tails["source_hash"] = table("source_hash", 1, "<u8")
         self._tails = tails.tobytes()
-        self._crc = table("crc32c", 1, "<u4")
-        self._keys = _parse_strings(read_table(path("key")), S, path("key").name)
+        self._crc = memoryview(table("crc32c", 1, "<u4").astype(np.uint32).tobytes()).cast("I")
+        self._keys = _parse_strings(read_table(path("key"), check=check_tables), S, path("key").name)
 
     def read(self, row: int, tokens: NDArray[Any] | None = None) -> Raw:
         """One record; `tokens` if the caller has read them already."""
@@ -268,7 +278,7 @@ class ZarrView:
         return Raw(
             self._keys[row],
             self._tails[row * TAIL.size : (row + 1) * TAIL.size],
-            int(self._crc[row]),
+            self._crc[row],
             self._tokens.read(row) if tokens is None else tokens,
             scale,
             attention,
@@ -278,44 +288,33 @@ class ZarrView:
     def key(self, row: int) -> str:
         return self._keys[row].decode()
 
-    def blocks(self, measure: Callable[[Any], None]) -> Iterator[tuple[int, NDArray[Any]]]:
-        """All rows of uncompressed tokens in order, a few at a time, each block given to `measure` as it is read.
-
-        Yields (first row, tokens [n, L, D]); a block is overwritten by the next one.
-        """
+    @property
+    def raw_tokens(self) -> "_RawTokens":
+        """The tokens file, uncompressed."""
         assert isinstance(self._tokens, _RawTokens)
-        for start in range(0, self._rows, _BLOCK_ROWS):
-            block = self._tokens.read_block(start, min(_BLOCK_ROWS, self._rows - start))
-            measure(block)
-            yield start, block
-
-    def rest(self, offset: int) -> bytes:
-        """What follows the rows in the tokens file: the chunk's own checksum."""
-        return self._tokens.rest(offset)
+        return self._tokens
 
 
 class _RawTokens:
     """A chunk file as it is: the array, then its crc32c."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
-        self._file, self._dtype, self._shape = Descriptor(path), dtype, shape
-        self._bytes = shape[0] * shape[1] * dtype.itemsize
+        self.file, self._dtype, self._shape = Descriptor(path), dtype, shape
+        self.bytes = shape[0] * shape[1] * dtype.itemsize  # of one record
         self._block = np.empty((0, *shape), dtype)
 
     def read(self, row: int) -> NDArray[Any]:
         tokens = np.empty(self._shape, self._dtype)
-        self._file.read_into(tokens, row * self._bytes)
+        self.file.read_into(tokens, row * self.bytes)
         return tokens
 
-    def read_block(self, row: int, rows: int) -> NDArray[Any]:
-        if len(self._block) < rows:
-            self._block = np.empty((rows, *self._shape), self._dtype)
-        block = self._block[:rows]
-        self._file.read_into(block, row * self._bytes)
+    def read_block(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows start to stop as [n, L, D]; the next block overwrites them."""
+        if len(self._block) < stop - start:
+            self._block = np.empty((stop - start, *self._shape), self._dtype)
+        block = self._block[: stop - start]
+        self.file.read_into(block, start * self.bytes)
         return block
-
-    def rest(self, offset: int) -> bytes:
-        return self._file.read_from(offset)
 
 
 class _PackedTokens:
@@ -343,8 +342,12 @@ class _PackedTokens:
             raise CacheDamage(f"{self._file.path.name}: row {row} doesn't decompress") from error
         return tokens
 
-    def rest(self, offset: int) -> bytes:
-        return self._file.read_from(offset)
+
+def _attempt(read: Callable[..., T], *arguments: Any) -> T | CacheDamage:
+    try:
+        return read(*arguments)
+    except CacheDamage as error:
+        return error
 
 
 def _parse_strings(payload: bytes, count: int, name: str) -> list[bytes]:

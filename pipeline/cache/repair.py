@@ -1,0 +1,44 @@
+"""Mending what verification found: damaged shards are extracted again, and nothing else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.cache.base import ShardData
+from pipeline.cache.report import Finding, Report
+from pipeline.cache.writer import open_writer, store_of
+
+ExtractShard = Callable[[int], ShardData]
+"""Makes the whole content of one shard again from the images, as extraction does."""
+
+
+@dataclass(slots=True)
+class Repair:
+    """What was mended, and what couldn't be."""
+
+    shards: list[int] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    beyond: list[Finding] = field(default_factory=list)  # the header or the images: extract into a new folder
+
+
+def repair(path: Path, report: Report, extract_shard: ExtractShard) -> Repair:
+    """Write damaged and missing shards again and rebuild what is derived; then `verify` should find nothing.
+
+    A shard's commit is withdrawn before its files are touched: a repair that is killed leaves it unwritten, not torn.
+
+    Raises:
+        CacheDamage: cache.json itself is damaged. CacheError: the disk is full, ...
+    """
+    writer = open_writer(path)
+    store = store_of(path, writer.header)
+    done = Repair(beyond=report.beyond_repair())
+    for file in report.rebuilt_files():
+        store.rebuild(file)
+        done.files.append(file)
+    for shard in report.damaged_shards():
+        data = extract_shard(shard)
+        writer.withdraw(shard)
+        writer.clean_partial(shard)
+        writer.write_shard(shard, data)
+        done.shards.append(shard)
+    return done

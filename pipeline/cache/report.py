@@ -1,0 +1,65 @@
+"""What verification found: findings, each with its place, and counts."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_REPAIRED_BY_EXTRACTION = frozenset({"missing", "commit", "file", "record", "values", "deep"})
+_REBUILT = "uncovered"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, and where.
+
+    Kinds: `header`, `dataset`, `source` (the images changed), `missing` (shard), `commit`, `file`, `record`, `values`,
+    `deep` (the teacher says otherwise), `uncovered` (a file that is made again from others); notes, which are no
+    damage: `partial`, `stray`.
+    """
+
+    kind: str
+    message: str
+    shard: int | None = None
+    sample: int | None = None
+    view: int | None = None
+    file: str | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """The outcome of `verify`. `sound` means no findings; notes don't count."""
+
+    path: str
+    level: str
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[Finding] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)  # of the deep level
+    seconds: float = 0.0
+
+    @property
+    def sound(self) -> bool:
+        return not self.findings
+
+    def add(self, kind: str, message: str, **place: Any) -> None:
+        """Record damage; `place` are Finding's shard, sample, view, file."""
+        self.findings.append(Finding(kind, message, **place))
+
+    def note(self, kind: str, message: str, **place: Any) -> None:
+        """Record something odd that is no damage."""
+        self.notes.append(Finding(kind, message, **place))
+
+    def damaged_shards(self) -> list[int]:
+        """Shards to extract again, ascending."""
+        return sorted({f.shard for f in self.findings if f.shard is not None and f.kind in _REPAIRED_BY_EXTRACTION})
+
+    def rebuilt_files(self) -> list[str]:
+        """Files to make again from others, those of damaged shards left out."""
+        damaged = set(self.damaged_shards())
+        return [f.file for f in self.findings if f.kind == _REBUILT and f.file is not None and f.shard not in damaged]
+
+    def beyond_repair(self) -> list[Finding]:
+        """What no extraction mends: another header, other images."""
+        return [f for f in self.findings if f.kind not in _REPAIRED_BY_EXTRACTION | {_REBUILT}]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "sound": self.sound}

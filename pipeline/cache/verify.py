@@ -1,0 +1,290 @@
+"""Is the cache what was written? Three levels: `quick` looks at structure and sizes, `full` at every byte and record,
+`deep` also asks the live teacher again about a few records.
+
+    report = verify(path, level="full", source=images)
+    if not report.sound:
+        repair(path, report, extract_shard)
+
+The teacher and the images are handed in; this wing imports neither.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from pipeline.cache.base import Raw, Record, Seal, Store, file_of, hash_source
+from pipeline.cache.commits import FOLDER, Commit, commit_path, read_commit
+from pipeline.cache.deep import Reextract, compare
+from pipeline.cache.files import PARTIAL, FileEntry, hash_file
+from pipeline.cache.manifest import FILE, CacheHeader, read_header
+from pipeline.cache.report import Finding, Report
+from pipeline.cache.writer import store_of
+from pipeline.errors import CacheDamage, PipelineError
+
+Level = Literal["quick", "full", "deep"]
+_SUM_TOLERANCE = 5e-3  # of attention over tokens: float16 rounds each of them
+_NAMED = 10  # damaged samples of one view that get a finding of their own
+
+
+class Source(Protocol):
+    """The images that a cache was extracted from, as verification needs them."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """The sample's name, as it was at extraction."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The bytes of the image file. Raises PipelineError or OSError when it can't be read."""
+        ...
+
+    def digest(self) -> str:
+        """Of the ordered keys and byte lengths: what `dataset.digest` holds."""
+        ...
+
+
+def verify(
+    path: Path,
+    level: Level = "quick",
+    source: Source | None = None,
+    reextract: Reextract | None = None,
+    samples: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Check a cache and report everything that is wrong with it.
+
+    Args:
+        source: the images; compares the dataset's digest at any level, keys and image hashes from `full` on.
+        reextract: the live teacher; needed by `deep`, which asks it about `samples` random records.
+        progress: called with (shards done, shards).
+
+    Raises:
+        CacheError: there is no cache at `path`, or a file of it may not be read.
+    """
+    started = time.monotonic()
+    report = Report(path=str(path), level=level)
+    try:
+        header = read_header(path)
+    except CacheDamage as error:
+        report.add("header", str(error), file=FILE)
+        return report
+    report.counts.update(samples=header.count, shards=header.shards, committed=0, records=0, bytes=0, tombstones=0)
+    if level == "deep" and reextract is None:
+        raise PipelineError("deep verification needs the images and the teacher: give --data, or use --level full")
+    verifier = _Verifier(path, header, report, source, level != "quick")
+    verifier.check_cache()
+    for shard in range(header.shards):
+        verifier.check_shard(shard)
+        if progress is not None:
+            progress(shard + 1, header.shards)
+    if level == "deep" and reextract is not None:
+        compare(path, header, report, reextract, samples, seed)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+class _Verifier:
+    """One pass over a cache, shard by shard; memory is bounded by the small arrays of one view of one shard."""
+
+    def __init__(self, path: Path, header: CacheHeader, report: Report, source: Source | None, full: bool) -> None:
+        self._path, self._header, self._report, self._source, self._full = path, header, report, source, full
+        self._store: Store = store_of(path, header)
+        self._seal = Seal(header.fingerprint)
+
+    def check_cache(self) -> None:
+        """What concerns no shard: metadata files, the dataset as a whole, files that don't belong here."""
+        for file, problem in self._store.uncovered(None, thorough=True).items():
+            self._report.add("uncovered", f"{file} {problem}", file=file)
+        if self._source is not None:
+            self._check_dataset(self._source)
+        self._check_strays()
+
+    def _check_dataset(self, source: Source) -> None:
+        dataset = self._header.dataset
+        if len(source) != dataset.count:
+            self._report.add("dataset", f"the dataset has {len(source)} images, the cache was made of {dataset.count}")
+        elif source.digest() != dataset.digest:
+            message = "keys or sizes of the images are not those that the cache was made of (the digest differs)"
+            self._report.add("dataset", message)
+        else:
+            return
+        self._source = None  # joining keys one by one would only repeat it
+
+    def _check_strays(self) -> None:
+        known = {f for shard in range(self._header.shards) for f in self._store.files(shard)}
+        known |= {f"{FOLDER}/{commit_path(self._path, shard).name}" for shard in range(self._header.shards)} | {FILE}
+        known |= self._store.derived()
+        for found in self._path.rglob("*"):
+            name = found.relative_to(self._path).as_posix()
+            if found.is_dir() or name in known:
+                continue
+            if name.endswith(PARTIAL):
+                self._report.note(
+                    "partial", f"{name} is what a killed writer left, or one is at work; harmless", file=name
+                )
+            else:
+                self._report.note("stray", f"{name} is not part of the cache", file=name)
+
+    def check_shard(self, shard: int) -> None:
+        """The shard's commit, its files' sizes, and at the higher levels every byte and record."""
+        if not commit_path(self._path, shard).is_file():
+            self._report.add("missing", f"shard {shard} is not extracted, or its commit record is lost", shard=shard)
+            return
+        try:
+            commit = read_commit(self._path, self._header, shard)
+        except CacheDamage as error:
+            self._report.add("commit", str(error), shard=shard, file=f"{FOLDER}/{commit_path(self._path, shard).name}")
+            return
+        counts = self._report.counts
+        counts["committed"] += 1
+        counts["tombstones"] += len(commit.tombstones)
+        counts["bytes"] += sum(entry.bytes for entry in commit.files.values())
+        broken = self._check_sizes(shard, commit)
+        stale = self._check_sidecars(shard, thorough=False)
+        if self._full:
+            self._check_records(shard, commit, broken, stale)
+
+    def _check_sizes(self, shard: int, commit: Commit) -> set[str]:
+        """Report files that are missing or of another length; returns their names."""
+        broken = set()
+        expected = set(self._store.files(shard))
+        if set(commit.files) != expected:
+            self._report.add("commit", f"shard {shard}: its commit record lists other files", shard=shard)
+        for file in sorted(expected & set(commit.files)):
+            path = file_of(self._path, file)
+            problem = "is missing"
+            if path.is_file():
+                size = path.stat().st_size
+                problem = f"has {size} bytes instead of {commit.files[file].bytes}"
+                if size == commit.files[file].bytes:
+                    continue
+            broken.add(file)
+            self._report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
+        return broken
+
+    def _check_sidecars(self, shard: int, thorough: bool) -> bool:
+        """Report what no commit covers; returns whether something is wrong."""
+        problems = self._store.uncovered(shard, thorough)
+        for file, problem in problems.items():
+            self._report.add("uncovered", f"shard {shard}: {file} {problem}", shard=shard, file=file)
+        return bool(problems)
+
+    def _check_records(self, shard: int, commit: Commit, broken: set[str], stale: bool) -> None:
+        seen: dict[str, FileEntry] = {}
+        for view in range(self._header.views):
+            findings = list(self._scan(shard, view, commit, seen, stale))
+            if findings and not stale and self._check_sidecars(shard, thorough=True):
+                findings = list(self._scan(shard, view, commit, seen, fresh=True))
+            self._report.findings += findings
+        for file, entry in commit.files.items():
+            if file not in broken and self._measure(file, seen) != entry:
+                message = f"shard {shard}: {file} is not what was written (its xxh3-128 differs)"
+                self._report.add("file", message, shard=shard, file=file)
+
+    def _measure(self, file: str, seen: dict[str, FileEntry]) -> FileEntry:
+        return seen[file] if file in seen else hash_file(file_of(self._path, file))
+
+    def _scan(
+        self, shard: int, view: int, commit: Commit, seen: dict[str, FileEntry], fresh: bool
+    ) -> Iterator[Finding]:
+        """Findings of one view: each damaged record, then values that can't be."""
+        span = self._header.shard_range(shard)
+        dead = {stone.index for stone in commit.tombstones}
+        rows = [row for row, index in enumerate(span) if index not in dead]
+        values, damaged = _ViewValues(self._header, len(span)), 0
+        try:
+            for row, raw in self._store.scan(shard, view, rows, seen, fresh):
+                problem = self._record_problem(span[row], view, raw)
+                if problem is None and isinstance(raw, Raw):
+                    values.add(row, raw)
+                    continue
+                damaged += 1
+                if damaged <= _NAMED:
+                    message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
+                    yield Finding("record", message, shard=shard, sample=span[row], view=view)
+        except CacheDamage as error:
+            yield Finding("file", f"shard {shard}, view {view}: {error}", shard=shard, view=view)
+        self._report.counts["records"] += len(values.rows)
+        if damaged > _NAMED:
+            message = f"shard {shard}, view {view}: {damaged - _NAMED} more damaged samples"
+            yield Finding("record", message, shard=shard, view=view)
+        for row, problem in values.problems():
+            message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
+            yield Finding("values", message, shard=shard, sample=span[row], view=view)
+
+    def _record_problem(self, index: int, view: int, raw: Raw | CacheDamage) -> str | None:
+        if isinstance(raw, CacheDamage):
+            return str(raw)
+        if self._seal(index, view, raw) != raw.crc32c:
+            return "its checksum differs"
+        if self._source is not None and view == 0:
+            self._join(self._source, Record(index, view, raw))
+        return None
+
+    def _join(self, source: Source, record: Record) -> None:
+        """Compare a sound record with the image that it was made of."""
+        index, problem = record.index, None
+        if source.key(index) != record.key:
+            problem = f"the cache was made of '{record.key}', the dataset now has '{source.key(index)}' there"
+        else:
+            try:
+                if hash_source(source.read(index)) != record.source_hash:
+                    problem = f"image '{record.key}' has changed since it was extracted"
+            except (OSError, PipelineError) as error:
+                problem = f"image '{record.key}' can't be read any more: {error}"
+        if problem is not None:
+            shard = index // self._header.samples_per_shard
+            self._report.add("source", f"shard {shard}, sample {index}: {problem}", shard=shard, sample=index)
+
+
+class _ViewValues:
+    """Collects the small values of one view, to check them all at once: numpy pays per call."""
+
+    def __init__(self, header: CacheHeader, rows: int) -> None:
+        self.rows: list[int] = []
+        self._tails = bytearray()
+        self._scale = np.empty((rows, header.tokens), np.float16) if header.quantiser.has_scale else None
+        shape = header.attention_shape
+        self._attention = np.empty((rows, *shape), np.float16) if shape is not None else None
+        self._floats = header.quantiser.dtype.kind == "f"
+        self._infinite: list[int] = []
+
+    def add(self, row: int, raw: Raw) -> None:
+        at = len(self.rows)
+        self.rows.append(row)
+        self._tails += raw.tail
+        if self._scale is not None:
+            self._scale[at] = raw.scale
+        if self._attention is not None:
+            self._attention[at] = raw.attention
+        if self._floats and not np.isfinite(raw.tokens).all():
+            self._infinite.append(row)
+
+    def problems(self) -> Iterator[tuple[int, str]]:
+        """(row, what can't be) of records whose checksum is right and whose content still isn't."""
+        n = len(self.rows)
+        if n == 0:
+            return
+        yield from ((row, "tokens are not finite") for row in self._infinite)
+        if self._scale is not None:
+            scale = self._scale[:n].astype(np.float32)
+            good = np.isfinite(scale) & (scale > 0)
+            yield from self._named((~good).any(1), "scales are not finite and positive")
+        if self._attention is not None:
+            attention = self._attention[:n].astype(np.float32)
+            sums = np.where((attention >= 0).all(-1), attention.sum(-1), np.nan).reshape(n, -1)
+            wrong = ~(np.abs(sums - 1) <= _SUM_TOLERANCE)
+            yield from self._named(wrong.any(1), "attention does not sum to 1")
+        tails = np.frombuffer(self._tails, [("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")])
+        boxes = np.concatenate([tails["box"][:, :2] < 0, tails["box"][:, 2:] < 1], 1)
+        yield from self._named(boxes.any(1), "the box is empty or outside the image")
+        yield from self._named(tails["hflip"] > 1, "hflip is neither 0 nor 1")
+
+    def _named(self, wrong: Any, problem: str) -> Iterator[tuple[int, str]]:
+        """The first few rows where `wrong`, bool [n], holds."""
+        return ((self.rows[at], problem) for at in np.flatnonzero(wrong)[:_NAMED].tolist())
