@@ -6,7 +6,6 @@ checks and the LRU of open shards, the same for every store.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from struct import Struct
 from typing import Any, NamedTuple, Protocol
 
@@ -187,7 +186,3 @@ class Store(Protocol):
     def rebuild(self, file: str) -> None:
         """Write one of the files of `uncovered` again."""
         ...
-
-
-def file_of(root: Path, relative: str) -> Path:
-    return root.joinpath(*relative.split("/"))

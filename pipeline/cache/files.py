@@ -62,6 +62,11 @@ def write_file(path: Path, parts: Iterable[Any], *, exclusive: bool = False) -> 
     return FileEntry(bytes=size, xxh3_128=hasher.hexdigest())
 
 
+def file_of(root: Path, relative: str) -> Path:
+    """The path of a file that a commit record names."""
+    return root.joinpath(*relative.split("/"))
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

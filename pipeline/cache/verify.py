@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pipeline.cache.base import Raw, Record, Seal, Store, file_of, hash_source
+from pipeline.cache.base import Raw, Record, Seal, Store, hash_source
 from pipeline.cache.commits import FOLDER, Commit, commit_path, read_commit
 from pipeline.cache.deep import Reextract, compare
-from pipeline.cache.files import PARTIAL, FileEntry, hash_file
+from pipeline.cache.files import PARTIAL, FileEntry, file_of, hash_file
 from pipeline.cache.manifest import FILE, CacheHeader, read_header
 from pipeline.cache.report import Finding, Report
 from pipeline.cache.writer import store_of

@@ -18,8 +18,8 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic_core import from_json
 
-from pipeline.cache.base import TAIL, Raw, Seal, ShardData, file_of
-from pipeline.cache.files import Descriptor, FileEntry, checksum, one_line, read_table, sync_folder, write_file
+from pipeline.cache.base import TAIL, Raw, Seal, ShardData
+from pipeline.cache.files import Descriptor, FileEntry, checksum, file_of, one_line, read_table, sync_folder, write_file
 from pipeline.cache.manifest import CacheHeader, canonical
 from pipeline.errors import CacheDamage
 

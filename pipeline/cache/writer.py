@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.base import Seal, ShardData, Store, file_of
+from pipeline.cache.base import Seal, ShardData, Store
 from pipeline.cache.commits import Commit, Tombstone, commit_path, read_commit, write_commit
-from pipeline.cache.files import PARTIAL, one_line, partials_of, sync_folder, write_file
+from pipeline.cache.files import PARTIAL, file_of, one_line, partials_of, sync_folder, write_file
 from pipeline.cache.manifest import FILE, CacheHeader, match_header, read_header
 from pipeline.cache.webdataset_store import WebdatasetStore
 from pipeline.cache.zarr_store import ZarrStore, array_specs

@@ -21,12 +21,13 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, MemoryStore
 
-from pipeline.cache.base import TAIL, Raw, Seal, ShardData, file_of
+from pipeline.cache.base import TAIL, Raw, Seal, ShardData
 from pipeline.cache.files import (
     CHECKSUM_BYTES,
     Descriptor,
     FileEntry,
     check_table,
+    file_of,
     hash_file,
     one_line,
     read_table,

@@ -1,0 +1,62 @@
+"""How large a cache will be, before anything is written."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import CacheError
+
+JPEG_BYTES = 25_000  # of a photo at 224 px, quality 95
+COMPRESSED = 0.85  # of float tokens with Blosc's shuffle and zstd
+_KEY_BYTES = 40  # a class, a file name, and their length
+_TAR_BYTES = 3 * 512 + 3 * 256 + 200  # headers, padding on average, the JSON member
+_ITEM = {"int8": 1, "float16": 2, "float32": 4}
+
+
+def estimate_bytes(
+    *,
+    samples: int,
+    views: int,
+    tokens: int,
+    dim: int,
+    store: str = "zarr",
+    quantiser: str = "int8",
+    attention: str = "mean",
+    heads: int = 0,
+    compressed: bool = False,
+    image_bytes: int = JPEG_BYTES,
+) -> int:
+    """Bytes of a whole cache, within a few percent; JPEG size and compression are assumptions.
+
+    Args:
+        tokens, dim: L and D of the teacher.
+        attention, heads: as in `CacheHeader`.
+        image_bytes: of one stored view; counts in the webdataset store alone.
+    """
+    record = float(tokens * dim * _ITEM[quantiser]) * (COMPRESSED if compressed else 1.0)
+    record += 2 * tokens * (quantiser == "int8")
+    record += 2 * tokens * {"mean": 1, "heads": heads, "none": 0}[attention]
+    record += 25 if store == "zarr" else image_bytes + _TAR_BYTES
+    return int(samples * (views * record + (_KEY_BYTES + 8 if store == "zarr" else 0)))
+
+
+def require_room(path: Path, needed: int, margin: float = 1.02) -> None:
+    """Check that the disk of `path`, which need not exist yet, has room for `needed` bytes.
+
+    Raises:
+        CacheError: stating both sizes.
+    """
+    existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed * margin > free:
+        raise CacheError(
+            f"{path} needs about {readable(needed)} and its disk has {readable(free)} free: "
+            "choose another disk, fewer views, or the int8 quantiser"
+        )
+
+
+def readable(size: float) -> str:
+    """Bytes in decimal units, three digits: 193.9 GB."""
+    power = 0 if size < 1 else min(int(np.log10(size) // 3), 5)
+    return f"{size / 1000**power:.4g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"

@@ -1,0 +1,73 @@
+"""`mrmae cache-info PATH`: what a cache holds, from which teacher, how faithful, how complete."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.cache import Commit, FidelityFigures, read_commit, read_header
+from pipeline.cache.budget import readable
+from pipeline.cache.commits import committed_shards
+from pipeline.config import Config, PathField
+
+
+class CacheInfoConfig(Config):
+    """Which cache, and how much of it to list."""
+
+    path: PathField  # the cache's folder
+    tombstones: int = Field(default=20, ge=0)  # at most so many are listed
+
+
+def run(config: CacheInfoConfig) -> dict[str, Any]:
+    """Read the header and every commit record, no data. JSON-able.
+
+    Raises:
+        CacheError: no cache there. CacheDamage: its header or a commit record is damaged.
+    """
+    path: Path = config.path
+    header = read_header(path)
+    commits = [read_commit(path, header, shard) for shard in committed_shards(path, header)]
+    stones = [stone for commit in commits for stone in commit.tombstones]
+    size = sum(entry.bytes for commit in commits for entry in commit.files.values())
+    live = sum(commit.count for commit in commits) - len(stones)
+    fidelity = FidelityFigures.merge(commit.fidelity for commit in commits)
+    return {
+        "path": str(path),
+        "store": header.store,
+        "dataset": header.dataset.model_dump(),
+        "teacher": header.teacher,
+        "preprocessing": header.preprocessing,
+        "views": header.view_policy.model_dump(),
+        "tokens": header.tokens,
+        "grid": list(header.grid),
+        "dim": header.dim,
+        "quantiser": header.quantiser.name,
+        "attention": header.attention,
+        "compression": header.compression,
+        "reads": _reads(header.compression is not None),
+        "samples_per_shard": header.samples_per_shard,
+        "shards": header.shards,
+        "committed": len(commits),
+        "complete": len(commits) == header.shards,
+        "missing_shards": sorted(set(range(header.shards)) - {commit.shard for commit in commits}),
+        "bytes": size,
+        "size": readable(size),
+        "bytes_per_view": round(size / (live * header.views)) if live else 0,
+        "fidelity": None if fidelity is None else fidelity.model_dump(),
+        "tombstones": len(stones),
+        "tombstone_list": [stone.model_dump() for stone in stones[: config.tombstones]],
+        "seconds": _seconds(commits),
+        "fingerprint": header.fingerprint,
+    }
+
+
+def _reads(compressed: bool) -> str:
+    if compressed:
+        return "compressed: every read decompresses a whole record, several times slower than an uncompressed one"
+    return "uncompressed: one pread and one checksum a record"
+
+
+def _seconds(commits: list[Commit]) -> float | None:
+    """Time that extraction took over all shards, where it noted `seconds`."""
+    known = [float(c.times["seconds"]) for c in commits if isinstance(c.times.get("seconds"), int | float)]
+    return sum(known) if known else None
