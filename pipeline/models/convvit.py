@@ -64,8 +64,8 @@ class ConvViT(nn.Module):
         self.blocks2 = nn.ModuleList(ConvBlock(dim[1], rate) for rate in rates[depth[0] : -depth[2]])
         self.blocks3 = transformer(dim[2], num_heads, rates[-depth[2] :])
         if final_norm:
-            self.stage1_output_decode = nn.Conv2d(dim[0], dim[2], 4, stride=4)
-            self.stage2_output_decode = nn.Conv2d(dim[1], dim[2], 2, stride=2)
+            self.stage1_output_decode = Conv2d(dim[0], dim[2], 4, stride=4)
+            self.stage2_output_decode = Conv2d(dim[1], dim[2], 2, stride=2)
             self.norm = LayerNorm(dim[2])
         initialise(self)
         nn.init.xavier_uniform_(self.patch_embed3.proj.weight.data.flatten(1))
@@ -132,12 +132,24 @@ class ConvViT(nn.Module):
         return _tokens(self.patch_embed3(x)), outputs
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution whose weight gets its gradient in the weight's own memory layout.
+
+    Maps lie channels-last here, and torch then lays the weight's gradient out so too, which DDP warns of and copies.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, D, H', W']."""
+        weight = self.weight.flatten(1).view_as(self.weight)  # the way back through this restores the layout
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+
 class ConvEmbed(nn.Module):
     """Strided convolution, LayerNorm (torch's eps), GELU."""
 
     def __init__(self, channels: int, dim: int, stride: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, stride, stride)
+        self.proj = Conv2d(channels, dim, stride, stride)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,9 +170,9 @@ class ConvBlock(nn.Module):
     def __init__(self, dim: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.conv1 = nn.Conv2d(dim, dim, 1)
-        self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        self.conv2 = nn.Conv2d(dim, dim, 1)
+        self.conv1 = Conv2d(dim, dim, 1)
+        self.attn = Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.conv2 = Conv2d(dim, dim, 1)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = ConvMlp(dim, 4 * dim)
@@ -190,8 +202,8 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden, 1)
-        self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.fc1 = Conv2d(dim, hidden, 1)
+        self.fc2 = Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, C, H, W]."""

@@ -1,0 +1,72 @@
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.models import Student, build_classifier, build_student
+
+Build = Callable[..., Student]
+
+
+def test_the_spec_rebuilds_the_student_even_through_json(micro: Build, kind: str) -> None:
+    options = {"teachers": {"clip": 8, "dino.v1": 12}, "teacher_weights": {"clip": 2.0}, "image_size": (16, 32)}
+    student = micro(kind, **options, fusion="each", fusion_blocks=(0, 2), target_norm="none", mimic_head="mlp")
+    again = build_student(**json.loads(json.dumps(student.spec)))
+    again.load_state_dict(student.state_dict())
+    assert again.spec == student.spec
+    assert again.grid == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (11, [2, 5, 8, 10]), (12, [2, 5, 8, 11])]
+)
+def test_fusion_takes_four_evenly_spaced_blocks_and_the_last(micro: Build, depth: int, blocks: list[int]) -> None:
+    assert list(micro("vit", depth=depth).encoder.taps) == blocks
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"objective": "mrmae"}, "objective='mrmae' is unknown: did you mean 'mr_mae'?"),
+        ({"target_norm": "batch"}, "use one of layernorm, channel, none"),
+        ({"mimic_loss": "l1"}, "use one of smooth_l1, mse, cosine"),
+        ({"mimic_head": "conv"}, "use one of linear, mlp"),
+        ({"fusion": "sum"}, "use one of fused, each, last"),
+        ({"fusion": "last", "fusion_blocks": [1]}, "fusion=last takes no fusion_blocks"),
+        ({"fusion_blocks": [0, 3]}, "fusion_blocks=[0, 3]: name different blocks from 0 to 2"),
+        ({"fusion_blocks": [1, 1]}, "name different blocks"),
+        ({"fusion_blocks": []}, "name different blocks"),
+        ({"teachers": {}}, "objective=mr_mae mimics, but no teacher is given"),
+        ({"teachers": {"dino": 0}}, "teacher 'dino': 0 is no positive width"),
+        ({"teachers": {"a.b": 8, "a_b": 8}}, "differ only in '.' and '_'"),
+        ({"teacher_weights": {"clip": 1.0}}, "teacher_weights='clip' is unknown"),
+        ({"teacher_weights": {"dino": 0.0}}, "no positive width or weight"),
+        ({"mimic_weight": -1.0}, "mimic_weight=-1.0: give 0 or more"),
+        ({"pixel_weight": float("nan")}, "pixel_weight=nan: give 0 or more"),
+    ],
+)
+def test_wrong_options_are_named(micro: Build, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        micro("vit", **wrong)
+
+
+def test_mae_takes_no_teacher() -> None:
+    with pytest.raises(ConfigError, match="objective=mae reads no teacher: leave clip out"):
+        build_student("mrmae_vit_tiny_patch16", objective="mae", teachers={"clip": 8})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pool": "max"}, "use one of mean, cls"),
+        ({"name": "mrmae_convvit_small_patch16", "pool": "cls"}, "has no CLS token: use pool=mean"),
+        ({"num_classes": 0}, "num_classes=0: give 1 or more"),
+        ({"drop_path": 1.0}, "drop_path=1.0: give a rate from 0 to below 1"),
+    ],
+)
+def test_wrong_classifiers_are_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_classifier(**{"name": "mrmae_vit_tiny_patch16", "num_classes": 10, **wrong})
