@@ -107,8 +107,8 @@ def extract_teacher_features(
     from pipeline.config import load_config
     from stages.extract_teacher_features import ExtractConfig, run
 
-    result = run(load_config(ExtractConfig, config, overrides), init_only=init_only, shard_range=shard_range)
-    _print_facts(result)
+    loaded = load_config(ExtractConfig, config, overrides, "extract-teacher-features")
+    _print_facts(run(loaded, init_only=init_only, shard_range=shard_range))
 
 
 @main.command("verify-cache")
@@ -130,7 +130,8 @@ def verify_cache(
     """
     from stages.verify_cache import VerifyConfig, run
 
-    report = run(VerifyConfig(path=path, level=level, data=data, weights=weights, samples=samples, repair=repair))
+    options = {"path": path, "level": level, "data": data, "weights": weights, "samples": samples, "repair": repair}
+    report = run(VerifyConfig.model_validate(options))
     click.echo(json.dumps(report.to_json(), indent=1) if as_json else report.to_text())
     sys.exit(0 if report.sound else 1)
 
@@ -147,7 +148,7 @@ def pretrain(config: Path | None, overrides: tuple[str, ...]) -> None:
     from pipeline.config import load_config
     from stages.pretrain import PretrainConfig, run
 
-    _print_facts(run(load_config(PretrainConfig, config, overrides)))
+    _print_facts(run(load_config(PretrainConfig, config, overrides, "pretrain")))
 
 
 @main.command("finetune")
@@ -161,7 +162,7 @@ def finetune(config: Path | None, overrides: tuple[str, ...]) -> None:
     from pipeline.config import load_config
     from stages.finetune import FinetuneConfig, run
 
-    _print_facts(run(load_config(FinetuneConfig, config, overrides)))
+    _print_facts(run(load_config(FinetuneConfig, config, overrides, "finetune")))
 
 
 @main.command("linear-probe")
@@ -175,7 +176,7 @@ def linear_probe(config: Path | None, overrides: tuple[str, ...]) -> None:
     from pipeline.config import load_config
     from stages.linear_probe import LinearProbeConfig, run
 
-    _print_facts(run(load_config(LinearProbeConfig, config, overrides)))
+    _print_facts(run(load_config(LinearProbeConfig, config, overrides, "linear-probe")))
 
 
 @main.command("knn")
@@ -189,7 +190,7 @@ def knn(config: Path | None, overrides: tuple[str, ...]) -> None:
     from pipeline.config import load_config
     from stages.knn import KnnConfig, run
 
-    _print_facts(run(load_config(KnnConfig, config, overrides)))
+    _print_facts(run(load_config(KnnConfig, config, overrides, "knn")))
 
 
 @main.command("demo")
@@ -203,7 +204,7 @@ def demo(config: Path | None, overrides: tuple[str, ...]) -> None:
     from pipeline.config import load_config
     from stages.demo import DemoConfig, run
 
-    click.echo(run(load_config(DemoConfig, config, overrides), say=lambda line: click.echo(line)))
+    click.echo(run(load_config(DemoConfig, config, overrides, "demo"), say=lambda line: click.echo(line)))
 
 
 def _print_facts(facts: dict[str, Any]) -> None:

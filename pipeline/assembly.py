@@ -71,9 +71,12 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
     Raises:
         TeacherError: it can't be built, or speaks with other weights than the cache's.
     """
+    recorded = description["weights"]
+    if weights is None and recorded.endswith((".safetensors", ".pth", ".pt", ".bin")):
+        raise TeacherError(f"the cache was made with the local weights {recorded}: say where they lie with --weights")
     config = TeacherConfig(
         spec=description["spec"],
-        weights=weights or description.get("weights_path"),
+        weights=weights or ("random" if recorded == "random" else None),
         image_size=description["image_size"],
         tokens=description["tokens"],
         layers=description["layers"],

@@ -1,8 +1,10 @@
 """Strict YAML to typed config: file, then `key=value` overrides, then validation that names the key.
 
-    config = load_config(PretrainConfig, Path("configs/demo.yaml"), ["batch_size=256", "data.path=/data/train"])
+    config = load_config(PretrainConfig, Path("configs/imagenet.yaml"), ["batch_size=256"], section="pretrain")
 
-A config class lives beside the thing it configures and derives from `Config`; a stage composes them.
+A file may describe one command, or a whole chain with a section for each command (`pretrain:`, `knn:`, ...) beside
+values that the sections share by interpolation. A config class lives beside the thing it configures and derives from
+`Config`; a stage composes them.
 """
 
 import difflib
@@ -37,21 +39,28 @@ PathField = Annotated[Path, BeforeValidator(_expand)]
 Pair = Annotated[tuple[float, float], Strict(False)]
 
 
-def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str] = ()) -> C:
-    """Merge a YAML file with `a.b=c` overrides and validate the result as `cls`.
+def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str] = (), section: str = "") -> C:
+    """Merge a YAML file (its `section`, if it has one) with `a.b=c` overrides and validate the result as `cls`.
 
-    Values in the overrides are read as YAML; `${oc.env:NAME,default}` and `${other.key}` interpolate.
+    Values in the overrides are read as YAML; `${oc.env:NAME,default}` and `${other.key}` interpolate, from the root of
+    the file.
 
     Raises:
         ConfigError: naming the key and what it allows.
     """
-    merged = _read_yaml(file) if file is not None else OmegaConf.create({})
+    root = _read_yaml(file) if file is not None else OmegaConf.create({})
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{override}' is no override: write key=value, for instance batch_size=256")
     try:
-        values = OmegaConf.to_container(OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+        changes = OmegaConf.from_dotlist(list(overrides))
+        if section in root:
+            root[section] = OmegaConf.merge(root[section], changes)
+            merged = root[section]  # interpolations in it still see the values beside it
+        else:
+            merged = OmegaConf.merge(root, changes)
+        values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"config: {_first_line(error)}") from error
     try:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import features
 from torch import Tensor
 
-from pipeline.cache import CacheHeader, CacheWriter, Fidelity, Quantiser, ShardData, hash_source
+from pipeline.cache import CacheHeader, CacheWriter, Fidelity, Quantiser, Reextracted, ShardData, hash_source
 from pipeline.data.images import ImageSource, decode
 from pipeline.data.loader import Request, load
 from pipeline.data.views import ViewConfig, draw_view, encode_jpeg, render, to_chw
@@ -174,17 +174,29 @@ class Extractor:
                 progress(len(batch.indices))
             yield shard, filling.finish({"started": began, "seconds": time.time() - began})
 
-    def reextract(self, indices: Sequence[int], views: Sequence[int]) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """(tokens float32 [L, D], attention [L] or None, pixels uint8 [3, S, S]) of records, freshly computed."""
-        batches = self._render_batches(indices, self.views)
+    def reextract(self, indices: Sequence[int], views: Sequence[int], attention: str) -> Iterator[Reextracted]:
+        """Records computed anew, one for each (index, view), for the deep level of verification.
+
+        Raises:
+            DataError: an image can't be read any more.
+        """
         wanted = iter(views)
-        for batch in batches:
+        for batch in self._render_batches(indices, self.views):
             for row, index in enumerate(batch.indices):
                 if index in batch.errors:
                     raise DataError(f"image {self.source.key(index)}: {batch.errors[index]}")
-                pixels = batch.pixels[row, next(wanted)]
-                out = self.teacher(pixels.unsqueeze(0).to(self._device))
-                yield out.tokens[0].float().cpu(), None if out.attention is None else out.attention[0].cpu(), pixels
+                view = next(wanted)
+                out = self.teacher(batch.pixels[row, view].unsqueeze(0).to(self._device), heads=attention == "heads")
+                rows = {"mean": out.attention, "heads": out.attention_heads, "none": None}[attention]
+                top, left, height, width = (int(side) for side in batch.box[row, view])
+                yield Reextracted(
+                    tokens=out.tokens[0].float().cpu().numpy(),
+                    attention=None if rows is None else rows[0].float().cpu().numpy(),
+                    box=(top, left, height, width),
+                    hflip=bool(batch.hflip[row, view]),
+                    source_hash=int(batch.source_hash[row]),
+                    image=batch.images[row][view] if batch.images is not None else None,
+                )
 
     def _teach(self, batch: RenderedViews, header: CacheHeader, fidelity: Fidelity) -> "_Targets | None":
         """What the cache stores of the readable samples of a batch, on the host; None if there are none."""

@@ -17,6 +17,10 @@ class Progress:
             total=total, initial=done, desc=label, unit=unit, disable=not (show and sys.stderr.isatty()), leave=False
         )
 
+    def expect(self, total: int) -> None:
+        """Set the total, where it is known only after the start."""
+        self._bar.total = total
+
     def advance(self, count: int = 1, **notes: str) -> None:
         if notes:
             self._bar.set_postfix(notes, refresh=False)

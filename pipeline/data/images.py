@@ -104,7 +104,7 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
     Raises:
         DataError: nothing there, no images in it, or images both beside and inside class folders.
     """
-    expanded = os.path.expanduser(path)
+    expanded = os.path.abspath(os.path.expanduser(path))
     tars = _find_tars(expanded)
     source = _list_tars(expanded, tars) if tars else _list_folder(Path(expanded))
     if not len(source):

@@ -1,0 +1,132 @@
+"""`mrmae verify-cache PATH`: is the cache what was extracted? With --repair: make it so again.
+
+quick   structure, counts, sizes
+full    every byte and every record, and the source images where they can be found
+deep    also renders some records again and asks the live teacher
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from pipeline.assembly import teacher_of_cache
+from pipeline.cache import (
+    CacheHeader,
+    Reextracted,
+    Repair,
+    Report,
+    ShardData,
+    read_header,
+    repair,
+    verify,
+)
+from pipeline.config import Config, PathField
+from pipeline.data.images import ImageSource, open_images
+from pipeline.data.views import ViewConfig
+from pipeline.errors import CacheDamage, CacheError, DataError
+from pipeline.extraction import Extractor
+from pipeline.progress import Progress
+
+
+class VerifyConfig(Config):
+    """The options of `verify-cache`."""
+
+    path: PathField
+    level: Literal["quick", "full", "deep"] = "full"
+    data: str | None = None  # where the images lie now; default: where they were extracted from
+    weights: str | None = None  # of the teacher, for deep and repair
+    samples: int = Field(64, ge=1)  # records that deep computes again
+    repair: bool = False
+    workers: int = Field(2, ge=0)
+
+
+class Verification:
+    """What was found, what was mended, and whether the images took part."""
+
+    def __init__(self, report: Report, mended: Repair | None, images: str) -> None:
+        self.report, self.mended, self.images = report, mended, images
+
+    @property
+    def sound(self) -> bool:
+        return self.report.sound
+
+    def to_json(self) -> dict[str, Any]:
+        mended = {"shards": self.mended.shards, "files": self.mended.files} if self.mended else None
+        return {**self.report.to_json(), "images": self.images, "repaired": mended}
+
+    def to_text(self) -> str:
+        report = self.report
+        lines = [f"{finding.kind:<10} {finding.message}" for finding in [*report.findings, *report.notes]]
+        if self.mended:
+            lines.append(f"repaired   shards {self.mended.shards}, files {self.mended.files}")
+        counts = ", ".join(f"{count} {name}" for name, count in report.counts.items())
+        figures = ", ".join(f"{name} {value:.5g}" for name, value in report.figures.items())
+        verdict = "sound" if self.sound else f"DAMAGED, {len(report.findings)} findings (--repair mends what it can)"
+        lines.append(f"{report.path}: {verdict} at level {report.level}; {counts}; images {self.images}")
+        return "\n".join([*lines, figures] if figures else lines)
+
+
+def run(config: VerifyConfig) -> Verification:
+    """Verify, and after a repair verify again.
+
+    Raises:
+        CacheError: there is no cache. DataError, TeacherError: deep or repair lack the images or the teacher.
+    """
+    source, images = _images(config)
+    report = _verify(config, source)
+    mended = None
+    if config.repair and not report.sound:
+        header = read_header(config.path)
+        extractor = _extractor(config, header, source)
+
+        def extract_shard(shard: int) -> ShardData:
+            return next(iter(extractor.shards(header, [shard])))[1]
+
+        mended = repair(config.path, report, extract_shard)
+        report = _verify(config, source)
+    return Verification(report, mended, images)
+
+
+def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
+    reextract = None
+    if config.level == "deep":
+        header = read_header(config.path)
+        extractor = _extractor(config, header, source)
+
+        def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
+            return extractor.reextract(indices, views, header.attention)
+
+    with Progress(1, "verify", "shard") as progress:
+
+        def advance(_done: int, total: int) -> None:
+            progress.expect(total)
+            progress.advance()
+
+        return verify(config.path, config.level, source, reextract, config.samples, progress=advance)
+
+
+def _images(config: VerifyConfig) -> tuple[ImageSource | None, str]:
+    """The images that the cache was made of, if they are to be had, and a word on whether they were."""
+    if config.level == "quick" and not config.repair and config.data is None:
+        return None, "not asked for"
+    try:
+        dataset = read_header(config.path).dataset
+    except CacheDamage:
+        return None, "not checked"  # `verify` reports the damage itself
+    try:
+        return open_images(config.data or dataset.source, dataset.count), "checked"
+    except DataError:
+        if config.data is not None or config.level == "deep" or config.repair:
+            raise
+        return None, f"not found at {dataset.source} (--data says where they lie now)"
+
+
+def _extractor(config: VerifyConfig, header: CacheHeader, source: ImageSource | None) -> Extractor:
+    if source is None:
+        raise CacheError(f"{config.path}: cache.json is damaged, so its images can't be found; extract it again")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = teacher_of_cache(header.teacher, config.weights, device)
+    views = ViewConfig.model_validate(header.view_policy.model_dump())
+    return Extractor(source, views, teacher, batch_size=64, workers=config.workers, store=header.store)
