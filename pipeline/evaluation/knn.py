@@ -47,7 +47,7 @@ def knn_classify(
     train = F.normalize(train_x.to(device, torch.float32), dim=1)
     train_labels = train_y.to(device)
     votes = []
-    for rows in test_x.split(chunk):  # type: ignore[no-untyped-call]
+    for rows in torch.split(test_x, chunk):
         test = F.normalize(rows.to(device, torch.float32), dim=1)
         similarity, neighbours = _nearest(test, train, min(k, len(train)))
         votes.append(_vote(similarity, train_labels[neighbours], classes, temperature))

@@ -280,7 +280,7 @@ def share_backbones(teachers: Sequence[Teacher]) -> int:
     first: dict[tuple[object, ...], Teacher] = {}
     for teacher in teachers:
         backbone = teacher.backbone
-        key = (teacher.weights_sha256, type(backbone), teacher.image_size, teacher.mean, teacher.std)
+        key = (teacher.weights_sha256, type(backbone), teacher.device, teacher.image_size, teacher.mean, teacher.std)
         original = first.setdefault(key, teacher)
         teacher.backbone, teacher._trace = original.backbone, original._trace
     return len({(id(teacher.backbone), teacher.dtype) for teacher in teachers})

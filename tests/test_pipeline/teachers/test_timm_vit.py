@@ -84,10 +84,11 @@ def test_dino_equals_the_formulas(
     state = shake(timm.create_model(name)).state_dict()
     save_file(state, tmp_path / "dino.safetensors")
     teacher = build_teacher(spec, weights=tmp_path / "dino.safetensors", image_size=size)
-    output = teacher(views(size))
+    images = views(size, count=1)
+    output = teacher(images)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double().view(2, 1, 3, 1, 1)
     double = {key: value.double() for key, value in state.items()}
-    tokens, attention = plain_vit(double, (views(size) / 255.0 - mean) / std, heads, size)
+    tokens, attention = plain_vit(double, (images / 255.0 - mean) / std, heads, size)
     assert teacher.grid == (size // 16, size // 16)
     assert output.attention is not None
     torch.testing.assert_close(output.tokens, tokens.float(), atol=1e-5, rtol=1e-5)
