@@ -1,0 +1,104 @@
+"""The command line as a user meets it: help, one-line errors, exit codes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import cli
+from tests.test_stages.conftest import extract_config
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = sorted(cli.main.commands)
+
+
+def mrmae(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, arguments)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_a_command_reads_writes_and_costs(command: str) -> None:
+    text = mrmae(command, "--help").output.lower()
+    for word in ("read", "write", "cost"):
+        assert word in text, f"{command} --help doesn't say what it {word}s"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--config", "absent.yaml"], "no such file"),
+        (["pretrain", "output=/tmp/x", "batchsize=3"], "did you mean 'batch_size'"),
+        (["pretrain", "output=/tmp/x", "epochs=many"], "epochs='many'"),
+        (["pretrain", "output=/tmp/x", "mask.mask_ratio=1.5"], "mask.mask_ratio=1.5: input should be less than 1"),
+        (["extract-teacher-features", "data.path=/absent", "teacher.spec=dino_vits16", "cache.path=/tmp/c"], "/absent"),
+        (["verify-cache", "/absent"], "no cache.json"),
+        (["knn", "data.path=/absent", "val.path=/absent"], "/absent"),
+        (["finetune", "data.path=/absent", "val.path=/absent", "output=/tmp/x"], "/absent"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(arguments: list[str], message: str) -> None:
+    result = mrmae(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert result.output.startswith("error: ")
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = mrmae("--debug", "verify-cache", "/absent")
+    assert result.exception is not None
+    assert type(result.exception).__name__ == "CacheError"
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    result = mrmae("extract-teacher-features", f"data.path={tmp_path}", "teacher.spec=x", f"cache.path={tmp_path}/c")
+    assert result.exit_code == 2
+    assert "no images in it" in result.output
+
+
+def test_verify_exit_codes(image_tree: Path, tmp_path: Path) -> None:
+    from stages import extract_teacher_features
+
+    cache = tmp_path / "cache"
+    extract_teacher_features.run(extract_config(image_tree, cache))
+    assert mrmae("verify-cache", str(cache)).exit_code == 0
+    max((cache / "commits").iterdir()).unlink()
+    result = mrmae("verify-cache", str(cache), "--json")
+    assert result.exit_code == 1
+    assert '"sound": false' in result.output
+
+
+def start(tmp_path: Path, image_tree: Path, cache: Path) -> subprocess.Popen[str]:
+    """A pre-training run that would go on for hours, in a process of its own."""
+    command = [
+        sys.executable, "-m", "cli", "pretrain", f"data.path={image_tree}", f"cache.path={cache}", "log_every=1",
+        "student={name: mrmae_vit_tiny_patch16, image_size: 64, dim: 48, depth: 1, num_heads: 3, decoder_dim: 32,"
+        " decoder_depth: 1, decoder_heads: 2}", "batch_size=8", "epochs=100000", f"output={tmp_path}/run",
+        "tensorboard=false", "checkpoint_every=100000",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_before_leaving(image_tree: Path, tmp_path: Path, number: signal.Signals) -> None:
+    from stages import extract_teacher_features
+
+    extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache"))
+    process = start(tmp_path, image_tree, tmp_path / "cache")
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "with a checkpoint; run again to go on" in errors
+    assert "Traceback" not in errors
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1

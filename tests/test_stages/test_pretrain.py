@@ -1,0 +1,187 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.cache import open_cache
+from pipeline.errors import CacheError, CheckpointError, ConfigError, TrainingError
+from stages import pretrain
+from tests.test_stages.conftest import MICRO, pretrain_config
+
+Make = Callable[..., Path]
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows(output)]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(max((output / "checkpoints").glob("step-*")) / "model.safetensors")
+
+
+def inputs(cache: Path, images: Path) -> dict[str, Any]:
+    data = {"path": str(images), "workers": 0}
+    return {"cache": {"path": str(cache)}} | ({} if cache.name == "webdataset" else {"data": data})
+
+
+def test_both_losses_fall(cache: Path, image_tree: Path, tmp_path: Path) -> None:
+    config = pretrain_config(tmp_path / "run", max_steps=40, epochs=40, **inputs(cache, image_tree))
+    pretrain.run(config)
+    written = rows(tmp_path / "run")
+    assert written[-1]["pixel_loss"] < 0.95 * written[0]["pixel_loss"]
+    assert written[-1]["mimic_loss"] < 0.8 * written[0]["mimic_loss"]
+    assert {"lr", "images_per_s", "data_wait", "epoch"} <= set(written[-1])
+    assert (tmp_path / "run/config.yaml").is_file()
+
+
+@pytest.mark.parametrize("stop", [3, 4])  # in the middle of an epoch, and at its end
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    cache: Path, image_tree: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {**inputs(cache, image_tree), "accum_iter": 2, "batch_size": 6}
+    pretrain.run(pretrain_config(tmp_path / "whole", **common))
+
+    class Killed(BaseException):
+        """Like SIGKILL, nothing in the program handles it."""
+
+    step = pretrain.fit.__globals__["_Loop"].train_step
+
+    def die(loop: Any, number: int, *rest: Any) -> None:
+        if number == stop + 1:
+            raise Killed
+        step(loop, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.fit.__globals__["_Loop"], "train_step", die)
+        with pytest.raises(Killed):
+            pretrain.run(pretrain_config(tmp_path / "killed", checkpoint_every=stop, **common))
+    pretrain.run(pretrain_config(tmp_path / "killed", checkpoint_every=stop, **common))
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_workers_change_nothing(cache: Path, image_tree: Path, tmp_path: Path) -> None:
+    common = inputs(cache, image_tree)
+    pretrain.run(pretrain_config(tmp_path / "none", **common))
+    common["data"] = {"path": str(image_tree), "workers": 3}
+    pretrain.run(pretrain_config(tmp_path / "three", **common))
+    assert losses(tmp_path / "none") == losses(tmp_path / "three")
+
+
+def test_mae_needs_no_cache_and_sees_the_same_views(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    data = {"path": str(image_tree), "workers": 0}
+    mae = {"mimic": {"objective": "mae"}, "mask": {"focus": "random"}, "data": data}
+    pretrain.run(pretrain_config(tmp_path / "plain", views={"count": 2, "image_size": 64}, **mae))
+    pretrain.run(pretrain_config(tmp_path / "cached", cache={"path": make_cache()}, **mae))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "cached")
+
+
+def test_masks_per_sample_trains_each_image_so_often(cache: Path, image_tree: Path, tmp_path: Path) -> None:
+    config = pretrain_config(
+        tmp_path / "run", mask={"masks_per_sample": 2, "focus": "random"}, epochs=1, max_steps=None,
+        **inputs(cache, image_tree),
+    )  # fmt: skip
+    pretrain.run(config)
+    assert rows(tmp_path / "run")[-1]["step"] == 6  # 24 images, 4 of them in a batch of 8 masks
+
+
+def test_two_teachers(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    first = make_cache("first")
+    second = make_cache("second", teacher__tokens="block", teacher__layers=2)
+    config = pretrain_config(
+        tmp_path / "run",
+        data={"path": str(image_tree), "workers": 0},
+        caches={"a": {"path": str(first)}, "b": {"path": str(second)}},
+    )
+    pretrain.run(config)
+    assert {"mimic_loss/a", "mimic_loss/b"} <= set(rows(tmp_path / "run")[-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cache": None}, ConfigError, r"needs a cache: give cache\.path"),
+        ({"data": None}, ConfigError, r"'data\.path' is missing"),
+        ({"student": {**MICRO, "image_size": 32}}, ConfigError, r"set student\.image_size=64"),
+        ({"student": {**MICRO, "patch_size": 8}}, CacheError, r"4x4 grid, the student's is 8x8"),
+        ({"batch_size": 25}, TrainingError, r"lower batch_size"),
+        ({"batch_size": 6, "accum_iter": 4}, TrainingError, r"no multiple of 4"),
+        ({"init": "/nowhere"}, CheckpointError, r"/nowhere does not exist"),
+    ],
+)
+def test_what_does_not_fit_gets_a_clear_line(
+    make_cache: Make, image_tree: Path, tmp_path: Path, changes: dict[str, Any], error: type, message: str
+) -> None:
+    keys = {**inputs(make_cache(), image_tree), **changes}
+    with pytest.raises(error, match=message):
+        pretrain.run(pretrain_config(tmp_path / "run", **keys))
+
+
+def test_a_cache_of_other_images_is_refused(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for number, file in enumerate(sorted(image_tree.rglob("*.jpg"))[:16]):
+        (other / f"{number}.jpg").write_bytes(file.read_bytes())
+    with pytest.raises(CacheError, match="was made of 24 images"):
+        pretrain.run(pretrain_config(tmp_path / "run", **inputs(make_cache(), other)))
+
+
+def test_an_unfinished_cache_is_refused(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    path = make_cache()
+    max((path / "commits").iterdir()).unlink()
+    with pytest.raises(CacheError, match="lacks 1 of 3 shards"):
+        pretrain.run(pretrain_config(tmp_path / "run", **inputs(path, image_tree)))
+
+
+def test_a_changed_image_is_caught_at_the_sample(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for file in image_tree.rglob("*.jpg"):
+        target = images / file.relative_to(image_tree)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    path = make_cache(images=images)
+    changed = bytearray((images / "class1/10.jpg").read_bytes())
+    changed[-20] ^= 1
+    (images / "class1/10.jpg").write_bytes(changed)
+    with pytest.raises(CacheError, match=r"class1/10\.jpg is not the one that the cache was made of"):
+        pretrain.run(pretrain_config(tmp_path / "run", epochs=2, max_steps=None, **inputs(path, images)))
+
+
+def test_another_run_in_the_output_is_not_overwritten(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    common = inputs(make_cache(), image_tree)
+    pretrain.run(pretrain_config(tmp_path / "run", **common))
+    with pytest.raises(CheckpointError, match=r"holds a run with seed=0, this one has seed=1"):
+        pretrain.run(pretrain_config(tmp_path / "run", seed=1, **common))
+    with pytest.raises(ConfigError, match=r"holds a run already"):
+        pretrain.run(pretrain_config(tmp_path / "run", resume="never", **common))
+
+
+def test_a_non_finite_loss_stops_with_step_rate_and_checkpoint(
+    make_cache: Make, image_tree: Path, tmp_path: Path
+) -> None:
+    common = inputs(make_cache(), image_tree)
+    config = pretrain_config(
+        tmp_path / "run", optim={"lr": 1e30, "warmup_epochs": 0, "weight_decay": 0.0}, checkpoint_every=1, **common
+    )
+    with pytest.raises(TrainingError, match=r"non-finite at step \d+ \(lr .*\); last checkpoint: .*; lower optim.blr"):
+        pretrain.run(config)
+
+
+def test_tombstones_are_passed_over(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, file in enumerate(sorted(image_tree.rglob("*.jpg"))):
+        (images / f"{number:02d}.jpg").write_bytes(file.read_bytes() if number != 5 else b"no image")
+    path = make_cache(images=images, max_tombstones=0.1)
+    assert len(open_cache(path).live_indices()) == 23
+    pretrain.run(pretrain_config(tmp_path / "run", epochs=2, max_steps=None, **inputs(path, images)))
+    assert rows(tmp_path / "run")[-1]["step"] == 4  # 23 live images: two whole batches of 8 an epoch
