@@ -155,16 +155,22 @@ class Descriptor:
             got += more
 
 
-def read_table(path: Path, expected: int | None = None, *, check: bool = True) -> bytes:
+def read_table(path: Path, expected: int | None = None) -> bytes:
     """Read a small file that ends in its own crc32c (4 bytes, little-endian) and return what stands before it.
 
     Raises:
-        CacheDamage: missing, of another length than `expected` bytes of payload, or, with `check`, another crc32c.
+        CacheDamage: missing, of another length than `expected` bytes of payload, or the checksum differs.
     """
     content = read_whole(path)
+    cut_table(path, content, expected)
+    return check_table(path, content)
+
+
+def cut_table(path: Path, content: bytes, expected: int | None) -> bytes:
+    """`content` without the checksum at its end, unchecked; CacheDamage when its length isn't the expected one."""
     if expected is not None and len(content) != expected + CHECKSUM_BYTES:
         raise CacheDamage(f"{path.name} has {len(content)} bytes instead of {expected + CHECKSUM_BYTES}")
-    return check_table(path, content) if check else content[:-CHECKSUM_BYTES]
+    return content[:-CHECKSUM_BYTES]
 
 
 def check_table(path: Path, content: bytes) -> bytes:
@@ -193,7 +199,8 @@ def checksum(payload: bytes) -> bytes:
 def hash_file(path: Path, block: int = 1 << 20) -> FileEntry:
     """Measure a file as a commit record states it; CacheDamage when it is missing."""
     descriptor = Descriptor(path)
-    hasher, buffer, offset = xxhash.xxh3_128(), memoryview(bytearray(block)), 0
+    hasher, offset = xxhash.xxh3_128(), 0
+    buffer = memoryview(bytearray(max(1, min(block, descriptor.size()))))
     while got := os.preadv(descriptor.number, (buffer,), offset):
         hasher.update(buffer[:got])
         offset += got

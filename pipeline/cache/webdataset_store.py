@@ -10,7 +10,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tarfile import BLOCKSIZE, RECORDSIZE, USTAR_FORMAT, TarInfo
+from tarfile import BLOCKSIZE, RECORDSIZE, USTAR_FORMAT, TarError, TarInfo
 from typing import Any
 
 import numpy as np
@@ -244,8 +244,10 @@ def index_of(tar: Descriptor, span: range) -> NDArray[np.int64]:
 def _parse_header(path: Path, header: bytes, offset: int) -> tuple[str, int]:
     try:
         info = TarInfo.frombuf(header, "ascii", "strict")
-    except (ValueError, OSError) as error:  # tarfile's errors are OSErrors
+    except (TarError, ValueError) as error:
         raise CacheDamage(f"{path.name}: no tar header at byte {offset}") from error
+    if info.size < 0:
+        raise CacheDamage(f"{path.name}: a member of negative size at byte {offset}")
     return info.name, info.size
 
 

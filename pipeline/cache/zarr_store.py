@@ -8,6 +8,7 @@ tokens use zarr's sharding instead, one inner chunk a record, at the price of a 
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +28,11 @@ from pipeline.cache.files import (
     Descriptor,
     FileEntry,
     check_table,
+    cut_table,
     file_of,
-    hash_file,
     one_line,
     read_table,
+    read_whole,
     sync_folder,
     write_file,
 )
@@ -44,7 +46,7 @@ _SHUFFLES: tuple[Any, ...] = ("noshuffle", "shuffle", "bitshuffle")
 _TAILS: np.dtype[Any] = np.dtype(
     [("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")]
 )  # rows of the struct TAIL
-_BLOCK_ROWS = 8  # rows that a scan holds at once: they stay in the CPU's cache between hash and checksum
+_BLOCK_ROWS = 2  # rows that a scan holds at once: they stay in the CPU's cache between hash and checksum
 
 
 def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
@@ -119,7 +121,7 @@ class ZarrStore:
         self.descriptors = sum(name in self._specs for name in ("tokens", "scale", "attention"))
 
     def create(self) -> None:
-        for file, content in self._metadata().items():
+        for file, content in self._metadata.items():
             path = file_of(self._root, file)
             try:
                 write_file(path, [content], exclusive=True)
@@ -130,6 +132,7 @@ class ZarrStore:
                     ) from error
             sync_folder(path.parent)
 
+    @cached_property
     def _metadata(self) -> dict[str, bytes]:
         """Every zarr.json, as zarr itself writes it."""
         memory: dict[str, Buffer] = {}
@@ -169,32 +172,29 @@ class ZarrStore:
         self, shard: int, view: int, rows: list[int], seen: dict[str, FileEntry], fresh: bool = False
     ) -> Iterator[tuple[int, Raw | CacheDamage]]:
         # The files' own checksums are left aside: `seen` shows a damaged file, and each record its own damage.
-        opened = ZarrView(self._root, self._header, shard, view, check_tables=False)
-        tokens_file = _chunk("tokens", shard, view, 4)
-        packed = self._header.compression is not None
+        tokens_file, loaded = _chunk("tokens", shard, view, 4), dict[str, bytes]()
         for name, (shape, _, _) in self._specs.items():
             file = _chunk(name, shard, view, len(shape))
-            if packed or file != tokens_file:
-                seen[file] = hash_file(file_of(self._root, file))
-        if packed:
+            if file != tokens_file:
+                loaded[name] = content = read_whole(file_of(self._root, file))
+                seen[file] = FileEntry(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+        opened = ZarrView(self._root, self._header, shard, view, loaded)
+        if self._header.compression is not None:
             yield from ((row, _attempt(opened.read, row)) for row in rows)
             return
-        wanted, hasher, tokens = frozenset(rows), xxhash.xxh3_128(), opened.raw_tokens
-        for start in range(0, self._header.samples_per_shard, _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, self._header.samples_per_shard)
-            block = _attempt(tokens.read_block, start, stop)
+        wanted, hasher, tokens, S = frozenset(rows), xxhash.xxh3_128(), opened.file_rows, self._header.samples_per_shard
+        for start in range(0, S, _BLOCK_ROWS):
+            block = _attempt(tokens.block, start, min(start + _BLOCK_ROWS, S))
             if not isinstance(block, CacheDamage):
                 hasher.update(block.data)
-            for row in filter(wanted.__contains__, range(start, stop)):
+            for row in filter(wanted.__contains__, range(start, min(start + _BLOCK_ROWS, S))):
                 yield row, _attempt(opened.read, row, None if isinstance(block, CacheDamage) else block[row - start])
-        size = self._header.samples_per_shard * tokens.bytes
-        rest = tokens.file.read_from(size)
-        hasher.update(rest)
+        hasher.update(tokens.file.read_from(S * tokens.bytes))
         seen[tokens_file] = FileEntry(bytes=tokens.file.size(), xxh3_128=hasher.hexdigest())
 
     def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
         problems = {}
-        for file, expected in self._metadata().items() if shard is None else ():
+        for file, expected in self._metadata.items() if shard is None else ():
             path = file_of(self._root, file)
             if not path.is_file():
                 problems[file] = "is missing"
@@ -203,12 +203,12 @@ class ZarrStore:
         return problems
 
     def derived(self) -> set[str]:
-        return set(self._metadata())
+        return set(self._metadata)
 
     def rebuild(self, file: str) -> None:
         path = file_of(self._root, file)
         with one_line(f"{path}: can't be written"):
-            write_file(path, [self._metadata()[file]])
+            write_file(path, [self._metadata[file]])
             sync_folder(path.parent)
 
 
@@ -237,52 +237,54 @@ def _checksums(span: range, data: ShardData, seal: Seal) -> NDArray[np.uint32]:
 
 
 class ZarrView:
-    """One view of one shard: the large arrays as open files, the small ones in memory (about 100 bytes a sample)."""
+    """One view of one shard: the large arrays as open files, the small ones in memory (about 100 bytes a sample).
 
-    def __init__(self, root: Path, header: CacheHeader, shard: int, view: int, check_tables: bool = True) -> None:
+    `loaded` gives the whole content of the small files and of `scale` and `attention`, for a scan that has read them;
+    their own checksums aren't looked at then.
+    """
+
+    def __init__(
+        self, root: Path, header: CacheHeader, shard: int, view: int, loaded: dict[str, bytes] | None = None
+    ) -> None:
         specs, S = array_specs(header), header.samples_per_shard
 
         def path(name: str) -> Path:
             return file_of(root, _chunk(name, shard, view, len(specs[name][0])))
 
-        def table(name: str, items: int, dtype: str) -> NDArray[Any]:
-            size = S * items * np.dtype(dtype).itemsize
-            return np.frombuffer(read_table(path(name), size, check=check_tables), dtype)
+        def content(name: str, size: int | None = None) -> bytes:
+            return read_table(path(name), size) if loaded is None else cut_table(path(name), loaded[name], size)
+
+        def table(name: str, dtype: str, *shape: int) -> NDArray[Any]:
+            size = S * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+            return np.frombuffer(content(name, size), dtype).reshape(S, *shape)
+
+        def rows(name: str, shape: tuple[int, ...] | None) -> "_FileRows | NDArray[Any] | None":
+            if name not in specs or shape is None:
+                return None
+            return _FileRows(path(name), np.dtype("<f2"), shape) if loaded is None else table(name, "<f2", *shape)
 
         tokens, dtype, shape = path("tokens"), header.quantiser.dtype, (header.tokens, header.dim)
-        self._tokens = (
-            _RawTokens(tokens, dtype, shape)
-            if header.compression is None
-            else _PackedTokens(tokens, dtype, shape, header.samples_per_shard)
-        )
-        self._scale = Descriptor(path("scale")) if "scale" in specs else None
-        self._scale_shape = header.tokens
-        self._attention = Descriptor(path("attention")) if "attention" in specs else None
-        self._attention_shape = header.attention_shape or ()
+        packed = header.compression is not None
+        self._tokens = _PackedRows(tokens, dtype, shape, S) if packed else _FileRows(tokens, dtype, shape)
+        self._scale = rows("scale", (header.tokens,))
+        self._attention = rows("attention", header.attention_shape)
         tails = np.empty(S, _TAILS)
-        tails["box"] = table("box", 4, "<i4").reshape(S, 4)
-        tails["hflip"] = table("hflip", 1, "u1")
-        tails["source_hash"] = table("source_hash", 1, "<u8")
+        tails["box"] = table("box", "<i4", 4)
+        tails["hflip"] = table("hflip", "u1")
+        tails["source_hash"] = table("source_hash", "<u8")
         self._tails = tails.tobytes()
-        self._crc = memoryview(table("crc32c", 1, "<u4").astype(np.uint32).tobytes()).cast("I")
-        self._keys = _parse_strings(read_table(path("key"), check=check_tables), S, path("key").name)
+        self._crc = memoryview(table("crc32c", "<u4").astype(np.uint32).tobytes()).cast("I")
+        self._keys = _parse_strings(content("key"), S, path("key").name)
 
     def read(self, row: int, tokens: NDArray[Any] | None = None) -> Raw:
         """One record; `tokens` if the caller has read them already."""
-        scale = attention = None
-        if self._scale is not None:
-            scale = np.empty(self._scale_shape, np.float16)
-            self._scale.read_into(scale, row * scale.nbytes)
-        if self._attention is not None:
-            attention = np.empty(self._attention_shape, np.float16)
-            self._attention.read_into(attention, row * attention.nbytes)
         return Raw(
             self._keys[row],
             self._tails[row * TAIL.size : (row + 1) * TAIL.size],
             self._crc[row],
-            self._tokens.read(row) if tokens is None else tokens,
-            scale,
-            attention,
+            self._tokens[row] if tokens is None else tokens,
+            None if self._scale is None else self._scale[row],
+            None if self._attention is None else self._attention[row],
             None,
         )
 
@@ -290,27 +292,27 @@ class ZarrView:
         return self._keys[row].decode()
 
     @property
-    def raw_tokens(self) -> "_RawTokens":
+    def file_rows(self) -> "_FileRows":
         """The tokens file, uncompressed."""
-        assert isinstance(self._tokens, _RawTokens)
+        assert isinstance(self._tokens, _FileRows)
         return self._tokens
 
 
-class _RawTokens:
-    """A chunk file as it is: the array, then its crc32c."""
+class _FileRows:
+    """A chunk file as it is, indexed by row without being loaded: the array, then its crc32c."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
+    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         self.file, self._dtype, self._shape = Descriptor(path), dtype, shape
-        self.bytes = shape[0] * shape[1] * dtype.itemsize  # of one record
+        self.bytes = int(np.prod(shape)) * dtype.itemsize  # of one row
         self._block = np.empty((0, *shape), dtype)
 
-    def read(self, row: int) -> NDArray[Any]:
-        tokens = np.empty(self._shape, self._dtype)
-        self.file.read_into(tokens, row * self.bytes)
-        return tokens
+    def __getitem__(self, row: int) -> NDArray[Any]:
+        values = np.empty(self._shape, self._dtype)
+        self.file.read_into(values, row * self.bytes)
+        return values
 
-    def read_block(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows start to stop as [n, L, D]; the next block overwrites them."""
+    def block(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows start to stop, [n, ...]; the next block overwrites them."""
         if len(self._block) < stop - start:
             self._block = np.empty((stop - start, *self._shape), self._dtype)
         block = self._block[: stop - start]
@@ -318,7 +320,7 @@ class _RawTokens:
         return block
 
 
-class _PackedTokens:
+class _PackedRows:
     """Tokens in zarr's sharding codec: inner chunks, one a record, then an index of (offset, length) and its crc32c."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, int], rows: int) -> None:
@@ -330,7 +332,7 @@ class _PackedTokens:
         self._index = np.frombuffer(index, "<u8").reshape(rows, 2)
         self._codec = numcodecs.Blosc()
 
-    def read(self, row: int) -> NDArray[Any]:
+    def __getitem__(self, row: int) -> NDArray[Any]:
         offset, length = self._index[row].tolist()
         if not 0 < length <= self._end - offset:
             raise CacheDamage(f"{self._file.path.name}: row {row} lies outside the file")

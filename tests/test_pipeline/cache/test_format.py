@@ -1,0 +1,111 @@
+"""The files are what docs/cache-format.md says: others read them without us."""
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import webdataset
+import zarr
+
+from pipeline.cache import open_cache, read_header
+from tests.test_pipeline.cache.samples import make_cache, make_header
+
+DOCS = Path(__file__).parents[3] / "docs" / "cache-format.md"
+
+
+def test_zarr_alone_reads_it(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache", make_header("zarr"), {5: "bad"})
+    group, reader = zarr.open_group(path, mode="r"), open_cache(path)
+    for index in (0, 4, 9):
+        for view in (0, 1):
+            record = reader.read(index, view)
+            np.testing.assert_array_equal(group["tokens"][index, view], record.tokens)  # type: ignore[index]
+            np.testing.assert_array_equal(group["scale"][index, view], record.scale)  # type: ignore[index]
+            np.testing.assert_array_equal(group["attention"][index, view], record.attention)  # type: ignore[index]
+            assert str(group["key"][index]) == record.key  # type: ignore[index]
+
+
+def test_zarr_alone_reads_compressed_tokens(tmp_path: Path) -> None:
+    header = make_header("zarr", quantiser_name="float16", compression={"id": "blosc", "cname": "zstd", "shuffle": 2})
+    path = make_cache(tmp_path / "cache", header)
+    tokens = zarr.open_group(path, mode="r")["tokens"]
+    np.testing.assert_array_equal(tokens[9, 1], open_cache(path).read(9, 1).tokens)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("attention", ["mean", "heads", "none"])
+def test_webdataset_alone_reads_it(tmp_path: Path, attention: str) -> None:
+    header = make_header("webdataset", attention=attention, heads=2, dim=5, grid=[3, 1])
+    path, reader = make_cache(tmp_path / "cache", header, {5: "bad"}), None
+    reader = open_cache(path)
+    with io.BytesIO((path / "shards" / "000001-01.tar").read_bytes()) as stream:
+        samples = list(webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_iterator(stream)))
+    assert [sample["__key__"] for sample in samples] == ["000000004", "000000006", "000000007"]
+    for sample in samples:
+        record = reader.read(int(sample["__key__"]), 1)
+        tensors = safetensors.numpy.load(sample["safetensors"])
+        assert set(tensors) == {"tokens", "scale", "attention"} - ({"attention"} if attention == "none" else set())
+        np.testing.assert_array_equal(tensors["tokens"], record.tokens)
+        np.testing.assert_array_equal(tensors["scale"], record.scale)
+        assert safetensors.torch.load(sample["safetensors"])["tokens"].shape == (3, 5)
+        facts = json.loads(sample["json"])
+        assert facts["key"] == record.key
+        assert facts["box"] == record.box.tolist()
+        assert facts["source_hash"] == record.source_hash
+        assert sample["jpg"] == record.image
+
+
+def test_tars_are_plain_and_say_nothing_of_the_machine(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache", make_header("webdataset"))
+    with tarfile.open(path / "shards" / "000000-00.tar", "r:") as tar:
+        members = tar.getmembers()
+    assert [m.name for m in members[:3]] == ["000000000.jpg", "000000000.safetensors", "000000000.json"]
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+
+
+def test_a_raw_chunk_is_the_array_and_its_crc32c(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache", make_header("zarr"))
+    content = (path / "tokens" / "c.2.1.0.0").read_bytes()
+    tokens = np.frombuffer(content[:-4], np.int8).reshape(4, 6, 8)
+    np.testing.assert_array_equal(tokens[1], open_cache(path).read(9, 1).tokens)
+    assert (tokens[2:] == 0).all()  # the last shard is padded
+    assert google_crc32c.value(content[:-4]) == int.from_bytes(content[-4:], "little")
+
+
+def test_the_record_checksum_is_as_documented(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache", make_header("zarr"))
+    header, record = read_header(path), open_cache(path).read(6, 1)
+    parts = [
+        bytes.fromhex(header.fingerprint),
+        (6).to_bytes(8, "little"),
+        (1).to_bytes(4, "little"),
+        record.key.encode(),
+        record.box.astype("<i4").tobytes(),
+        bytes([record.hflip]),
+        record.source_hash.to_bytes(8, "little"),
+        record.tokens.tobytes(),
+        record.scale.tobytes() if record.scale is not None else b"",
+        record.attention.tobytes() if record.attention is not None else b"",
+    ]
+    stored = zarr.open_group(path, mode="r")["crc32c"][6, 1]  # type: ignore[index]
+    assert google_crc32c.value(b"".join(parts)) == stored
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_the_documented_example_runs(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example of the document uses one library alone and prints dequantised tokens of a record."""
+    examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    example = next(e for e in examples if f"import {store}" in e)
+    assert "pipeline" not in example
+    assert len(example.strip().splitlines()) <= 18
+    path = make_cache(tmp_path / "cache", make_header(store))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(example, names)
+    np.testing.assert_allclose(names["tokens"], open_cache(path).read(0, 0, dequantise=True).tokens, rtol=1e-5)

@@ -1,0 +1,461 @@
+"""Every fault is found, by verification and where training touches it by the reader; a sound cache never fails."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cache import (
+    CacheHeader,
+    Reextracted,
+    Report,
+    create_cache,
+    hash_source,
+    open_cache,
+    open_writer,
+    read_header,
+    repair,
+    verify,
+)
+from pipeline.cache.commits import Commit, write_commit
+from pipeline.cache.files import hash_file
+from pipeline.errors import CacheDamage, CacheError, DataError, PipelineError
+from tests.test_pipeline.cache.samples import (
+    STORES,
+    attention_of,
+    float_tokens,
+    key_of,
+    make_cache,
+    make_header,
+    make_shard,
+    source_bytes,
+)
+
+TOMBSTONES = {5: "cannot identify image file"}
+
+
+class Photos:
+    """The images that `samples` pretends the cache was made of."""
+
+    def __init__(self, changed: int | None = None, digest: str = "d" * 32, count: int = 10) -> None:
+        self._changed, self._digest, self._count = changed, digest, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def key(self, index: int) -> str:
+        return key_of(index)
+
+    def read(self, index: int) -> bytes:
+        if index == 5:
+            raise DataError("sample 5 can't be read")
+        return b"another" if index == self._changed else source_bytes(index)
+
+    def digest(self) -> str:
+        return self._digest
+
+
+def teacher(header: CacheHeader, **changes: object) -> Callable[[Sequence[int], Sequence[int]], Iterable[Reextracted]]:
+    """A live teacher that says what the cache holds, but for what `changes` name."""
+
+    def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
+        for i, v in zip(indices, views, strict=True):
+            fresh = {
+                "tokens": float_tokens(header, i, v).numpy(),
+                "attention": attention_of(header, i, v),
+                "box": (i, v, i + 1, v + 1),
+                "hflip": bool((i + v) % 2),
+                "source_hash": hash_source(source_bytes(i)),
+            }
+            yield Reextracted(**(fresh | {k: f(fresh[k]) if callable(f) else f for k, f in changes.items()}))
+
+    return reextract
+
+
+def reads_all(path: Path) -> None:
+    reader = open_cache(path)
+    for index in reader.live_indices().tolist():
+        reader.read(index, 0)
+        reader.read(index, 1)
+
+
+def mend(path: Path, report: Report) -> None:
+    """Repair, and check that nothing but the damaged shards was extracted."""
+    header, asked = read_header(path), []
+
+    def extract(shard: int) -> object:
+        asked.append(shard)
+        return make_shard(header, shard, TOMBSTONES)
+
+    repair(path, report, extract)  # type: ignore[arg-type]
+    assert asked == report.damaged_shards()
+    assert verify(path, "full").sound
+    reads_all(path)
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_a_sound_cache_passes(cache: Path, level: str) -> None:
+    report = verify(cache, level, source=Photos())  # type: ignore[arg-type]
+    assert report.sound, report.findings
+    assert not report.notes
+    assert report.counts["committed"] == 3
+    assert report.counts["tombstones"] == 1
+    assert report.counts["records"] == (18 if level == "full" else 0)
+    json.dumps(report.to_json())
+
+
+@pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("attention", ["mean", "heads", "none"])
+def test_every_layout_passes(tmp_path: Path, store: str, quantiser: str, attention: str) -> None:
+    header = make_header(store, quantiser_name=quantiser, attention=attention, heads=2)
+    report = verify(make_cache(tmp_path / "cache", header), "full")
+    assert report.sound, report.findings
+
+
+def test_a_compressed_cache_passes_and_its_damage_is_named(tmp_path: Path) -> None:
+    header = make_header("zarr", quantiser_name="float16", compression={"id": "blosc", "cname": "zstd"})
+    path = make_cache(tmp_path / "cache", header, TOMBSTONES)
+    assert verify(path, "full").sound
+    file = path / "tokens" / "c.2.0.0.0"
+    content = bytearray(file.read_bytes())
+    content[60] ^= 16
+    file.write_bytes(content)
+    found = verify(path, "full").findings
+    assert {(f.kind, f.shard, f.sample) for f in found} == {("record", 2, 8), ("file", 2, None)}
+    with pytest.raises(CacheDamage, match="sample 8"):
+        reads_all(path)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: str) -> None:
+    """Three bits of every file, among them the first and the last."""
+    path = make_cache(tmp_path / "cache", make_header(store), TOMBSTONES)
+    random = np.random.default_rng(0)
+    for file in [f for f in path.rglob("*") if f.is_file()]:
+        content = file.read_bytes()
+        for bit in (0, 8 * len(content) - 1, int(random.integers(8 * len(content)))):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            assert not verify(path, "full").sound, f"bit {bit} of {file.relative_to(path)}"
+        file.write_bytes(content)
+    assert verify(path, "full").sound
+
+
+@pytest.mark.parametrize("file", ["cache.json", "commits/000000.json", "zarr.json", "tokens/zarr.json"])
+def test_every_bit_of_the_metadata_counts(tmp_path: Path, file: str) -> None:
+    path = make_cache(tmp_path / "cache", make_header("zarr", dim=2, grid=[1, 2]))
+    content = (path / file).read_bytes()
+    report_of = {"cache.json": lambda: read_header(path), "commits/000000.json": lambda: open_cache(path)}
+    for bit in range(0, 8 * len(content), 1 if len(content) < 400 else 7):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (path / file).write_bytes(damaged)
+        if file in report_of:
+            with pytest.raises(CacheDamage):
+                report_of[file]()
+        else:
+            assert [f.file for f in verify(path, "quick").findings] == [file]
+
+
+def target_of(path: Path, name: str, shard: int, view: int) -> Path:
+    """A data file of either store: `name` matters in the zarr store."""
+    if read_header(path).store == "webdataset":
+        return path / "shards" / f"{shard:06d}-{view:02d}.tar"
+    return next((path / name).glob(f"c.{shard}.{view}*"))
+
+
+@pytest.mark.parametrize("cut", ["record", "member", "all"])
+def test_truncation(cache: Path, store: str, cut: str) -> None:
+    file = target_of(cache, "tokens", 1, 0)
+    content = file.read_bytes()
+    unit = 48 if store == "zarr" else 512
+    # a whole record of the tokens file; in a tar, right behind the first member's data
+    length = {"record": unit + unit // 2, "member": 2 * unit, "all": 0}[cut]
+    file.write_bytes(content[:length])
+    for level in ("quick", "full"):
+        report = verify(cache, level)  # type: ignore[arg-type]
+        assert {f.shard for f in report.findings} == {1}
+        assert file.relative_to(cache).as_posix() in {f.file for f in report.findings}
+    assert 6 in {f.sample for f in verify(cache, "full").findings} or cut == "all" or store == "webdataset"
+    with pytest.raises(CacheDamage, match=r"shard 1, sample \d, view 0"):
+        reads_all(cache)
+    mend(cache, verify(cache, "full"))
+
+
+def test_truncation_at_a_tar_member_boundary_between_samples(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache", make_header("webdataset"))
+    tar = path / "shards" / "000000-01.tar"
+    index = np.frombuffer((path / "index" / "000000-01.index").read_bytes()[:-4], "<i8").reshape(-1, 4)
+    tar.write_bytes(tar.read_bytes()[: int(index[2, 0])])
+    found = verify(path, "full").findings
+    assert {(f.shard, f.sample, f.view) for f in found if f.kind == "record"} == {(0, 2, 1), (0, 3, 1)}
+    with pytest.raises(CacheDamage, match="shard 0, sample 2, view 1"):
+        reads_all(path)
+    mend(path, verify(path, "quick"))
+
+
+@pytest.mark.parametrize("name", ["tokens", "scale", "attention", "box", "hflip", "crc32c"])
+def test_a_deleted_file(cache: Path, name: str) -> None:
+    target_of(cache, name, 2, 1).unlink()
+    for level in ("quick", "full"):
+        assert {f.shard for f in verify(cache, level).findings} == {2}  # type: ignore[arg-type]
+    with pytest.raises(CacheDamage, match="shard 2, sample 8, view 1"):
+        reads_all(cache)
+    mend(cache, verify(cache, "quick"))
+
+
+def swap(a: Path, b: Path) -> None:
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+
+
+def test_two_shards_swapped(tmp_path: Path, store: str) -> None:
+    path = make_cache(tmp_path / "cache", make_header(store))
+    header = read_header(path)
+    names = [p.parent.name for p in path.glob("*/c.0.0*")] or ["tokens"]
+    for name in names:
+        for view in range(header.views):
+            swap(target_of(path, name, 0, view), target_of(path, name, 1, view))
+    if store == "zarr":
+        for name in ("key", "source_hash"):
+            swap(path / name / "c.0", path / name / "c.1")
+    else:
+        swap(path / "index/000000-00.index", path / "index/000001-00.index")
+        swap(path / "index/000000-01.index", path / "index/000001-01.index")
+    with pytest.raises(CacheDamage, match="shard 0, sample 0"):
+        reads_all(path)
+    assert {f.shard for f in verify(path, "full").findings} == {0, 1}
+    swap(path / "commits/000000.json", path / "commits/000001.json")
+    for level in ("quick", "full"):
+        assert {f.shard for f in verify(path, level).findings} == {0, 1}  # type: ignore[arg-type]
+    with pytest.raises(CacheDamage, match="shard 0: commit record"):
+        open_cache(path)
+
+
+def test_swapped_shards_with_commits_that_agree_still_fail(tmp_path: Path, store: str) -> None:
+    """Someone who renames files and makes commit records to match is still found out: records know their index."""
+    path = make_cache(tmp_path / "cache", make_header(store, dataset=dataset_of(8)))
+    for file in [f for f in path.rglob("*") if f.is_file()]:
+        for old, new in (("c.0", "c.1"), ("000000-", "000001-")):
+            if file.name.startswith(old) and file.parent.name != "index":
+                swap(file, file.with_name(file.name.replace(old, new, 1)))
+    header = read_header(path)
+    for shard in (0, 1):
+        commit = Commit.from_bytes((path / f"commits/{shard:06d}.json").read_bytes())
+        files = {name: hash_file(path / name) for name in commit.files}
+        write_commit(path, commit.model_copy(update={"files": files}))
+    assert header.shards == 2
+    found = verify(path, "full").findings
+    assert {f.sample for f in found if f.kind == "record"} == set(range(8))
+    with pytest.raises(CacheDamage, match="shard 0, sample 0, view 0"):
+        reads_all(path)
+
+
+def dataset_of(count: int) -> dict[str, object]:
+    return {"source": "photos", "kind": "folder", "count": count, "digest": "d" * 32}
+
+
+@pytest.mark.parametrize("with_commit", [False, True])
+def test_a_shard_of_another_cache(cache: Path, store: str, tmp_path: Path, with_commit: bool) -> None:
+    other = make_header(store, preprocessing={"resize": "nearest"})
+    foreign = make_cache(tmp_path / "other", other, TOMBSTONES)
+    for file in [f for f in foreign.rglob("*") if f.name.startswith(("c.1", "000001"))]:
+        if with_commit or file.parent.name != "commits":
+            shutil.copy(file, cache / file.relative_to(foreign))
+    report = verify(cache, "full")
+    assert {f.shard for f in report.findings} == {1}
+    with pytest.raises(CacheDamage, match="shard 1"):
+        reads_all(cache)
+    mend(cache, report)
+
+
+def test_an_edited_header(cache: Path) -> None:
+    file = cache / "cache.json"
+    file.write_text(file.read_text().replace('"seed": 3', '"seed": 4'))
+    report = verify(cache, "quick")
+    assert [f.kind for f in report.findings] == ["header"]
+    assert report.beyond_repair()
+    for attempt in (open_cache, open_writer):
+        with pytest.raises(CacheDamage, match="was edited"):
+            attempt(cache)
+
+
+def test_a_lost_commit_record(cache: Path) -> None:
+    (cache / "commits/000001.json").unlink()
+    report = verify(cache, "quick")
+    assert [(f.kind, f.shard) for f in report.findings] == [("missing", 1)]
+    mend(cache, report)
+
+
+def test_a_changed_image(cache: Path) -> None:
+    assert verify(cache, "quick", source=Photos(changed=7)).sound
+    report = verify(cache, "full", source=Photos(changed=7))
+    assert [(f.kind, f.shard, f.sample) for f in report.findings] == [("source", 1, 7)]
+    assert report.beyond_repair()
+    assert not report.damaged_shards()
+
+
+def test_an_image_that_is_gone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: Photos, index: int) -> bytes:
+        raise FileNotFoundError(f"photo {index}")
+
+    monkeypatch.setattr(Photos, "read", gone)
+    assert {f.sample for f in verify(cache, "full", source=Photos()).findings} == {0, 1, 2, 3, 4, 6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("photos", [Photos(digest="e" * 32), Photos(count=11)])
+def test_another_dataset(cache: Path, photos: Photos) -> None:
+    for level in ("quick", "full"):
+        assert [f.kind for f in verify(cache, level, source=photos).findings] == ["dataset"]  # type: ignore[arg-type]
+
+
+def test_keys_in_another_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Photos, "key", lambda self, index: key_of(9 - index))
+    assert {f.kind for f in verify(cache, "full", source=Photos()).findings} == {"source"}
+
+
+def test_the_same_teacher_agrees(cache: Path, store: str) -> None:
+    report = verify(cache, "deep", reextract=teacher(make_header(store)), samples=6)
+    assert report.sound, report.findings
+    assert report.counts["deep"] == 6
+    assert report.figures["cosine_mean"] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": lambda t: t[::-1]}, "other tokens"),  # other weights
+        ({"tokens": lambda t: t + 0.15 * np.cos(np.arange(t.size).reshape(t.shape))}, "other tokens"),  # preprocessing
+        ({"tokens": lambda t: t * 1.3}, "other tokens"),  # without the final norm
+        ({"tokens": lambda t: t * np.nan}, "other tokens"),
+        ({"attention": lambda a: a[::-1]}, "attends elsewhere"),
+        ({"box": (0, 0, 5, 5)}, "draws box"),
+        ({"hflip": lambda flip: not flip}, "flip"),
+        ({"source_hash": 1}, "has changed"),
+        ({"image": b"\xff\xd8 another"}, "not the view"),
+    ],
+)
+def test_another_teacher_or_preprocessing_is_found(
+    cache: Path, store: str, changes: dict[str, object], message: str
+) -> None:
+    report = verify(cache, "deep", reextract=teacher(make_header(store), **changes), samples=9)
+    assert {f.sample for f in report.findings} == {0, 1, 2, 3, 4, 6, 7, 8, 9}
+    assert all(f.kind == "deep" and message in f.message for f in report.findings)
+
+
+def test_deep_needs_a_teacher(cache: Path) -> None:
+    with pytest.raises(PipelineError, match="needs the images and the teacher"):
+        verify(cache, "deep")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("scale", 0, "scales"),
+        ("scale", np.inf, "scales"),
+        ("attention", 0.5, "sum to 1"),
+        ("attention", np.nan, "sum to 1"),
+        ("box", -1, "box"),
+        ("hflip", 7, "hflip"),
+    ],
+)
+def test_values_that_cannot_be(tmp_path: Path, store: str, field: str, value: float, message: str) -> None:
+    header = make_header(store)
+    path = make_cache(tmp_path / "cache", header)
+    data = make_shard(header, 1)
+    getattr(data, field)[2, 1] = value
+    open_writer(path).write_shard(1, data)
+    found = verify(path, "full").findings
+    assert [(f.kind, f.shard, f.sample, f.view) for f in found] == [("values", 1, 6, 1)]
+    assert message in found[0].message
+
+
+@pytest.mark.parametrize("quantiser", ["float16", "float32"])
+def test_tokens_that_are_not_finite(tmp_path: Path, store: str, quantiser: str) -> None:
+    header = make_header(store, quantiser_name=quantiser)
+    path = make_cache(tmp_path / "cache", header)
+    data = make_shard(header, 0)
+    data.tokens[3, 0, 1, 1] = np.nan
+    open_writer(path).write_shard(0, data)
+    assert [(f.kind, f.sample, f.view) for f in verify(path, "full").findings] == [("values", 3, 0)]
+
+
+def test_many_damaged_samples_are_summed_up(tmp_path: Path, store: str) -> None:
+    header = make_header(store, dataset=dataset_of(40), samples_per_shard=40)
+    path = make_cache(tmp_path / "cache", header)
+    file = target_of(path, "crc32c", 0, 0)
+    content = file.read_bytes()
+    file.write_bytes(bytes(b ^ 1 for b in content) if store == "zarr" else content.replace(b'"crc32c":', b'"crc32d":'))
+    found = [f for f in verify(path, "full").findings if f.kind == "record"]
+    assert len(found) == 11
+    assert "30 more damaged samples" in found[-1].message
+
+
+def test_leftovers_are_noted_and_no_damage(cache: Path) -> None:
+    (cache / "commits" / ".000000.json.ab12.partial").write_text("{")
+    (cache / "notes.txt").write_text("mine")
+    report = verify(cache, "full")
+    assert report.sound
+    assert {(f.kind, f.file) for f in report.notes} == {
+        ("partial", "commits/.000000.json.ab12.partial"),
+        ("stray", "notes.txt"),
+    }
+
+
+def test_metadata_is_rebuilt_without_extraction(cache: Path, store: str) -> None:
+    names = ["zarr.json", "tokens/zarr.json"] if store == "zarr" else ["index/000000-01.index", "index/000002-00.index"]
+    expected = [(cache / name).read_bytes() for name in names]
+    (cache / names[0]).unlink()
+    (cache / names[1]).write_bytes(b"{}")
+    report = verify(cache, "quick")
+    assert {f.file for f in report.findings} == set(names)
+    assert report.damaged_shards() == []
+    mend(cache, report)
+    assert [(cache / name).read_bytes() for name in names] == expected
+
+
+def test_the_index_of_another_tar_is_rebuilt_without_extraction(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache", make_header("webdataset"), TOMBSTONES)
+    shutil.copy(path / "index/000001-01.index", path / "index/000000-01.index")
+    with pytest.raises(CacheDamage, match=r"shard 0, sample [01], view 1"):
+        reads_all(path)
+    report = verify(path, "full")
+    assert {(f.kind, f.file) for f in report.findings} == {("uncovered", "index/000000-01.index")}
+    mend(path, report)
+
+
+def test_a_tar_whose_index_is_lost_still_reads(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache", make_header("webdataset"), TOMBSTONES)
+    shutil.rmtree(path / "index")
+    reads_all(path)
+
+
+def test_repair_extracts_what_is_damaged_and_nothing_else(cache: Path, store: str) -> None:
+    before = {f: f.read_bytes() for f in cache.rglob("*") if f.is_file() and "commits" not in f.parts}
+    file = target_of(cache, "attention", 2, 0)
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    mend(cache, verify(cache, "full"))
+    assert {f: f.read_bytes() for f in before} == before
+
+
+def test_progress_is_told(cache: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    verify(cache, "quick", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_unfinished_cache_is_not_sound(tmp_path: Path, store: str) -> None:
+    header = make_header(store)
+    create_cache(tmp_path, header)
+    report = verify(tmp_path, "full")
+    assert [(f.kind, f.shard) for f in report.findings] == [("missing", 0), ("missing", 1), ("missing", 2)]
+
+
+def test_no_cache_can_not_be_verified(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"no cache\.json"):
+        verify(tmp_path)
