@@ -74,10 +74,19 @@ class Mimic(nn.Module):
         self.has_stats = True
 
     def forward(self, tokens: Sequence[Tensor], target: Tensor) -> Tensor:
-        """Loss of each sample [B] float32, from S sources of tokens [B, N, dim] and raw targets [B, N, width]."""
+        """Loss of each sample [B] float32, from S sources of tokens [B, N, dim] and raw targets [B, N, width].
+
+        Raises:
+            ConfigError: targets of another shape, or without the statistics that their normalisation needs.
+        """
+        predictions = self.predict(tokens)
+        if predictions[0].shape != target.shape:
+            raise ConfigError(
+                f"targets of '{self.teacher}' are {list(target.shape)} where the student predicts"
+                f" {list(predictions[0].shape)}: bring the rows that target_rows names, of the width it was built for"
+            )
         target = self.normalise(target)
-        losses = [_loss(self.loss, prediction.float(), target) for prediction in self.predict(tokens)]
-        return torch.stack(losses).mean(0)
+        return torch.stack([_loss(self.loss, prediction.float(), target) for prediction in predictions]).mean(0)
 
     def predict(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """One prediction [B, N, width] (S of them with fusion "each") of the normalised target."""

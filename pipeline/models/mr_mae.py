@@ -121,7 +121,7 @@ class Student(nn.Module):
             teachers also `mimic_loss/<teacher>`, before weighting), and `pred` [B, L, p*p*3] if pixels are predicted.
 
         Raises:
-            ConfigError: a teacher's targets are missing.
+            ConfigError: a teacher's targets are missing, of another shape, or lack the statistics they need.
         """
         ids_masked = complement(ids_keep, self.grid[0] * self.grid[1])  # [B, L-K]
         encoded = self.encoder(images, ids_keep)

@@ -274,5 +274,9 @@ def test_missing_targets_and_unknown_teachers_are_named(micro: Build, batch: Dra
     images, ids_keep, targets = batch(student)
     with pytest.raises(ConfigError, match="no targets of dino"):
         student(images, ids_keep, {"clip": targets["clip"]})
+    with pytest.raises(
+        ConfigError, match=re.escape("targets of 'dino' are [3, 1, 12] where the student predicts [3, 5, 12]")
+    ):
+        student(images, ids_keep, {**targets, "dino": targets["dino"][:, :1]})
     with pytest.raises(ConfigError, match=re.escape("no teacher 'beit': it has clip, dino")):
         student.set_channel_stats("beit", torch.zeros(8), torch.ones(8))
