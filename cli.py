@@ -199,7 +199,8 @@ def demo(config: Path | None, overrides: tuple[str, ...]) -> None:
     """The whole pipeline on handwritten digits, offline, in under four minutes on two CPU cores.
 
     Trains a small teacher, caches its features, verifies the cache, pre-trains MAE and MR-MAE students for equal steps
-    and compares them. Reads nothing (the digits come with scikit-learn); writes to output, by default runs/demo.
+    and compares them. Reads nothing (the digits come with scikit-learn); writes to output, by default runs/demo. Costs
+    a few minutes of two cores and 50 MB.
     """
     from pipeline.config import load_config
     from stages.demo import DemoConfig, run

@@ -29,7 +29,7 @@ from pipeline.cache import (
     wait_for_cache,
 )
 from pipeline.config import Config, PathField
-from pipeline.data.images import DataConfig, open_images
+from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError, DataError
 from pipeline.extraction import Extractor
@@ -84,7 +84,7 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
         summary = extractor.run(writer, todo, progress.advance)
     seconds = time.perf_counter() - began
     processes.wait_for_everyone()
-    return _report(config, summary.images, seconds)
+    return _report(config, source, summary.images, seconds)
 
 
 def _open(config: ExtractConfig, extractor: Extractor, first: bool) -> CacheHeader:
@@ -111,7 +111,7 @@ def _shards(header: CacheHeader, shard_range: str | None) -> Sequence[int]:
     return range(int(first), int(last))
 
 
-def _report(config: ExtractConfig, images: int, seconds: float) -> dict[str, Any]:
+def _report(config: ExtractConfig, source: ImageSource, images: int, seconds: float) -> dict[str, Any]:
     """Facts of this run and of the whole cache; raises if too many images were unreadable."""
     reader = open_cache(config.cache.path)
     lost = reader.tombstones
@@ -119,7 +119,7 @@ def _report(config: ExtractConfig, images: int, seconds: float) -> dict[str, Any
     if len(lost) > config.max_tombstones * len(reader):
         index, reason = next(iter(lost.items()))
         raise DataError(
-            f"{len(lost)} of {len(reader)} images can't be read (the first: {reader.key(index)}, {reason}); repair "
+            f"{len(lost)} of {len(reader)} images can't be read (the first: {source.key(index)}, {reason}); repair "
             "them, or raise max_tombstones to go on without them"
         )
     facts: dict[str, Any] = {
@@ -130,7 +130,7 @@ def _report(config: ExtractConfig, images: int, seconds: float) -> dict[str, Any
         "unreadable": len(lost),
     }
     if lost:
-        facts["unreadable_keys"] = [reader.key(index) for index in list(lost)[:10]]
+        facts["unreadable_keys"] = [source.key(index) for index in list(lost)[:10]]
     return facts | _fidelity(reader)
 
 

@@ -224,8 +224,6 @@ class _Loop:
         return self.bar
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
         if self.run.accelerator.trackers:
             self.run.accelerator.end_training()
 

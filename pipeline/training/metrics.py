@@ -16,14 +16,11 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if _step(line) <= resume_step] if resume_step else []
         path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

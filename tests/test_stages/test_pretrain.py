@@ -69,6 +69,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 def test_workers_change_nothing(cache: Path, image_tree: Path, tmp_path: Path) -> None:
     common = inputs(cache, image_tree)
     pretrain.run(pretrain_config(tmp_path / "none", **common))
