@@ -10,7 +10,7 @@ from pipeline.errors import CacheError
 JPEG_BYTES = 25_000  # of a photo at 224 px, quality 95
 COMPRESSED = 0.85  # of float tokens with Blosc's shuffle and zstd
 _KEY_BYTES = 40  # a class, a file name, and their length
-_TAR_BYTES = 3 * 512 + 3 * 256 + 200  # headers, padding on average, the JSON member
+_TAR_BYTES = 3 * 512 + 512 + 2 * 256 + 200  # headers, JSON, padding on average, the safetensors header
 _ITEM = {"int8": 1, "float16": 2, "float32": 4}
 
 

@@ -6,6 +6,8 @@ is on the disk; until then it lies beside it as `.NAME.RANDOM.partial`.
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
 import secrets
 from collections import OrderedDict
@@ -47,15 +49,17 @@ def write_file(path: Path, parts: Iterable[Any], *, exclusive: bool = False) -> 
     hasher, size = xxhash.xxh3_128(), 0
     try:
         with partial.open("wb", buffering=1 << 20) as file:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the writer is alive
             for part in parts:
                 size += file.write(part)
                 hasher.update(part)
             file.flush()
             os.fsync(file.fileno())
-        if exclusive:
-            path.hardlink_to(partial)  # a rename would replace, a link refuses
-        else:
-            partial.replace(path)
+            if exclusive:
+                path.hardlink_to(partial)  # a rename would replace, a link refuses
+            else:
+                partial.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
@@ -76,9 +80,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def partials_of(path: Path) -> Iterator[Path]:
-    """Temporary files that a killed writer of `path` left behind."""
-    return path.parent.glob(f".{path.name}.*{PARTIAL}")
+def remove_dead_partials(path: Path) -> None:
+    """Remove temporary files that killed writers of `path` left behind; those of a writer at work stay."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        with contextlib.suppress(FileNotFoundError), partial.open("rb") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.cache.base import Seal, ShardData, Store
 from pipeline.cache.commits import Commit, Tombstone, commit_path, read_commit, write_commit
-from pipeline.cache.files import PARTIAL, file_of, one_line, partials_of, sync_folder, write_file
+from pipeline.cache.files import PARTIAL, file_of, one_line, remove_dead_partials, sync_folder, write_file
 from pipeline.cache.manifest import FILE, CacheHeader, match_header, read_header
 from pipeline.cache.webdataset_store import WebdatasetStore
 from pipeline.cache.zarr_store import ZarrStore, array_specs
@@ -108,16 +108,17 @@ class CacheWriter:
             return
         with one_line(f"{self.path}: shard {shard} can't be cleaned"):
             for file in [*(file_of(self.path, f) for f in self._store.files(shard)), commit_path(self.path, shard)]:
-                for partial in partials_of(file):
-                    partial.unlink(missing_ok=True)
+                remove_dead_partials(file)
 
     def write_shard(self, shard: int, data: ShardData) -> None:
-        """Write one shard and commit it. Rows of tombstones are zeroed in `data`.
+        """Write one shard and commit it. In `data`, rows of tombstones are zeroed and unwanted images dropped.
 
         Raises:
             CacheError: `data` doesn't fit the header, or the disk doesn't take it.
         """
         _check(self.header, shard, data, self._store.stores_images)
+        if not self._store.stores_images:
+            data.images = None
         _clear_tombstones(self.header.shard_range(shard), data)
         with one_line(f"{self.path}: shard {shard} can't be written"):
             files = self._store.write(shard, data, self._seal)

@@ -147,9 +147,7 @@ class ZarrStore:
         ]
 
     def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:
-        span = self._header.shard_range(shard)
-        store = _DurableStore(self._root)
-        group = zarr.open_group(store, mode="r+", zarr_format=3)
+        span, (store, targets) = self._header.shard_range(shard), self._targets
         arrays: dict[str, Any] = {
             "tokens": data.tokens,
             "scale": data.scale,
@@ -158,12 +156,21 @@ class ZarrStore:
         }
         arrays |= {"hflip": data.hflip, "source_hash": data.source_hash, "crc32c": _checksums(span, data, seal)}
         arrays |= {"key": np.array(data.keys, dtype=object)}
+        for name, target in targets.items():
+            target[span.start : span.stop] = arrays[name]
+            sync_folder(self._root / name)
+        return {file: store.written.pop(file) for file in self.files(shard)}
+
+    @cached_property
+    def _targets(self) -> "tuple[_DurableStore, dict[str, zarr.Array[Any]]]":
+        """The arrays, opened for writing once: eight files of metadata for each shard would be a waste."""
+        store = _DurableStore(self._root)
+        group, arrays = zarr.open_group(store, mode="r+", zarr_format=3), {}
         for name in self._specs:
             array = group[name]
             assert isinstance(array, zarr.Array)
-            array.with_config({"write_empty_chunks": True})[span.start : span.stop] = arrays[name]
-            sync_folder(self._root / name)
-        return {file: store.written[file] for file in self.files(shard)}
+            arrays[name] = array.with_config({"write_empty_chunks": True})
+        return store, arrays
 
     def open_view(self, shard: int, view: int) -> "ZarrView":
         return ZarrView(self._root, self._header, shard, view)

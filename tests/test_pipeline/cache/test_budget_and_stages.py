@@ -1,0 +1,98 @@
+"""Sizes are foreseen within a few percent; the three stages of this wing answer in JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import create_cache, open_writer
+from pipeline.cache.budget import estimate_bytes, readable, require_room
+from pipeline.errors import CacheDamage, CacheError, ConfigError
+from stages import benchmark_cache, cache_info, plan
+from tests.test_pipeline.cache.samples import make_cache, make_header, make_shard
+
+
+@pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
+def test_the_estimate_is_what_is_written(tmp_path: Path, store: str, quantiser: str) -> None:
+    header = make_header(
+        store,
+        quantiser_name=quantiser,
+        dim=64,
+        grid=[10, 10],
+        dataset={"source": "", "kind": "", "count": 40, "digest": ""},
+        samples_per_shard=20,
+    )
+    path = make_cache(tmp_path / "cache", header)
+    written = sum(f.stat().st_size for f in path.rglob("*") if f.parent.name not in ("cache", "commits", "index"))
+    expected = estimate_bytes(
+        samples=40, views=2, tokens=100, dim=64, store=store, quantiser=quantiser, image_bytes=200
+    )
+    assert written == pytest.approx(expected, rel=0.08, abs=20_000)
+
+
+def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
+    require_room(tmp_path / "not" / "yet", 1)
+    with pytest.raises(CacheError, match=r"needs about 1 PB and its disk has .* free"):
+        require_room(tmp_path, 10**15)
+
+
+def test_readable() -> None:
+    assert [readable(n) for n in (0, 999, 1000, 193_949_466_295)] == ["0 B", "999 B", "1 kB", "193.9 GB"]
+
+
+def test_plan_of_imagenet() -> None:
+    answer = plan.run(plan.PlanConfig())
+    assert answer["size"] == "193.9 GB"
+    assert answer["saving_ceiling"] == pytest.approx(1.6, abs=0.01)
+    assert answer["teacher_gmac"] == pytest.approx(17.6, abs=0.1)
+    assert answer["student_step_gmac"] == pytest.approx(29, abs=0.1)
+    assert answer["extraction_gpu_hours"] == pytest.approx(1_281_167 / 1000 / 3600)
+    half = plan.run(plan.PlanConfig(quantiser="float16", views=2))
+    assert half["bytes"] == pytest.approx(2 * 386e9, rel=0.01)
+    json.dumps(answer)
+
+
+def test_plan_of_something_unknown() -> None:
+    with pytest.raises(ConfigError, match="choose one of dino_vits16"):
+        plan.run(plan.PlanConfig(teacher="gpt"))
+
+
+def test_cache_info(tmp_path: Path, store: str) -> None:
+    header = make_header(store)
+    create_cache(tmp_path, header)
+    for shard in (0, 1):
+        data = make_shard(header, shard, {5: "bad"})
+        data.fidelity = {"tokens": 24, "nmse_mean": 1e-5, "nmse_worst": 2e-5, "cosine_mean": 1, "cosine_worst": 0.999}
+        open_writer(tmp_path).write_shard(shard, data)
+    answer = cache_info.run(cache_info.CacheInfoConfig(path=tmp_path))
+    assert (answer["committed"], answer["shards"], answer["complete"]) == (2, 3, False)
+    assert answer["missing_shards"] == [2]
+    assert answer["tombstones"] == 1
+    assert answer["tombstone_list"][0]["error"] == "bad"
+    assert answer["fidelity"]["tokens"] == 48
+    assert answer["seconds"] == 3.0
+    assert answer["bytes_per_view"] > 100
+    json.dumps(answer)
+
+
+def test_cache_info_of_damage(cache: Path) -> None:
+    (cache / "commits" / "000001.json").write_text("{}")
+    with pytest.raises(CacheDamage, match="shard 1"):
+        cache_info.run(cache_info.CacheInfoConfig(path=cache))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_benchmark_measures_both_stores_and_given_caches(tmp_path: Path) -> None:
+    """The figures themselves are the benchmark's business; here it runs and says what it should."""
+    config = benchmark_cache.BenchmarkCacheConfig(
+        folder=tmp_path, samples=16, samples_per_shard=8, grid=2, dim=8, image_bytes=100, repeats=2
+    )
+    answer = benchmark_cache.run(config)
+    for store in ("zarr", "webdataset"):
+        assert set(answer[store]) == {"read", "npy", "verify", "write"}
+        assert all(len(figure["ratios"]) >= 2 and figure["ratio"] > 0 for figure in answer[store].values())
+    assert list(tmp_path.iterdir()) == []
+    given = make_cache(tmp_path / "cache", make_header("zarr"), {5: "bad"})
+    answer = benchmark_cache.run(config.model_copy(update={"path": given}))
+    assert set(answer["zarr"]) == {"read", "npy", "verify"}
+    json.dumps(answer)
