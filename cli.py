@@ -193,6 +193,82 @@ def knn(config: Path | None, overrides: tuple[str, ...]) -> None:
     _print_facts(run(load_config(KnnConfig, config, overrides, "knn")))
 
 
+@main.command("cache-info")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def cache_info(path: Path, as_json: bool) -> None:
+    """What a cache holds: teacher, views, bytes a view, fidelity, how complete, what could not be read.
+
+    Reads the header and the commit records at PATH, no data; writes nothing. Costs seconds.
+    """
+    from stages.cache_info import CacheInfoConfig, run
+
+    facts = run(CacheInfoConfig(path=path))
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+    else:
+        _print_facts(facts)
+
+
+@main.command("plan")
+@configured
+def plan(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Before a disk is filled: bytes, GPU-hours, the read rate of training, and what a cache can save at most.
+
+    Reads nothing but its keys (samples, views, teacher, store, quantiser, ...); writes nothing. Costs no time.
+    """
+    from pipeline.config import load_config
+    from stages.plan import PlanConfig, run
+
+    _print_facts(run(load_config(PlanConfig, config, overrides, "plan")))
+
+
+@main.command("teachers")
+def teachers() -> None:
+    """The teachers by name: grid, width, input size, GMAC and bytes a view.
+
+    Reads and writes nothing; needs no weights. Costs a second. Any other ViT goes by timm:NAME or open_clip:ARCH:TAG.
+    """
+    from pipeline.teachers import list_teachers
+
+    click.echo(f"{'name':<16}{'grid':>8}{'width':>7}{'pixels':>8}{'GMAC':>8}{'bytes a view':>14}  what")
+    for row in list_teachers():
+        grid = f"{row.grid[0]}x{row.grid[1]}"
+        figures = f"{grid:>8}{row.dim:>7}{row.image_size:>8}{row.gmacs:>8.1f}{row.bytes_per_view:>14}"
+        click.echo(f"{row.name:<16}{figures}  {row.about}")
+
+
+@main.group("benchmark")
+def benchmark() -> None:
+    """Measure this machine: every figure as JSON, ratios taken in pairs in one run. Reads, writes, costs: see each."""
+
+
+@benchmark.command("cache")
+@configured
+def benchmark_cache(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Cache reads, writes and verification against bare loops that do the least that could do the job.
+
+    Reads a cache (path) or writes a synthetic one into a temporary folder. Costs about a minute and 500 MB.
+    """
+    from pipeline.config import load_config
+    from stages.benchmark_cache import BenchmarkCacheConfig, run
+
+    click.echo(json.dumps(run(load_config(BenchmarkCacheConfig, config, overrides, "benchmark")), indent=1))
+
+
+@benchmark.command("student")
+@configured
+def benchmark_student(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Training steps of students; for ConvViT the sparse convolution stages against the dense ones.
+
+    Reads and writes nothing. Costs minutes on a CPU.
+    """
+    from pipeline.config import load_config
+    from stages.benchmark_student import BenchmarkStudentConfig, run
+
+    click.echo(json.dumps(run(load_config(BenchmarkStudentConfig, config, overrides, "benchmark")), indent=1))
+
+
 @main.command("demo")
 @configured
 def demo(config: Path | None, overrides: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ one being filled and the one being written; a slow disk slows extraction down an
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from PIL import features
 from torch import Tensor
 
-from pipeline.cache import CacheHeader, CacheWriter, Fidelity, Quantiser, Reextracted, ShardData, hash_source
+from pipeline.cache import (
+    CacheHeader,
+    CacheWriter,
+    Fidelity,
+    FidelityFigures,
+    Quantiser,
+    Reextracted,
+    ShardData,
+    hash_source,
+)
 from pipeline.data.images import ImageSource, decode
 from pipeline.data.loader import Request, load
 from pipeline.data.views import ViewConfig, draw_view, encode_jpeg, render, to_chw
@@ -143,14 +152,23 @@ class Extractor:
         return Quantiser.calibrate(name, torch.cat(tokens))
 
     def run(
-        self, writer: CacheWriter, shards: Sequence[int], progress: Callable[[int], None] = lambda images: None
+        self,
+        writer: CacheWriter,
+        shards: Sequence[int],
+        bounds: Mapping[str, float],
+        progress: Callable[[int], None] = lambda images: None,
     ) -> "Summary":
-        """Extract and write the shards; each is committed as soon as it is whole."""
+        """Extract and write the shards; each is committed as soon as it is whole.
+
+        Raises:
+            CacheError: a shard lost more in quantisation than `bounds` (of `FidelityFigures.check`) allow.
+        """
         summary = Summary()
         with ThreadPoolExecutor(max_workers=1) as pool:
             writing: Future[None] | None = None
             for shard, data in self.shards(writer.header, shards, progress):
                 summary.add(data)
+                FidelityFigures.model_validate(data.fidelity).check(**bounds)
                 if writing is not None:
                     writing.result()
                 writer.clean_partial(shard)

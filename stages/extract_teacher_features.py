@@ -28,6 +28,7 @@ from pipeline.cache import (
     read_header,
     wait_for_cache,
 )
+from pipeline.cache.budget import estimate_bytes, require_room
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.views import ViewConfig
@@ -46,6 +47,8 @@ class CacheOutput(Config):
     samples_per_shard: int = Field(1024, ge=1, le=65536)  # one file a shard and view: 154 MB at 196x768
     attention: Literal["mean", "heads"] = "mean"  # heads: one row each, for people who want to look
     calibration: int = Field(256, ge=1)  # samples that the channel statistics are measured on
+    max_nmse: float = Field(1e-3, gt=0)  # what a shard may lose in its worst channel; int8 loses about 5e-5
+    min_cosine: float = Field(0.999, gt=0, le=1)  # of its LayerNormed tokens, on average; int8 keeps about 0.9998
 
 
 class ExtractConfig(Config):
@@ -64,7 +67,7 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
     """Extract every shard that isn't committed yet; returns what was done.
 
     Raises:
-        CacheError: the folder holds another cache, or the disk lacks the room.
+        CacheError: the folder holds another cache, the disk lacks the room, or quantisation lost more than allowed.
         DataError: no images, or more unreadable ones than `max_tombstones`.
     """
     processes = PartialState()
@@ -81,7 +84,8 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
     began = time.perf_counter()
     images = sum(len(header.shard_range(shard)) for shard in todo)
     with Progress(images, "extract", "img", show=processes.is_main_process) as progress:
-        summary = extractor.run(writer, todo, progress.advance)
+        bounds = {"max_nmse": config.cache.max_nmse, "min_cosine": config.cache.min_cosine}
+        summary = extractor.run(writer, todo, bounds, progress.advance)
     seconds = time.perf_counter() - began
     processes.wait_for_everyone()
     return _report(config, source, summary.images, seconds)
@@ -94,12 +98,28 @@ def _open(config: ExtractConfig, extractor: Extractor, first: bool) -> CacheHead
     if not first:
         wait_for_cache(path)
     elif not (path / "cache.json").exists():
+        _require_room(path, wish)
         quantiser = extractor.calibrate(output.quantiser, output.calibration)
         state = quantiser.to_json() | ({"calibration": output.calibration} if quantiser.mean.size else {})
         create_cache(path, extractor.describe(output.attention, output.samples_per_shard, state))
     header = read_header(path)
     match_header(path, header, wish)
     return header
+
+
+def _require_room(path: Path, wish: CacheHeader) -> None:
+    """Refuse before the first byte what the disk can't hold."""
+    needed = estimate_bytes(
+        samples=wish.count,
+        views=wish.views,
+        tokens=wish.tokens,
+        dim=wish.dim,
+        store=wish.store,
+        quantiser=wish.quantiser.name,
+        attention=wish.attention,
+        heads=wish.heads,
+    )
+    require_room(path, needed)
 
 
 def _shards(header: CacheHeader, shard_range: str | None) -> Sequence[int]:

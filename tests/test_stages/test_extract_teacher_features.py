@@ -29,7 +29,9 @@ def content(path: Path) -> dict[str, bytes]:
     return files
 
 
-def test_targets_are_the_teachers_tokens_of_the_very_pixels_that_training_will_see(cache: Path, image_tree: Path) -> None:
+def test_targets_are_the_teachers_tokens_of_the_very_pixels_that_training_will_see(
+    cache: Path, image_tree: Path
+) -> None:
     reader, images = open_cache(cache), open_images(str(image_tree))
     teacher = load_teacher(TeacherConfig.model_validate(TEACHER), torch.device("cpu"))
     for index in range(0, 24, 5):
@@ -50,7 +52,9 @@ def test_targets_are_the_teachers_tokens_of_the_very_pixels_that_training_will_s
 
 def test_a_sound_cache_verifies_at_every_level(cache: Path) -> None:
     for level in ("quick", "full", "deep"):
-        found = verify_cache.run(verify_cache.VerifyConfig.model_validate({"path": cache, "level": level, "samples": 6}))
+        found = verify_cache.run(
+            verify_cache.VerifyConfig.model_validate({"path": cache, "level": level, "samples": 6})
+        )
         assert found.sound, found.to_text()
         assert "checked" in found.images or level == "quick"
 
@@ -63,7 +67,9 @@ def test_running_again_does_nothing(make_cache: Make, image_tree: Path, tmp_path
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
-def test_shard_ranges_give_the_same_bytes_as_one_run(make_cache: Make, image_tree: Path, tmp_path: Path, store: str) -> None:
+def test_shard_ranges_give_the_same_bytes_as_one_run(
+    make_cache: Make, image_tree: Path, tmp_path: Path, store: str
+) -> None:
     whole = content(make_cache("whole", cache__store=store))
     config = extract_config(image_tree, tmp_path / "parts", cache__store=store)
     assert extract_teacher_features.run(config, init_only=True)["extracted"] == 0
