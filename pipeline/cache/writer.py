@@ -12,7 +12,8 @@ from pipeline.cache.commits import Commit, Tombstone, commit_path, read_commit, 
 from pipeline.cache.files import PARTIAL, file_of, one_line, remove_dead_partials, sync_folder, write_file
 from pipeline.cache.manifest import FILE, CacheHeader, match_header, read_header
 from pipeline.cache.webdataset_store import WebdatasetStore
-from pipeline.cache.zarr_store import ZarrStore, array_specs
+from pipeline.cache.zarr_store import ZarrStore
+from pipeline.cache.zarr_view import array_specs
 from pipeline.errors import CacheError
 
 
