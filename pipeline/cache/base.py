@@ -166,8 +166,8 @@ class Store(Protocol):
     ) -> Iterator[tuple[int, Raw | CacheDamage]]:
         """Read every byte of one view once, for verification.
 
-        Yields (row, record or what keeps it from being found) for each of `rows`, ascending; the next overwrites it.
-        Puts the measure of each file that could be read whole into `seen`. `fresh` distrusts sidecars.
+        Yields (row, record or what keeps it from being found) for each of `rows`, ascending; the next one overwrites
+        its tokens. Puts the measure of each file that could be read whole into `seen`. `fresh` distrusts sidecars.
         Raises CacheDamage when nothing of the view can be read.
         """
         ...

@@ -196,7 +196,7 @@ class _Verifier:
         span = self._header.shard_range(shard)
         dead = {stone.index for stone in commit.tombstones}
         rows = [row for row, index in enumerate(span) if index not in dead]
-        values, damaged = _ViewValues(self._header, len(span)), 0
+        values, damaged = _ViewValues(self._header), 0
         try:
             for row, raw in self._store.scan(shard, view, rows, seen, fresh):
                 problem = self._record_problem(span[row], view, raw)
@@ -245,23 +245,19 @@ class _Verifier:
 class _ViewValues:
     """Collects the small values of one view, to check them all at once: numpy pays per call."""
 
-    def __init__(self, header: CacheHeader, rows: int) -> None:
+    def __init__(self, header: CacheHeader) -> None:
         self.rows: list[int] = []
-        self._tails = bytearray()
-        self._scale = np.empty((rows, header.tokens), np.float16) if header.quantiser.has_scale else None
-        shape = header.attention_shape
-        self._attention = np.empty((rows, *shape), np.float16) if shape is not None else None
+        self._tails: list[bytes] = []
+        self._scale: list[Any] = []
+        self._attention: list[Any] = []
         self._floats = header.quantiser.dtype.kind == "f"
         self._infinite: list[int] = []
 
     def add(self, row: int, raw: Raw) -> None:
-        at = len(self.rows)
         self.rows.append(row)
-        self._tails += raw.tail
-        if self._scale is not None:
-            self._scale[at] = raw.scale
-        if self._attention is not None:
-            self._attention[at] = raw.attention
+        self._tails.append(raw.tail)
+        self._scale.append(raw.scale)
+        self._attention.append(raw.attention)
         if self._floats and not np.isfinite(raw.tokens).all():
             self._infinite.append(row)
 
@@ -271,16 +267,16 @@ class _ViewValues:
         if n == 0:
             return
         yield from ((row, "tokens are not finite") for row in self._infinite)
-        if self._scale is not None:
-            scale = self._scale[:n].astype(np.float32)
+        if self._scale[0] is not None:
+            scale = np.stack(self._scale).astype(np.float32)
             good = np.isfinite(scale) & (scale > 0)
             yield from self._named((~good).any(1), "scales are not finite and positive")
-        if self._attention is not None:
-            attention = self._attention[:n].astype(np.float32)
+        if self._attention[0] is not None:
+            attention = np.stack(self._attention).astype(np.float32)
             sums = np.where((attention >= 0).all(-1), attention.sum(-1), np.nan).reshape(n, -1)
             wrong = ~(np.abs(sums - 1) <= _SUM_TOLERANCE)
             yield from self._named(wrong.any(1), "attention does not sum to 1")
-        tails = np.frombuffer(self._tails, [("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")])
+        tails = np.frombuffer(b"".join(self._tails), [("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")])
         boxes = np.concatenate([tails["box"][:, :2] < 0, tails["box"][:, 2:] < 1], 1)
         yield from self._named(boxes.any(1), "the box is empty or outside the image")
         yield from self._named(tails["hflip"] > 1, "hflip is neither 0 nor 1")

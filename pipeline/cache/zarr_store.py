@@ -169,7 +169,10 @@ class ZarrStore:
             if not isinstance(block, CacheDamage):
                 hasher.update(block.data)
             for row in filter(wanted.__contains__, range(start, min(start + _BLOCK_ROWS, S))):
-                yield row, _attempt(opened.read, row, None if isinstance(block, CacheDamage) else block[row - start])
+                if isinstance(block, CacheDamage):
+                    yield row, _attempt(opened.read, row)
+                else:
+                    yield row, opened.read(row, block[row - start])
         hasher.update(tokens.file.read_from(S * tokens.bytes))
         seen[tokens_file] = FileEntry(bytes=tokens.file.size(), xxh3_128=hasher.hexdigest())
 

@@ -16,6 +16,7 @@ import zarr
 from PIL import Image
 
 from pipeline.cache import create_cache, open_cache, open_writer, read_header
+from pipeline.cache.webdataset_store import member_header
 from tests.test_pipeline.cache.samples import make_cache, make_header, make_shard
 
 # webdataset leaves an open tar to the garbage collector
@@ -70,6 +71,15 @@ def test_tars_are_plain_and_say_nothing_of_the_machine(tmp_path: Path) -> None:
         members = tar.getmembers()
     assert [m.name for m in members[:3]] == ["000000000.jpg", "000000000.safetensors", "000000000.json"]
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("000000000.jpg", 0), ("123456789.safetensors", 8**11 - 1), ("7.json", 511)]
+)
+def test_member_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert member_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_a_raw_chunk_is_the_array_and_its_crc32c(tmp_path: Path) -> None:
