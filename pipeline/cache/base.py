@@ -179,8 +179,8 @@ class Store(Protocol):
         """
         ...
 
-    def derived(self) -> set[str]:
-        """Every file of a finished cache that no commit record covers."""
+    def derived(self, shard: int | None) -> list[str]:
+        """The files that `uncovered` checks: those of one shard, or of the whole cache (None)."""
         ...
 
     def rebuild(self, file: str) -> None:

@@ -118,7 +118,7 @@ class _Verifier:
     def _check_strays(self) -> None:
         known = {f for shard in range(self._header.shards) for f in self._store.files(shard)}
         known |= {f"{FOLDER}/{commit_path(self._path, shard).name}" for shard in range(self._header.shards)} | {FILE}
-        known |= self._store.derived()
+        known |= {f for shard in (None, *range(self._header.shards)) for f in self._store.derived(shard)}
         for found in self._path.rglob("*"):
             name = found.relative_to(self._path).as_posix()
             if found.is_dir() or name in known:

@@ -104,8 +104,8 @@ class WebdatasetStore:
             return None  # the tar itself is damaged, which its own finding says
         return None if stored == expected else "is not the index of its tar"
 
-    def derived(self) -> set[str]:
-        return {_index_name(s, v) for s in range(self._header.shards) for v in range(self._header.views)}
+    def derived(self, shard: int | None) -> list[str]:
+        return [] if shard is None else [_index_name(shard, view) for view in range(self._header.views)]
 
     def rebuild(self, file: str) -> None:
         shard, view = (int(part) for part in file.removeprefix("index/").removesuffix(".index").split("-"))

@@ -108,7 +108,8 @@ class CacheWriter:
         if commit_path(self.path, shard).is_file():
             return
         with one_line(f"{self.path}: shard {shard} can't be cleaned"):
-            for file in [*(file_of(self.path, f) for f in self._store.files(shard)), commit_path(self.path, shard)]:
+            files = [file_of(self.path, file) for file in self._store.files(shard) + self._store.derived(shard)]
+            for file in [*files, commit_path(self.path, shard)]:
                 remove_dead_partials(file)
 
     def write_shard(self, shard: int, data: ShardData) -> None:

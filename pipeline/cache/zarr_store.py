@@ -186,8 +186,8 @@ class ZarrStore:
                 problems[file] = "is not what this cache's header asks for"
         return problems
 
-    def derived(self) -> set[str]:
-        return set(self._metadata)
+    def derived(self, shard: int | None) -> list[str]:
+        return list(self._metadata) if shard is None else []
 
     def rebuild(self, file: str) -> None:
         path = file_of(self._root, file)

@@ -341,6 +341,17 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path, stor
     assert contents(tmp_path / "cache") == expected
 
 
+def test_no_partial_file_of_a_shard_is_forgotten(cache: Path) -> None:
+    """Whatever file of shard 1 a writer was at when it was killed."""
+    ours = [f for f in cache.rglob("*") if f.name.startswith(("c.1", "000001"))]
+    for file in ours:
+        file.with_name(f".{file.name}.00ff.partial").write_bytes(b"half")
+    writer = open_writer(cache)
+    writer.withdraw(1)
+    writer.clean_partial(1)
+    assert not list(cache.rglob("*.partial"))
+
+
 def test_partial_files_go_when_nobody_writes_them(cache: Path, store: str) -> None:
     name = ".c.0.0.0.1234.partial" if store == "zarr" else ".000000-00.tar.1234.partial"
     partial = cache / ("scale" if store == "zarr" else "shards") / name
