@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from pipeline.data.labelled import evaluation_batches
 from pipeline.errors import DataError
 from pipeline.evaluation.features import extract_features
 from pipeline.models.config import StudentConfig
+from pipeline.processes import processes
 from pipeline.progress import track
 from pipeline.teachers.config import TeacherConfig
 
@@ -64,7 +64,7 @@ def frozen_features(config: FrozenConfig) -> Frozen:
     named = train.classes and val.classes
     if (named and train.classes != val.classes) or val.num_classes > train.num_classes:
         raise DataError("data.path and val.path have different classes: give matching folders")
-    device = PartialState().device
+    device = processes().device
     torch.manual_seed(config.seed)
     encode = _encoder(config, device)
     train_x, train_y = extract_features(encode, _batches(train, config, config.data.workers, "features (train)"))

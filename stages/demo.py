@@ -88,14 +88,14 @@ def _write_digits(folder: Path) -> str:
 
 
 def _train_teacher(config: DemoConfig, both: dict[str, Any]) -> dict[str, Any]:
-    return _finetune(config, both, "teacher", config.teacher_steps, student=_ENCODER, pool="cls", lr=1e-3)
+    return _finetune(config, both, "teacher", config.teacher_steps, student=_ENCODER, lr=1e-3)
 
 
 def _finetune(
-    config: DemoConfig, both: dict[str, Any], name: str, steps: int, lr: float, pool: str = "mean", **start: Any
+    config: DemoConfig, both: dict[str, Any], name: str, steps: int, lr: float, **start: Any
 ) -> dict[str, Any]:
     optim = {"lr": lr, "warmup_epochs": 1, "betas": [0.9, 0.999], "layer_decay": 1.0}
-    keys = {**both, **start, "output": config.output / name, "seed": config.seed, "max_steps": steps, "pool": pool}
+    keys = {**both, **start, "output": config.output / name, "seed": config.seed, "max_steps": steps}
     shape = {"batch_size": 64, "drop_path": 0.0, "augment": _PLAIN, "optim": optim, "eval_every": 100}
     return finetune.run(finetune.FinetuneConfig.model_validate({**keys, **shape}))
 
@@ -116,7 +116,8 @@ def _pretrain(config: DemoConfig, data: dict[str, Any], objective: str) -> dict[
         "cache": {"path": config.output / "cache"},
         "output": config.output / objective,
         "student": _STUDENT,
-        "mimic": {"objective": objective},
+        # A patch is one pixel of the scan: normalised by itself, nothing of it would be left to predict.
+        "mimic": {"objective": objective, "norm_pix_loss": False},
         "mask": {"focus": "sampled" if objective == "mr_mae" else "random"},
         "optim": {"lr": 1.5e-3, "warmup_epochs": 1},
         "batch_size": 64,
@@ -199,7 +200,11 @@ def _draw_attention(out: Path, images: torch.Tensor) -> Path:
         attention = looker(images).attention
         assert attention is not None
         columns[name] = as_maps(attention, looker.grid)
-    return draw_grid(out / "attention.png", columns, "Where the class token of the last block looks")
+    return draw_grid(
+        out / "attention.png",
+        columns,
+        "Where the last block looks (teacher: mean of the patches' queries; students: class token)",
+    )
 
 
 def _markdown(config: DemoConfig, table: dict[str, dict[str, float]]) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from pydantic import Field
 
 from pipeline.assembly import load_teacher
@@ -34,6 +33,7 @@ from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError, DataError
 from pipeline.extraction import Extractor
+from pipeline.processes import processes
 from pipeline.progress import Progress
 from pipeline.teachers.config import TeacherConfig
 
@@ -70,24 +70,24 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
         CacheError: the folder holds another cache, the disk lacks the room, or quantisation lost more than allowed.
         DataError: no images, or more unreadable ones than `max_tombstones`.
     """
-    processes = PartialState()
+    state = processes()
     source = open_images(config.data.path, config.data.limit)
-    teacher = load_teacher(config.teacher, processes.device, _dtype(config.precision, processes.device))
+    teacher = load_teacher(config.teacher, state.device, _dtype(config.precision, state.device))
     extractor = Extractor(source, config.views, teacher, config.batch_size, config.data.workers, config.cache.store)
-    header = _open(config, extractor, first=processes.is_main_process)
+    header = _open(config, extractor, first=state.is_main_process)
     if init_only:
         return {"cache": str(config.cache.path), "shards": header.shards, "extracted": 0}
 
     writer = open_writer(config.cache.path)
-    mine = _shards(header, shard_range)[processes.process_index :: processes.num_processes]
+    mine = _shards(header, shard_range)[state.process_index :: state.num_processes]
     todo = [shard for shard in mine if not writer.is_committed(shard)]
     began = time.perf_counter()
     images = sum(len(header.shard_range(shard)) for shard in todo)
-    with Progress(images, "extract", "img", show=processes.is_main_process) as progress:
+    with Progress(images, "extract", "img", show=state.is_main_process) as progress:
         bounds = {"max_nmse": config.cache.max_nmse, "min_cosine": config.cache.min_cosine}
         summary = extractor.run(writer, todo, bounds, progress.advance)
     seconds = time.perf_counter() - began
-    processes.wait_for_everyone()
+    state.wait_for_everyone()
     return _report(config, source, summary.images, seconds)
 
 

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from pipeline.config import Config, PathField, save_config
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.processes import without_cuda
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         trackers = ["tensorboard"] * config.tensorboard + ["wandb"] * config.wandb
         self.accelerator = Accelerator(
+            cpu=without_cuda(),
             mixed_precision=_precision(config.precision),
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),

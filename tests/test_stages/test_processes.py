@@ -47,6 +47,7 @@ def test_two_processes_extract_the_same_bytes_as_one(image_tree: Path, tmp_path:
         "batch_size=16",
     )
     assert done.returncode == 0, done.stderr
+    assert "images        16\n" in done.stdout  # the first process took two of the three shards
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
