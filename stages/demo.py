@@ -141,7 +141,7 @@ def _compare(config: DemoConfig, both: dict[str, Any]) -> dict[str, dict[str, fl
     table: dict[str, dict[str, float]] = {}
     for name, subject in subjects.items():
         keys = {**both, **seed, **subject}
-        probe = {"batch_size": 256, "epochs": 30}
+        probe = {"batch_size": 64, "epochs": 60, "blrs": [4.0, 12.0, 40.0, 120.0]}  # few steps want large rates
         row = {
             "k-NN": knn.run(knn.KnnConfig.model_validate(keys))["top1"],
             "linear probe": linear_probe.run(linear_probe.LinearProbeConfig.model_validate({**keys, **probe}))["top1"],

@@ -5,6 +5,7 @@ the model, the optimiser and one integer. Nothing is replayed on resume.
 """
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -121,10 +122,11 @@ class _Loop:
 
     def train_step(self, step: int, batches: Iterator[B], losses: Losses[B]) -> None:
         self.model.train()
-        self._seed(step)
         set_lr(self.plain_optimizer, self.schedule(step))
         for micro in range(self.plan.accum_iter):
             batch = self._next(batches)
+            # Only now: starting the loader draws from the global generators too, after a resume and not before.
+            self._seed(step, micro)
             if micro + 1 < self.plan.accum_iter:
                 with self.run.accelerator.no_sync(self.model):
                     self._backward(step, batch, losses)
@@ -159,11 +161,12 @@ class _Loop:
         norm: Tensor = self.run.accelerator.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
         return norm.detach()
 
-    def _seed(self, step: int) -> None:
-        """Dropout, drop-path and mixup of a step depend on (seed, step, rank) alone."""
-        words = np.random.SeedSequence([self.run.config.seed, step, self.run.rank]).generate_state(2)
+    def _seed(self, step: int, micro: int) -> None:
+        """Dropout, drop-path, mixup and erasing depend on (seed, step, micro-batch, rank) alone."""
+        words = np.random.SeedSequence([self.run.config.seed, step, micro, self.run.rank]).generate_state(3)
         torch.manual_seed(int(words[0]))
-        np.random.seed(int(words[1]))  # timm's mixup draws from numpy's global state
+        np.random.seed(int(words[1]))  # timm's mixup draws from numpy's global state,
+        random.seed(int(words[2]))  # its erasing from Python's
 
     def log(self, done: int) -> None:
         self._check_finite()

@@ -1,0 +1,142 @@
+"""finetune, knn and linear-probe: from a pre-trained run, from scratch, and what they refuse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from stages import extract_teacher_features, finetune, knn, linear_probe, pretrain
+from tests.test_stages.conftest import MICRO, TEACHER, extract_config, pretrain_config
+
+ENCODER = {key: value for key, value in MICRO.items() if not key.startswith("decoder_")}
+PLAIN = {"rand_augment": None, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "smoothing": 0.0, "hflip": 0.0}
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that differ in colour: learnable in seconds."""
+    root = tmp_path_factory.mktemp("colours")
+    for number in range(36):
+        label, rest = number % 3, number * 5
+        folder = root / ("val" if number >= 24 else "train") / ("red", "green", "blue")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixel = tuple(200 - rest % 60 if channel == label else 30 + rest % 40 for channel in range(3))
+        Image.new("RGB", (64, 64), pixel).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-trained micro student."""
+    root = tmp_path_factory.mktemp("run")
+    extract_teacher_features.run(extract_config(colours / "train", root / "cache", cache__max_nmse=1.0))
+    data = {"path": str(colours / "train"), "workers": 0}
+    pretrain.run(pretrain_config(root / "student", data=data, cache={"path": str(root / "cache")}))
+    return root / "student"
+
+
+def sets(colours: Path) -> dict[str, Any]:
+    return {name: {"path": str(colours / folder), "workers": 0} for name, folder in (("data", "train"), ("val", "val"))}
+
+
+def finetune_config(colours: Path, output: Path, **changes: Any) -> finetune.FinetuneConfig:
+    keys = {
+        **sets(colours),
+        "output": str(output),
+        "image_size": 64,
+        "augment": PLAIN,
+        "optim": {"lr": 3e-3, "warmup_epochs": 0},
+        "drop_path": 0.0,
+        "batch_size": 8,
+        "max_steps": 30,
+        "tensorboard": False,
+    }
+    return finetune.FinetuneConfig.model_validate({**keys, **changes})
+
+
+def test_finetune_from_a_run_learns_and_keeps_the_best(colours: Path, run: Path, tmp_path: Path) -> None:
+    facts = finetune.run(finetune_config(colours, tmp_path / "out", init=str(run)))
+    assert facts["top1"] > 0.9
+    assert facts["top5"] == 1.0
+    record = json.loads((tmp_path / "out/checkpoints/best/checkpoint.json").read_text())
+    assert record["metrics"]["top1"] == max(
+        row["top1"]
+        for row in map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+        if "top1" in row
+    )
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_finetune_from_scratch_with_the_whole_recipe(colours: Path, tmp_path: Path, pool: str) -> None:
+    config = finetune_config(
+        colours, tmp_path / "out", student=ENCODER, pool=pool, augment={}, drop_path=0.1, max_steps=3, accum_iter=2
+    )
+    assert 0 <= finetune.run(config)["top1"] <= 1
+
+
+def test_a_finetuned_run_resumes_bit_for_bit(colours: Path, tmp_path: Path) -> None:
+    """Mixup, erasing and RandAugment draw from generators that are functions of the step or the sample."""
+    keys: dict[str, Any] = {"student": ENCODER, "augment": {}, "max_steps": 6, "log_every": 1, "drop_path": 0.2}
+    finetune.run(finetune_config(colours, tmp_path / "whole", **keys))
+    finetune.run(finetune_config(colours, tmp_path / "parts", **keys, checkpoint_every=4, keep_checkpoints=3))
+    newest = tmp_path / "parts/checkpoints/step-00000006"
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    finetune.run(finetune_config(colours, tmp_path / "parts", **keys, checkpoint_every=4, keep_checkpoints=3))
+    whole, parts = (
+        (tmp_path / name / "checkpoints/step-00000006/model.safetensors").read_bytes() for name in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+@pytest.mark.parametrize("subject", ["init", "student", "teacher", "pixels"])
+def test_knn_and_probe_take_every_subject(colours: Path, run: Path, tmp_path: Path, subject: str) -> None:
+    value: Any = {"init": str(run), "student": MICRO, "teacher": TEACHER, "pixels": True}[subject]
+    keys = {**sets(colours), "image_size": 64, subject: value, "output": str(tmp_path)}
+    near = knn.run(knn.KnnConfig.model_validate({**keys, "k": 3}))
+    # LARS moves the weights by a share of their length: so few steps want large rates.
+    rates = {"batch_size": 8, "epochs": 30, "blrs": [100.0, 300.0, 1000.0, 3000.0]}
+    probe = linear_probe.run(linear_probe.LinearProbeConfig.model_validate({**keys, **rates}))
+    assert near["top1"] > 0.9  # colour is in everything, even in untrained features
+    assert probe["top1"] > 0.9
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["knn"]["top1"] == near["top1"]
+    assert written["linear_probe"]["top1"] == probe["top1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"init": "/nowhere"}, CheckpointError, "/nowhere does not exist"),
+        ({"student": {**ENCODER, "dim": 96}}, CheckpointError, "another shape"),
+        ({"student": {"name": "mrmae_vit_gigantic"}, "init": None}, ConfigError, "mrmae_vit_gigantic"),
+        ({"val": {"path": "/nowhere"}}, DataError, "no such file or folder"),
+    ],
+)
+def test_finetune_refuses_what_does_not_fit(
+    colours: Path, run: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        finetune.run(finetune_config(colours, tmp_path / "out", **{"init": str(run), **changes}))
+
+
+def test_classes_must_agree(colours: Path, image_tree: Path, tmp_path: Path) -> None:
+    flat = {"path": str(colours / "train/red"), "workers": 0}
+    keys = sets(colours)
+    with pytest.raises(DataError, match="different classes"):
+        finetune.run(finetune_config(colours, tmp_path / "a", student=ENCODER, val={"path": str(image_tree)}))
+    with pytest.raises(DataError, match="holds 0 class"):
+        finetune.run(finetune_config(colours, tmp_path / "b", student=ENCODER, data=flat, val=flat))
+    with pytest.raises(DataError, match="different classes"):
+        knn.run(knn.KnnConfig.model_validate({**keys, "val": {"path": str(image_tree)}, "student": MICRO}))
+
+
+def test_one_subject_at_a_time(colours: Path, run: Path) -> None:
+    with pytest.raises(ValueError, match="give one of init"):
+        knn.KnnConfig.model_validate({**sets(colours), "init": str(run), "pixels": True})
+    with pytest.raises(ConfigError, match="give init=CHECKPOINT"):
+        knn.run(knn.KnnConfig.model_validate(sets(colours)))
