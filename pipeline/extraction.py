@@ -133,7 +133,9 @@ class Extractor:
                 "quantiser": quantiser,
                 "attention": attention if self.teacher.has_attention else "none",
                 "heads": self.teacher.identity()["num_heads"] if attention == "heads" else 0,
-                "samples_per_shard": samples_per_shard,
+                "samples_per_shard": min(
+                    samples_per_shard, len(self.source)
+                ),  # a zarr chunk is padded to its full size
             }
         )
 

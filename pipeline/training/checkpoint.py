@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ def save_checkpoint(
             _fsync(file)
         _fsync(partial)
         _replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name of its own in each library
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"can't write checkpoint {path}: {error}; free some space or choose another output"

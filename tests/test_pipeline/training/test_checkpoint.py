@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pipeline.errors import CheckpointError
@@ -60,13 +61,22 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning(
     assert "skipped" in caplog.text
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [
+        ("torch.save", OSError(errno.ENOSPC, "No space left on device")),
+        ("pipeline.training.checkpoint.save_file", SafetensorError("I/O error: No space left on device")),
+    ],
+)
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception
+) -> None:
     before = save(tmp_path, 1)
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(writer, full)
     with pytest.raises(CheckpointError, match="No space left"):
         save(tmp_path, 2)
     assert list(tmp_path.iterdir()) == [before]
