@@ -72,7 +72,8 @@ def step_gmac(student: str, mask_ratio: float) -> float:
         ids_keep = torch.empty(1, round(length * (1 - mask_ratio)), dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model(images, ids_keep)
-    return 3 * counter.get_total_flops() / 2 / 1e9
+    flops: int = counter.get_total_flops()
+    return 3 * flops / 2 / 1e9
 
 
 def _teacher(name: str) -> TeacherRow:
