@@ -82,7 +82,9 @@ def start(tmp_path: Path, image_tree: Path, cache: Path) -> subprocess.Popen[str
         "tensorboard=false", "checkpoint_every=100000",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -96,7 +98,7 @@ def test_a_signal_saves_before_leaving(image_tree: Path, tmp_path: Path, number:
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal and a scheduler do: the workers hear it too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "with a checkpoint; run again to go on" in errors

@@ -4,6 +4,7 @@ A global batch is fixed by the config; each process takes its slice. So the stre
 number of processes nor of workers, and a run resumes by starting the sampler at its step.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -68,7 +69,7 @@ def load(dataset: IndexedDataset[B], requests: Any, workers: int) -> Iterator[B]
         collate_fn=_identity,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
     for batch in loader:
         if isinstance(batch, PipelineError):
@@ -91,8 +92,14 @@ def _identity(batch: B) -> B:
     return batch
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_number: int) -> None:
+    """One thread each, and deaf to the signals that a terminal or a scheduler sends to the whole process group.
+
+    The training process answers those, and wants its batches until it has saved; workers leave when it tells them to.
+    """
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass
