@@ -6,16 +6,20 @@
 With objective=mae and no cache it is plain MAE, on views drawn by the same function.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.assembly import normalise
 from pipeline.cache import CacheReader, Quantiser, open_cache
 from pipeline.config import Config, PathField
-from pipeline.data.images import DataConfig, ImageSource, open_images
+from pipeline.data.images import ImageSource, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
@@ -32,6 +36,14 @@ class CacheInput(Config):
     """One cache to learn from."""
 
     path: PathField
+
+
+class PretrainData(Config):
+    """The images; a webdataset cache holds them itself and needs no path."""
+
+    path: str | None = Field(None, min_length=1)  # as in extraction
+    limit: int | None = Field(None, gt=0)  # as in extraction
+    workers: int = Field(2, ge=0, le=256)  # decoding processes per training process
 
 
 class MaskConfig(Config):
@@ -52,7 +64,7 @@ class OrderConfig(Config):
 class PretrainConfig(RunConfig):
     """Everything `pretrain` takes."""
 
-    data: DataConfig | None = None  # the images; not needed with a webdataset cache, which holds them
+    data: PretrainData = PretrainData()
     cache: CacheInput | None = None
     caches: dict[str, CacheInput] = Field(default_factory=dict)  # several teachers: a name and a cache each
     views: ViewConfig = ViewConfig()  # without a cache; a cache brings its own
@@ -79,7 +91,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     if config.init:
         state, _ = read_weights(resolve_checkpoint(config.init))
         load_weights(student, state, strict=False)
-    live = torch.arange(len(source)).numpy() if source and not caches else _live(caches)
+    live = _live(caches) if caches else np.arange(len(source or ()), dtype=np.int64)
 
     run = Run(config, _identity(config, caches, student))
     plan = StepPlan.of(len(live), config, run.processes, per_image=config.mask.masks_per_sample)
@@ -98,10 +110,10 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     block = next(iter(caches.values())).header.samples_per_shard if caches else 1024
     order = EpochOrder(live, config.seed, config.order.kind, block, config.order.window)
 
-    def batches(start_step: int) -> Any:
+    def batches(start_step: int) -> Iterator[PretrainBatch]:
         images = plan.batch_size // config.mask.masks_per_sample
         sampler = StepSampler(order, images, plan.accum_iter, run.rank, run.processes, start_step, plan.total_steps)
-        return load(dataset, sampler, config.data.workers if config.data else 2)
+        return load(dataset, sampler, config.data.workers)
 
     losses = _Losses({name: cache.header.quantiser for name, cache in caches.items()})
     return fit(run, student, model_record(student), losses, batches, plan, config.optim, label="pretrain")
@@ -153,7 +165,7 @@ def _views(config: PretrainConfig, caches: dict[str, CacheReader]) -> ViewConfig
 
 def _open_source(config: PretrainConfig, caches: dict[str, CacheReader]) -> ImageSource | None:
     first = next(iter(caches.values()), None)
-    if config.data is None:
+    if config.data.path is None:
         if first is None or not first.stores_images:
             raise ConfigError("'data.path' is missing: give data.path=... (only a webdataset cache holds the images)")
         return None
@@ -168,18 +180,15 @@ def _open_source(config: PretrainConfig, caches: dict[str, CacheReader]) -> Imag
     return source
 
 
-def _live(caches: dict[str, CacheReader]) -> Any:
-    """The samples that every cache holds."""
-    live: Any = None
+def _live(caches: dict[str, CacheReader]) -> NDArray[np.int64]:
+    """The samples that every cache holds, ascending."""
     for name, cache in caches.items():
         missing = cache.missing_shards()
         if missing:
             raise CacheError(
                 f"cache {name} lacks {len(missing)} of {cache.header.shards} shards: finish its extraction"
             )
-        indices = cache.live_indices()
-        live = indices if live is None else live[torch.isin(torch.from_numpy(live), torch.from_numpy(indices)).numpy()]
-    return live
+    return functools.reduce(np.intersect1d, (cache.live_indices() for cache in caches.values()))
 
 
 def _build(config: PretrainConfig, caches: dict[str, CacheReader]) -> Student:

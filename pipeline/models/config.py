@@ -19,6 +19,7 @@ class StudentConfig(Config):
     decoder_dim: int | None = Field(None, ge=1)
     decoder_depth: int | None = Field(None, ge=1)
     decoder_heads: int | None = Field(None, ge=1)
+    gradient_checkpointing: bool = False  # about a third slower, for a fraction of the activations' memory
 
     def encoder_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the encoder, for a classifier."""

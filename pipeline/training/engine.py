@@ -105,6 +105,8 @@ class _Loop:
         self.plain_optimizer = build_adamw(groups, optim)
         if run.resumed:
             restore(run.resumed, model, self.plain_optimizer)
+        if run.config.compile:
+            model.compile()  # in place: names in checkpoints stay
         self.model, self.optimizer = run.accelerator.prepare(model, self.plain_optimizer)
         self.schedule = CosineSchedule(
             optim.peak_lr(plan.batch_size),

@@ -36,6 +36,7 @@ class RunConfig(Config):
     batch_size: int = Field(1024, ge=1)  # global: over all processes and accumulation
     accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPUs
+    compile: bool = False  # torch.compile the model: minutes at the start, faster steps after
     log_every: int = Field(20, ge=1)  # steps
     checkpoint_every: int = Field(1000, ge=1)  # steps
     keep_checkpoints: int = Field(2, ge=1)

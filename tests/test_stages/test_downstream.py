@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from stages import extract_teacher_features, finetune, knn, linear_probe, pretrain
@@ -106,6 +108,31 @@ def test_knn_and_probe_take_every_subject(colours: Path, run: Path, tmp_path: Pa
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["knn"]["top1"] == near["top1"]
     assert written["linear_probe"]["top1"] == probe["top1"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_init_takes_a_lone_file_by_the_reference_codes_names(
+    colours: Path, run: Path, tmp_path: Path, suffix: str
+) -> None:
+    """As people hold public checkpoints: without a description, so `student` has to say what it is."""
+    state = load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
+    public = {name: value for name, value in state.items() if not name.startswith("mimic")}
+    assert {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "decoder_pred.bias"} <= set(public)
+    file = tmp_path / f"public{suffix}"
+    if suffix == ".pth":
+        torch.save({"model": public}, file)
+    else:
+        save_file(public, file)
+    keys = {**sets(colours), "image_size": 64, "init": str(file)}
+    known = knn.run(knn.KnnConfig.model_validate({**sets(colours), "image_size": 64, "init": str(run)}))
+    assert knn.run(knn.KnnConfig.model_validate({**keys, "student": MICRO})) == known
+    with pytest.raises(ConfigError, match="doesn't say what it is"):
+        knn.run(knn.KnnConfig.model_validate(keys))
+    assert finetune.run(finetune_config(colours, tmp_path / "tuned", init=str(file), student=ENCODER))["top1"] > 0.9
+    data = {"path": str(colours / "train"), "workers": 0}
+    pretrain.run(
+        pretrain_config(tmp_path / "more", data=data, cache={"path": str(run.parent / "cache")}, init=str(file))
+    )
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,13 @@ def test_masks_per_sample_trains_each_image_so_often(cache: Path, image_tree: Pa
     assert rows(tmp_path / "run")[-1]["step"] == 6  # 24 images, 4 of them in a batch of 8 masks
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    common = inputs(make_cache(), image_tree)
+    pretrain.run(pretrain_config(tmp_path / "plain", **common))
+    pretrain.run(pretrain_config(tmp_path / "saving", **common, student={**MICRO, "gradient_checkpointing": True}))
+    assert dict(losses(tmp_path / "saving")) == pytest.approx(dict(losses(tmp_path / "plain")), rel=1e-6)
+
+
 def test_two_teachers(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
     first = make_cache("first")
     second = make_cache("second", teacher__tokens="block", teacher__layers=2)
@@ -111,7 +118,7 @@ def test_two_teachers(make_cache: Make, image_tree: Path, tmp_path: Path) -> Non
     ("changes", "error", "message"),
     [
         ({"cache": None}, ConfigError, r"needs a cache: give cache\.path"),
-        ({"data": None}, ConfigError, r"'data\.path' is missing"),
+        ({"data": {}}, ConfigError, r"'data\.path' is missing"),
         ({"student": {**MICRO, "image_size": 32}}, ConfigError, r"set student\.image_size=64"),
         ({"student": {**MICRO, "patch_size": 8}}, CacheError, r"4x4 grid, the student's is 8x8"),
         ({"batch_size": 25}, TrainingError, r"lower batch_size"),

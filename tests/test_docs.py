@@ -1,0 +1,62 @@
+"""What the documents say: links lead somewhere, and the commands they show exist and take the keys they are given."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import cli
+from pipeline.config import Config
+from stages.demo import DemoConfig
+from stages.extract_teacher_features import ExtractConfig
+from stages.finetune import FinetuneConfig
+from stages.knn import KnnConfig
+from stages.linear_probe import LinearProbeConfig
+from stages.plan import PlanConfig
+from stages.pretrain import PretrainConfig
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+CONFIGS: dict[str, type[Config]] = {
+    "extract-teacher-features": ExtractConfig,
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "knn": KnnConfig,
+    "linear-probe": LinearProbeConfig,
+    "demo": DemoConfig,
+    "plan": PlanConfig,
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+def test_links_resolve(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    """(document, command line) of every mrmae call in a code block."""
+    found = []
+    for document in DOCUMENTS:
+        # Every fenced block, whatever its language: matched with its own end, so that none is taken inside out.
+        for language, block in re.findall(
+            r"^```(\w*)\n(.*?)^```", document.read_text(), flags=re.DOTALL | re.MULTILINE
+        ):
+            lines = block.replace("\\\n", " ").splitlines() if language in ("", "sh") else []
+            found += [(document.name, line) for line in lines if re.search(r"\bmrmae |-m cli ", line)]
+    return found
+
+
+@pytest.mark.parametrize(("document", "line"), shown_commands())
+def test_commands_exist_and_know_their_keys(document: str, line: str) -> None:
+    words = shlex.split(line, comments=True)
+    words = words[(words.index("mrmae") if "mrmae" in words else words.index("cli")) + 1 :]
+    assert words[0] in cli.main.commands, f"{document}: no such command"
+    keys = [word.partition("=")[0] for word in words[1:] if re.match(r"[a-z_.]+=", word)]
+    config = CONFIGS.get(words[0])
+    assert config is not None or not keys
+    for key in keys:
+        assert config is not None
+        assert key.partition(".")[0] in config.model_fields, f"{document}: {words[0]} has no key {key}"
