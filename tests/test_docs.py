@@ -4,10 +4,13 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 import cli
 from pipeline.config import Config
+from stages.benchmark_cache import BenchmarkCacheConfig
+from stages.benchmark_student import BenchmarkStudentConfig
 from stages.demo import DemoConfig
 from stages.extract_teacher_features import ExtractConfig
 from stages.finetune import FinetuneConfig
@@ -26,6 +29,8 @@ CONFIGS: dict[str, type[Config]] = {
     "linear-probe": LinearProbeConfig,
     "demo": DemoConfig,
     "plan": PlanConfig,
+    "benchmark cache": BenchmarkCacheConfig,
+    "benchmark student": BenchmarkStudentConfig,
 }
 
 
@@ -53,9 +58,10 @@ def shown_commands() -> list[tuple[str, str]]:
 def test_commands_exist_and_know_their_keys(document: str, line: str) -> None:
     words = shlex.split(line, comments=True)
     words = words[(words.index("mrmae") if "mrmae" in words else words.index("cli")) + 1 :]
-    assert words[0] in cli.main.commands, f"{document}: no such command"
+    name = " ".join(words[:2]) if words[0] == "benchmark" else words[0]
+    assert cli.main.get_command(click.Context(cli.main), words[0]), f"{document}: no such command"
     keys = [word.partition("=")[0] for word in words[1:] if re.match(r"[a-z_.]+=", word)]
-    config = CONFIGS.get(words[0])
+    config = CONFIGS.get(name)
     assert config is not None or not keys
     for key in keys:
         assert config is not None
