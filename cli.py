@@ -116,7 +116,13 @@ def extract_teacher_features(
 @click.option("--level", type=click.Choice(["quick", "full", "deep"]), default="full", show_default=True)
 @click.option("--data", metavar="PATH", help="Where the images lie now, if not where they were extracted from.")
 @click.option("--weights", metavar="FILE", help="The teacher's weights, for --level deep and --repair.")
-@click.option("--samples", default=64, show_default=True, help="Records that --level deep computes again.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Records that --level deep computes again.",
+)
 @click.option("--repair", is_flag=True, help="Extract the damaged shards again, and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def verify_cache(

@@ -30,6 +30,9 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+# A file with one of these at its root describes a chain; no command has a key of such a name.
+_SECTIONS = frozenset({"extract-teacher-features", "pretrain", "finetune", "knn", "linear-probe", "demo", "plan"})
+
 
 def _expand(value: object) -> object:
     return Path(value).expanduser() if isinstance(value, str) and value else value
@@ -55,6 +58,9 @@ def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str]
             raise ConfigError(f"'{override}' is no override: write key=value, for instance batch_size=256")
     try:
         changes = OmegaConf.from_dotlist(list(overrides))
+        sections = [str(key) for key in root if key in _SECTIONS]
+        if sections and section and section not in root and file is not None:
+            raise ConfigError(f"--config {file} has no section '{section}' (it has {', '.join(sections)})")
         if section in root:
             root[section] = OmegaConf.merge(root[section], changes)
             merged = root[section]  # interpolations in it still see the values beside it

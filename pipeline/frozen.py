@@ -15,7 +15,7 @@ from pipeline.assembly import features_of, load_encoder, load_teacher
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.labelled import evaluation_batches
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.features import extract_features
 from pipeline.models.config import StudentConfig
 from pipeline.processes import processes
@@ -32,7 +32,7 @@ class FrozenConfig(Config):
     student: StudentConfig | None = None  # for a lone weights file, or an untrained student
     teacher: TeacherConfig | None = None  # measure a teacher instead
     pixels: bool = False  # measure raw pixels instead
-    image_size: int = Field(224, ge=8, le=4096)
+    image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: what the model was built for, else 224
     crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
     seed: int = Field(0, ge=0)  # of an untrained student
     output: PathField | None = None  # folder for metrics.json
@@ -66,9 +66,11 @@ def frozen_features(config: FrozenConfig) -> Frozen:
         raise DataError("data.path and val.path have different classes: give matching folders")
     device = processes().device
     torch.manual_seed(config.seed)
-    encode = _encoder(config, device)
-    train_x, train_y = extract_features(encode, _batches(train, config, config.data.workers, "features (train)"))
-    val_x, val_y = extract_features(encode, _batches(val, config, config.val.workers, "features (val)"))
+    encode, size = _encoder(config, device)
+    train_x, train_y = extract_features(
+        encode, _batches(train, size, config.crop, config.data.workers, "features (train)")
+    )
+    val_x, val_y = extract_features(encode, _batches(val, size, config.crop, config.val.workers, "features (val)"))
     return Frozen(train_x, train_y, val_x, val_y, train.num_classes)
 
 
@@ -82,16 +84,21 @@ def write_metrics(config: FrozenConfig, name: str, metrics: dict[str, Any]) -> N
     file.write_text(json.dumps({**known, name: metrics}, indent=1) + "\n", encoding="utf-8")
 
 
-def _encoder(config: FrozenConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _encoder(config: FrozenConfig, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int]:
+    """uint8 images → features, and the side that the images should have."""
     if config.pixels:
-        return lambda images: images.float().flatten(1) / 255
+        return lambda images: images.float().flatten(1) / 255, config.image_size or 224
     if config.teacher is not None:
         teacher = load_teacher(config.teacher, device)
-        return lambda images: teacher(images.to(device)).tokens.mean(1)
-    return features_of(load_encoder(config.init, config.student), device)
+        return lambda images: teacher(images.to(device)).tokens.mean(1), config.image_size or teacher.image_size
+    model = load_encoder(config.init, config.student)
+    size = model.encoder.image_size[0]
+    if config.image_size not in (None, size):
+        raise ConfigError(f"image_size={config.image_size}, but the model was built for {size} pixels: leave it out")
+    return features_of(model, device), size
 
 
-def _batches(source: ImageSource, config: FrozenConfig, workers: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
-    batches = evaluation_batches(source, config.image_size, config.crop, workers)
+def _batches(source: ImageSource, size: int, crop: float, workers: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
+    batches = evaluation_batches(source, size, crop, workers)
     for batch in track(batches, -(-len(source) // 128), label, "batch"):
         yield batch.images, batch.labels

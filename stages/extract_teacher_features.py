@@ -140,7 +140,7 @@ def _report(config: ExtractConfig, source: ImageSource, images: int, seconds: fl
         index, reason = next(iter(lost.items()))
         raise DataError(
             f"{len(lost)} of {len(reader)} images can't be read (the first: {source.key(index)}, {reason}); repair "
-            "them, or raise max_tombstones to go on without them"
+            "them and extract into a new folder, or raise max_tombstones to go on without them"
         )
     facts: dict[str, Any] = {
         "cache": str(config.cache.path),

@@ -24,7 +24,7 @@ from pipeline.data.labelled import LabelledBatch, LabelledDataset, evaluation_ba
 from pipeline.data.loader import StepSampler, load
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.metrics import topk_accuracy
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
 from pipeline.models.config import StudentConfig
@@ -69,7 +69,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     classes = _classes(train, val)
     torch.manual_seed(config.seed)
     model = _build(config, classes)
-    run = Run(config, {"stage": "finetune", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec})
+    identity = {"stage": "finetune", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
+    run = Run(config, {**identity, "data": train.digest(), "augment": config.augment.model_dump(mode="json")})
     plan = StepPlan.of(len(train), config, run.processes)
 
     views = ViewConfig(
@@ -123,6 +124,8 @@ def _build(config: FinetuneConfig, classes: int) -> Classifier:
     state, spec = (None, None)
     if config.init:
         state, spec = read_weights(resolve_checkpoint(config.init))
+    if config.student is None and spec is None:
+        raise ConfigError("give init=RUN, or student.name=... to train from scratch or from a lone weights file")
     student = config.student or StudentConfig.model_validate(
         {key: value for key, value in (spec or {}).items() if key in StudentConfig.model_fields} or {}
     )

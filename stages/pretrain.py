@@ -7,6 +7,8 @@ With objective=mae and no cache it is plain MAE, on views drawn by the same func
 """
 
 import functools
+import logging
+import operator
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -24,12 +26,15 @@ from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, lo
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError
+from pipeline.extraction import preprocessing
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
 from pipeline.models.config import MimicConfig, StudentConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, StepPlan
+
+log = logging.getLogger(__name__)
 
 
 class CacheInput(Config):
@@ -93,7 +98,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         load_weights(student, state, strict=False)
     live = _live(caches) if caches else np.arange(len(source or ()), dtype=np.int64)
 
-    run = Run(config, _identity(config, caches, student))
+    run = Run(config, _identity(config, caches, student, views, source))
     plan = StepPlan.of(len(live), config, run.processes, per_image=config.mask.masks_per_sample)
     patches = student.grid[0] * student.grid[1]
     dataset = PretrainDataset(
@@ -143,7 +148,17 @@ def _open_caches(config: PretrainConfig) -> dict[str, CacheReader]:
         raise ConfigError(
             f"mimic.objective={config.mimic.objective} needs a cache: give cache.path=..., or objective=mae"
         )
-    return {name: open_cache(entry.path) for name, entry in config.caches.items()}
+    readers = {name: open_cache(entry.path) for name, entry in config.caches.items()}
+    first_name, first = next(iter(readers.items()))
+    for name, reader in readers.items():
+        for what in ("dataset.digest", "preprocessing"):
+            there, here = (operator.attrgetter(what)(each.header) for each in (first, reader))
+            if there != here:
+                raise CacheError(
+                    f"caches {first_name} and {name} differ in {what} ({there}, {here}): their teachers did not see "
+                    "the same pixels; extract both from the same images, with the same store and libraries"
+                )
+    return readers
 
 
 def _views(config: PretrainConfig, caches: dict[str, CacheReader]) -> ViewConfig:
@@ -170,6 +185,13 @@ def _open_source(config: PretrainConfig, caches: dict[str, CacheReader]) -> Imag
             raise ConfigError("'data.path' is missing: give data.path=... (only a webdataset cache holds the images)")
         return None
     source = open_images(config.data.path, config.data.limit)
+    here = preprocessing(config.student.image_size, "zarr")
+    if first is not None and not first.stores_images and first.header.preprocessing != here:
+        log.warning(
+            "the cache's views were rendered with %s, this machine has %s: pixels may differ in their last bit",
+            first.header.preprocessing,
+            here,
+        )
     digest = source.digest() if caches else ""
     for name, cache in caches.items():
         if cache.header.dataset.digest != digest:
@@ -221,13 +243,22 @@ def _focus(config: PretrainConfig, caches: dict[str, CacheReader]) -> Literal["s
     return config.mask.focus
 
 
-def _identity(config: PretrainConfig, caches: dict[str, CacheReader], student: Student) -> dict[str, Any]:
+def _identity(
+    config: PretrainConfig,
+    caches: dict[str, CacheReader],
+    student: Student,
+    views: ViewConfig,
+    source: ImageSource | None,
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one it goes on from."""
     return {
         "stage": "pretrain",
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "masks_per_sample": config.mask.masks_per_sample,
-        "order": config.order.kind,
+        "order": config.order.model_dump(),
+        "mask": config.mask.model_dump(),
+        "views": views.model_dump(mode="json"),
+        "data": source.digest() if source and not caches else None,  # with caches, their fingerprints know it
         "caches": {name: cache.header.fingerprint for name, cache in caches.items()},
         "student": student.spec,
     }

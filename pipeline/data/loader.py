@@ -174,6 +174,8 @@ class PretrainDataset:
             records = {name: cache.read(index, view) for name, cache in self.caches.items()}
             pixels = self._pixels(index, view, list(records.values()))
             attention = next((record.attention for record in records.values()), None)
+            if attention is not None and attention.ndim == 2:  # a row for each head
+                attention = attention.astype(np.float32).mean(0)
             for ids in draw_masks(
                 attention, self.patches, self.keep, self.focus, self.seed, epoch, index, self.masks_per_sample
             ):
@@ -193,6 +195,7 @@ class PretrainDataset:
     def _pixels(self, index: int, view: int, records: list[Record]) -> NDArray[np.uint8]:
         """The view that the teacher saw, byte for byte."""
         if records and records[0].image is not None:
+            _agreed_view(records)
             return to_chw(decode(records[0].image))
         if self.source is None:
             raise CacheError("this cache holds no images: give data.path")
@@ -203,21 +206,26 @@ class PretrainDataset:
             raise DataError(f"image {self.source.key(index)}: {error}; repair it or take it away") from error
         if not records:
             return to_chw(render(image, draw_view(self.views, index, view, image.height, image.width), self._size))
-        return to_chw(render(image, self._agreed_view(index, data, records), self._size))
-
-    def _agreed_view(self, index: int, data: bytes, records: list[Record]) -> View:
-        if any(record.source_hash != hash_source(data) for record in records):
+        if records[0].source_hash != hash_source(data):
             raise CacheError(
                 f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
             )
-        views = {View(tuple(map(int, record.box)), bool(record.hflip)) for record in records}  # type: ignore[arg-type]
-        if len(views) > 1:
-            raise CacheError(f"the caches show different views of {records[0].key}: extract them with equal views.*")
-        return views.pop()
+        return to_chw(render(image, _agreed_view(records), self._size))
 
     @property
     def _size(self) -> int:
         return self.views.image_size
+
+
+def _agreed_view(records: list[Record]) -> View:
+    """The one view of one image that all teachers saw."""
+    first = records[0]
+    for record in records[1:]:
+        same_view = record.hflip == first.hflip and (record.box == first.box).all()
+        if not same_view or record.source_hash != first.source_hash:
+            raise CacheError(f"the caches show different views of {first.key}: extract them from the same images")
+    top, left, height, width = (int(side) for side in first.box)
+    return View((top, left, height, width), first.hflip)
 
 
 def _rows_of(record: Record, ids: NDArray[np.int64], rows: str) -> tuple[NDArray[Any], NDArray[Any] | None]:

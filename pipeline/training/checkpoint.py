@@ -125,9 +125,12 @@ def resolve_checkpoint(path: Path) -> Path:
     return newest.path
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` step checkpoints, and what killed runs left half-written."""
-    for path in sorted(folder.glob("step-*"))[:-keep]:
+def prune(folder: Path, keep: int, newest: str) -> None:
+    """Of the checkpoints up to `newest`, delete all but the last `keep`, and what killed runs left half-written.
+
+    Later ones than `newest`, which was just written, are torn: they don't count.
+    """
+    for path in sorted(path for path in folder.glob("step-*") if path.name <= newest)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*.partial"):
         shutil.rmtree(path, ignore_errors=True)

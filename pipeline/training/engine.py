@@ -62,9 +62,14 @@ def fit(
         best: the evaluation metric whose highest value is kept as checkpoints/best.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or the run to go on with is longer than this one.
         Interrupted: a signal came; a checkpoint was saved.
     """
+    if run.start_step > plan.total_steps:
+        raise TrainingError(
+            f"output={run.folder} holds a run of {run.start_step} steps, this one would have {plan.total_steps}: choose "
+            "another output, or more epochs or max_steps"
+        )
     loop = _Loop(run, model, spec, plan, optim, layer_ids, best)
     batches_of_run = iter(_ahead(batches(run.start_step), run.device))
     with Interruption() as interruption, loop.progress(label):
@@ -157,7 +162,7 @@ class _Loop:
 
     def _clip(self, step: int) -> Tensor | None:
         limit = self.optim.clip_grad
-        logged = (step + 1) % self.run.config.log_every == 0 or step == 0
+        logged = (step + 1) % self.run.config.log_every == 0 or step == 0 or step + 1 == self.plan.total_steps
         if limit is None and not logged:
             return None
         norm: Tensor = self.run.accelerator.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
@@ -171,7 +176,7 @@ class _Loop:
         random.seed(int(words[2]))  # its erasing from Python's
 
     def log(self, done: int) -> None:
-        self._check_finite()
+        self._check_finite(done)
         steps = max(1, self.meter.steps) * self.plan.accum_iter
         elapsed, wait = self.watch.elapsed, self.watch.wait_share
         images = max(1, self.meter.steps) * self.plan.batch_size
@@ -189,6 +194,7 @@ class _Loop:
         self.watch.reset()
 
     def evaluate(self, done: int, evaluate: Callable[[nn.Module, int], dict[str, float]]) -> None:
+        began = time.perf_counter()
         self.plain_model.eval()
         with torch.inference_mode(), self.run.accelerator.autocast():
             values = evaluate(self.plain_model, done)
@@ -196,15 +202,17 @@ class _Loop:
         if self.best and values.get(self.best, float("-inf")) > self.best_value:
             self.best_value = values[self.best]
             self._save("best", done, with_optimizer=False)
-        self.watch.reset()
+        self.watch.leave_out(time.perf_counter() - began)
 
     def save(self, done: int) -> None:
-        self._check_finite()
-        self._save(f"step-{done:08d}", done, with_optimizer=True)
+        began = time.perf_counter()
+        self._check_finite(done, weights=True)
+        name = f"step-{done:08d}"
+        self._save(name, done, with_optimizer=True)
         if self.run.is_main:
-            prune(self.run.checkpoints, self.run.config.keep_checkpoints)
+            prune(self.run.checkpoints, self.run.config.keep_checkpoints, name)
         self.run.accelerator.wait_for_everyone()
-        self.watch.reset()
+        self.watch.leave_out(time.perf_counter() - began)
 
     def _save(self, name: str, done: int, with_optimizer: bool) -> None:
         if self.run.is_main:
@@ -239,9 +247,13 @@ class _Loop:
         if self.run.accelerator.trackers:
             self.run.accelerator.log(row, step=done)
 
-    def _check_finite(self) -> None:
+    def _check_finite(self, done: int, weights: bool = False) -> None:
+        """Every process leaves if one of them met a bad loss; with `weights`, also if an update spoiled the model."""
         bad = int(self.first_bad)
-        if bad >= 0:
+        if weights and bad < 0 and not all(bool(p.isfinite().all()) for p in self.plain_model.parameters()):
+            bad = done - 1
+        if self.any_process(bad >= 0):
+            bad = bad if bad >= 0 else done - 1  # another process knows it better
             good = max(self.run.checkpoints.glob("step-*"), default="none yet")
             raise TrainingError(
                 f"the loss became non-finite at step {bad} (lr {self.schedule(bad):.3g}); last checkpoint: {good}; "

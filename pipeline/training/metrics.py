@@ -58,6 +58,10 @@ class Stopwatch:
     def reset(self) -> None:
         self.started, self.waited = time.perf_counter(), 0.0
 
+    def leave_out(self, seconds: float) -> None:
+        """Forget so much time: an evaluation or a checkpoint is no training."""
+        self.started += seconds
+
     @property
     def elapsed(self) -> float:
         return time.perf_counter() - self.started

@@ -7,6 +7,7 @@ output/
     checkpoints/     step-* (the last `keep_checkpoints`) and best
 """
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,8 @@ class Run:
         self.config, self.identity = config, identity
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
+        if config.wandb and importlib.util.find_spec("wandb") is None:
+            raise ConfigError("wandb=true, but Weights & Biases isn't installed: pip install 'mrmae[wandb]'")
         trackers = ["tensorboard"] * config.tensorboard + ["wandb"] * config.wandb
         self.accelerator = Accelerator(
             cpu=without_cuda(),

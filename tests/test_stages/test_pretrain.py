@@ -193,3 +193,32 @@ def test_tombstones_are_passed_over(make_cache: Make, image_tree: Path, tmp_path
     assert len(open_cache(path).live_indices()) == 23
     pretrain.run(pretrain_config(tmp_path / "run", epochs=2, max_steps=None, **inputs(path, images)))
     assert rows(tmp_path / "run")[-1]["step"] == 4  # 23 live images: two whole batches of 8 an epoch
+
+
+def test_attention_per_head_focuses_by_its_mean(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    """One mask a sample, whatever the number of heads."""
+    common = {"epochs": 1, "max_steps": None}
+    pretrain.run(
+        pretrain_config(tmp_path / "run", **common, **inputs(make_cache("heads", cache__attention="heads"), image_tree))
+    )
+    assert rows(tmp_path / "run")[-1]["step"] == 3  # 24 images in batches of 8
+    reader = open_cache(tmp_path / "heads")
+    assert reader.read(0, 0).attention.shape == (3, 16)
+
+
+def test_caches_of_other_pixels_do_not_mix(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    caches = {name: {"path": str(make_cache(name, cache__store=name))} for name in ("zarr", "webdataset")}
+    data = {"path": str(image_tree), "workers": 0}
+    with pytest.raises(CacheError, match="differ in preprocessing"):
+        pretrain.run(pretrain_config(tmp_path / "run", data=data, caches=caches))
+
+
+def test_a_finished_longer_run_is_not_taken_for_a_shorter_one(
+    make_cache: Make, image_tree: Path, tmp_path: Path
+) -> None:
+    common = inputs(make_cache(), image_tree)
+    pretrain.run(pretrain_config(tmp_path / "run", **common))
+    with pytest.raises(TrainingError, match="holds a run of 6 steps, this one would have 2"):
+        pretrain.run(pretrain_config(tmp_path / "run", **{**common, "max_steps": 2}))
+    with pytest.raises(CheckpointError, match="with mask="):
+        pretrain.run(pretrain_config(tmp_path / "run", mask={"mask_ratio": 0.5}, **common))

@@ -92,7 +92,7 @@ def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
     for step in range(1, 5):
         save(tmp_path, step)
     (tmp_path / ".step-00000009.partial").mkdir()
-    prune(tmp_path, keep=2)
+    prune(tmp_path, keep=2, newest="step-00000004")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
@@ -105,3 +105,12 @@ def test_init_may_name_a_run_a_checkpoint_or_a_file(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         resolve_checkpoint(path.parent)
+
+
+def test_prune_never_takes_the_sound_one_for_a_torn_later_one(tmp_path: Path) -> None:
+    (save(tmp_path, 9) / "model.safetensors").unlink()
+    sound = save(tmp_path, 5)
+    prune(tmp_path, keep=1, newest=sound.name)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.step == 5
