@@ -171,10 +171,12 @@ def _list_folder(root: Path) -> ImageSource:
 def _walk(root: Path, prefix: str) -> Iterator[tuple[str, int]]:
     with os.scandir(root / prefix) as entries:
         for entry in entries:
+            if entry.name.startswith("."):
+                continue  # .ipynb_checkpoints is no class
             key = prefix + entry.name
             if entry.is_dir():
                 yield from _walk(root, key + "/")
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not entry.name.startswith("."):
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                 yield key, entry.stat().st_size
 
 

@@ -67,8 +67,8 @@ def fit(
     """
     if run.start_step > plan.total_steps:
         raise TrainingError(
-            f"output={run.folder} holds a run of {run.start_step} steps, this one would have {plan.total_steps}: choose "
-            "another output, or more epochs or max_steps"
+            f"output={run.folder} holds a run of {run.start_step} steps, this one would have {plan.total_steps}: "
+            "choose another output, or more epochs or max_steps"
         )
     loop = _Loop(run, model, spec, plan, optim, layer_ids, best)
     batches_of_run = iter(_ahead(batches(run.start_step), run.device))

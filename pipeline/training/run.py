@@ -36,7 +36,7 @@ class RunConfig(Config):
     max_steps: int | None = Field(None, ge=1)  # stop (and let the learning rate reach its minimum) at this step
     batch_size: int = Field(1024, ge=1)  # global: over all processes and accumulation
     accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPUs
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPUs
     compile: bool = False  # torch.compile the model: minutes at the start, faster steps after
     log_every: int = Field(20, ge=1)  # steps
     checkpoint_every: int = Field(1000, ge=1)  # steps
@@ -154,4 +154,4 @@ class Run:
 def _precision(choice: str) -> str:
     if choice == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    return {"fp32": "no"}.get(choice, choice)
+    return "no" if choice == "fp32" else choice
