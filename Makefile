@@ -18,7 +18,7 @@ demo: $(STAMP)  ## the whole pipeline on handwritten digits, offline, in minutes
 test: $(STAMP)  ## what continuous integration runs
 	$(BIN)/python -m pytest -q -m 'not slow'
 
-test-slow: $(STAMP)  ## the long proofs: crashes, elastic resume, real teachers
+test-slow: $(STAMP)  ## the long proofs: extraction under SIGKILL, a million records
 	$(BIN)/python -m pytest -q -m slow
 
 check: $(STAMP)  ## everything a change must pass
