@@ -262,6 +262,19 @@ def benchmark_cache(config: Path | None, overrides: tuple[str, ...]) -> None:
     click.echo(json.dumps(run(load_config(BenchmarkCacheConfig, config, overrides, "benchmark")), indent=1))
 
 
+@benchmark.command("extract")
+@configured
+def benchmark_extract(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Extraction against the teacher's bare forward; two token choices in one pass; bf16 against fp32.
+
+    Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.
+    """
+    from pipeline.config import load_config
+    from stages.benchmark_extract import BenchmarkExtractConfig, run
+
+    click.echo(json.dumps(run(load_config(BenchmarkExtractConfig, config, overrides, "benchmark")), indent=1))
+
+
 @benchmark.command("student")
 @configured
 def benchmark_student(config: Path | None, overrides: tuple[str, ...]) -> None:

@@ -62,7 +62,19 @@ def load_teacher(config: TeacherConfig, device: torch.device, dtype: torch.dtype
         module=module,
         device=device,
         dtype=dtype,
+        compile=config.compile,
     )
+
+
+def teacher_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What a teacher computes in: auto is bf16 on CUDA and fp32 elsewhere.
+
+    Raises:
+        ConfigError: bf16 on a CPU.
+    """
+    if precision == "bf16" and device.type == "cpu":
+        raise ConfigError("precision=bf16 is for GPUs: on a CPU it is several times slower; use fp32")
+    return torch.bfloat16 if precision != "fp32" and device.type == "cuda" else torch.float32
 
 
 def teacher_of_cache(description: dict[str, Any], weights: str | None, device: torch.device) -> Teacher:

@@ -1,166 +1,107 @@
-"""Stage 1's core: images → views → teacher → quantise → shards. What extraction, repair and deep checks share.
+"""Stage 1's core: images → views → teachers → quantise → shards. What extraction, repair and deep checks share.
 
-Decoding runs in worker processes, the teacher in this one, writing in a thread. At most two shards are in memory: the
-one being filled and the one being written; a slow disk slows extraction down and fills nothing.
+A batch walks down one way, each station at work on another batch: decode workers (processes) → pinned pixels → the
+accelerator (forward, quantise, start copying back) → the shard being filled → the shard being written (a thread). An
+accelerator is handed its next batch before the results of the last are waited for. Every queue is bounded and at most
+two shards a teacher are in memory, so a slow disk slows extraction down and fills nothing.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
 import torch
 from numpy.typing import NDArray
-from PIL import features
 from torch import Tensor
 
-from pipeline.cache import (
-    CacheHeader,
-    CacheWriter,
-    Fidelity,
-    FidelityFigures,
-    Quantiser,
-    Reextracted,
-    ShardData,
-    hash_source,
-)
-from pipeline.data.images import ImageSource, decode
-from pipeline.data.loader import Request, load
-from pipeline.data.views import ViewConfig, draw_view, encode_jpeg, render, to_chw
+from pipeline.cache import CacheHeader, CacheWriter, Fidelity, FidelityFigures, Quantiser, Reextracted, ShardData
+from pipeline.data.images import ImageSource
+from pipeline.data.loader import load
+from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
+from pipeline.data.views import ViewConfig
 from pipeline.errors import DataError, TeacherError
-from pipeline.teachers import Teacher
-
-JPEG_QUALITY = 95
-
-
-@dataclass
-class RenderedViews:
-    """A few samples, all their views.
-
-    Attributes:
-        indices: the samples; those in `errors` have zeros everywhere else.
-        pixels: uint8 [n, V, 3, S, S], what teacher and student see.
-        box: int32 [n, V, 4]; hflip: uint8 [n, V]; source_hash: uint64 [n].
-        images: [n][V] JPEG bytes, for the webdataset store alone.
-    """
-
-    indices: list[int]
-    pixels: Tensor
-    box: NDArray[np.int32]
-    hflip: NDArray[np.uint8]
-    source_hash: NDArray[np.uint64]
-    images: list[list[bytes]] | None
-    errors: dict[int, str]
-
-    @property
-    def readable(self) -> list[int]:
-        """Rows of the samples that could be decoded."""
-        return [row for row, index in enumerate(self.indices) if index not in self.errors]
-
-
-class ViewRenderer:
-    """Draws and renders all views of a sample from one decoding."""
-
-    def __init__(self, source: ImageSource, views: ViewConfig, store_jpeg: bool) -> None:
-        self.source, self.views, self.store_jpeg = source, views, store_jpeg
-
-    def __getitems__(self, requests: list[Request]) -> RenderedViews:
-        n, v, size = len(requests), self.views.count, self.views.image_size
-        out = RenderedViews(
-            indices=[index for _, index in requests],
-            pixels=torch.zeros(n, v, 3, size, size, dtype=torch.uint8),
-            box=np.zeros((n, v, 4), np.int32),
-            hflip=np.zeros((n, v), np.uint8),
-            source_hash=np.zeros(n, np.uint64),
-            images=[[] for _ in range(n)] if self.store_jpeg else None,
-            errors={},
-        )
-        for row, index in enumerate(out.indices):
-            try:
-                self._render(out, row, index)
-            except DataError as error:
-                out.errors[index] = str(error)
-        return out
-
-    def _render(self, out: RenderedViews, row: int, index: int) -> None:
-        data = self.source.read(index)
-        image = decode(data)
-        out.source_hash[row] = hash_source(data)
-        for number in range(self.views.count):
-            view = draw_view(self.views, index, number, image.height, image.width)
-            pixels = render(image, view, self.views.image_size)
-            if out.images is not None:
-                # The trainer will decode these bytes, so the teacher must see what they decode to.
-                out.images[row].append(encode_jpeg(pixels, JPEG_QUALITY))
-                pixels = decode(out.images[row][-1])
-            out.pixels[row, number] = torch.from_numpy(to_chw(pixels))
-            out.box[row, number], out.hflip[row, number] = view.box, view.hflip
+from pipeline.teachers import Teacher, TeacherOutput, look_together, share_backbones
 
 
 @dataclass
 class Extractor:
-    """One teacher over one dataset, for any of its shards.
+    """One or more teachers over one dataset, for any of its shards; each teacher has a cache of its own.
+
+    Each image is decoded once for all teachers, and teachers of equal weights and input share one forward. A cache
+    doesn't depend on which other teachers were there.
 
     Args:
         batch_size: views per forward pass; never across shards, so a shard's bytes depend on nothing outside it.
         workers: decoding processes.
+        store: the kind of cache that is written; webdataset needs the views as JPEG.
     """
 
     source: ImageSource
     views: ViewConfig
-    teacher: Teacher
+    teachers: Sequence[Teacher]
     batch_size: int
     workers: int
     store: str
 
-    def describe(self, attention: str, samples_per_shard: int, quantiser: dict[str, Any]) -> CacheHeader:
-        """The header of the cache that this extractor would write."""
-        return CacheHeader.model_validate(
-            {
-                "store": self.store,
-                "dataset": {
-                    "source": self.source.root,
-                    "kind": self.source.kind,
-                    "count": len(self.source),
-                    "digest": self.source.digest(),
-                },
-                "teacher": self.teacher.identity(),
-                "preprocessing": preprocessing(self.views.image_size, self.store),
-                "views": self.views.model_dump(mode="json"),
-                "quantiser": quantiser,
-                "attention": attention if self.teacher.has_attention else "none",
-                "heads": self.teacher.identity()["num_heads"] if attention == "heads" else 0,
-                "samples_per_shard": min(
-                    samples_per_shard, len(self.source)
-                ),  # a zarr chunk is padded to its full size
-            }
-        )
+    def __post_init__(self) -> None:
+        share_backbones(self.teachers)
 
-    def calibrate(self, name: str, samples: int) -> Quantiser:
-        """Channel statistics of the first readable samples' view 0."""
+    def describe(
+        self, attention: str, samples_per_shard: int, quantisers: Sequence[dict[str, Any]]
+    ) -> list[CacheHeader]:
+        """The headers of the caches that this extractor would write, one a teacher."""
+        common = {
+            "store": self.store,
+            "dataset": {
+                "source": self.source.root,
+                "kind": self.source.kind,
+                "count": len(self.source),
+                "digest": self.source.digest(),
+            },
+            "preprocessing": preprocessing(self.views.image_size, self.store),
+            "views": self.views.model_dump(mode="json"),
+            "samples_per_shard": min(samples_per_shard, len(self.source)),  # a zarr chunk is padded to its full size
+        }
+        headers = []
+        for teacher, quantiser in zip(self.teachers, quantisers, strict=True):
+            identity = teacher.identity()
+            kept = attention if teacher.has_attention else "none"
+            heads = identity["num_heads"] if kept == "heads" else 0
+            headers.append(
+                CacheHeader.model_validate(
+                    common | {"teacher": identity, "quantiser": quantiser, "attention": kept, "heads": heads}
+                )
+            )
+        return headers
+
+    def calibrate(self, name: str, samples: int) -> list[Quantiser]:
+        """Channel statistics of the first readable samples' view 0, for each teacher."""
         if name != "int8":
-            return Quantiser(name)
+            return [Quantiser(name) for _ in self.teachers]
         views = self.views.model_copy(update={"count": 1})
-        tokens = [
-            self.teacher(batch.pixels[batch.readable, 0].to(self._device)).tokens.cpu()
-            for batch in self._render_batches(range(min(samples, len(self.source))), views)
-            if batch.readable
-        ]
-        if not tokens:
+        tokens: list[list[Tensor]] = [[] for _ in self.teachers]
+        for batch in self._render_batches(range(min(samples, len(self.source))), views):
+            if batch.readable:
+                for seen, out in zip(tokens, self._look(batch), strict=True):
+                    seen.append(out.tokens.cpu())
+        if not tokens[0]:
             raise DataError(f"none of the first {samples} images can be decoded: check data.path")
-        return Quantiser.calibrate(name, torch.cat(tokens))
+        return [Quantiser.calibrate(name, torch.cat(seen)) for seen in tokens]
 
     def run(
         self,
-        writer: CacheWriter,
+        writers: Sequence[CacheWriter],
         shards: Sequence[int],
         bounds: Mapping[str, float],
         progress: Callable[[int], None] = lambda images: None,
     ) -> "Summary":
-        """Extract and write the shards; each is committed as soon as it is whole.
+        """Extract the shards and write each into the caches that lack it, committed as soon as it is whole.
 
         Raises:
             CacheError: a shard lost more in quantisation than `bounds` (of `FidelityFigures.check`) allow.
@@ -168,46 +109,52 @@ class Extractor:
         summary = Summary()
         with ThreadPoolExecutor(max_workers=1) as pool:
             writing: Future[None] | None = None
-            for shard, data in self.shards(writer.header, shards, progress):
-                summary.add(data)
-                FidelityFigures.model_validate(data.fidelity).check(**bounds)
+            for shard, contents in self.shards([writer.header for writer in writers], shards, progress):
+                summary.add(contents[0])
+                for content in contents:
+                    FidelityFigures.model_validate(content.fidelity).check(**bounds)
                 if writing is not None:
                     writing.result()
-                writer.clean_partial(shard)
-                writing = pool.submit(writer.write_shard, shard, data)
+                writing = pool.submit(_write, writers, shard, contents)
             if writing is not None:
                 writing.result()
         return summary
 
     def shards(
-        self, header: CacheHeader, shards: Sequence[int], progress: Callable[[int], None] = lambda images: None
-    ) -> Iterator[tuple[int, ShardData]]:
-        """Each shard's content, whole, in the order asked for."""
-        per_batch = max(1, self.batch_size // header.views)
-        requests = [chunk for shard in shards for chunk in _chunks(header.shard_range(shard), per_batch)]
-        batches = self._load(requests, self.views)
-        for shard in shards:
+        self,
+        headers: Sequence[CacheHeader],
+        shards: Sequence[int],
+        progress: Callable[[int], None] = lambda images: None,
+    ) -> Iterator[tuple[int, list[ShardData]]]:
+        """Each shard's content for each teacher's cache, whole, in the order asked for."""
+        span = headers[0].shard_range  # the same for all: one dataset, one number of samples a shard
+        chunks = [(shard, chunk) for shard in shards for chunk in _chunks(span(shard), self._samples_per_batch)]
+        batches = self._load([chunk for _, chunk in chunks], self.views)
+        taught = _one_ahead(self._teach(batch, headers) for batch in batches)
+        for shard, group in groupby(zip((shard for shard, _ in chunks), taught, strict=True), key=itemgetter(0)):
             began = time.time()
-            filling = _Filling(header, header.shard_range(shard), self.source)
-            for batch in (next(batches) for _ in _chunks(header.shard_range(shard), per_batch)):
-                filling.add(batch, self._teach(batch, header, filling.fidelity))
+            filling = [_Filling(header, span(shard), self.source) for header in headers]
+            for _, (batch, targets) in group:
+                for number, one in enumerate(filling):
+                    one.add(batch, targets[number] if targets else None)
                 progress(len(batch.indices))
-            yield shard, filling.finish({"started": began, "seconds": time.time() - began})
+            yield shard, [one.finish({"started": began, "seconds": time.time() - began}) for one in filling]
 
     def reextract(self, indices: Sequence[int], views: Sequence[int], attention: str) -> Iterator[Reextracted]:
-        """Records computed anew, one for each (index, view), for the deep level of verification.
+        """Records of the first teacher computed anew, one for each (index, view), for verification at level deep.
 
         Raises:
             DataError: an image can't be read any more.
         """
         wanted = iter(views)
+        teacher = self.teachers[0]
         for batch in self._render_batches(indices, self.views):
             for row, index in enumerate(batch.indices):
                 if index in batch.errors:
                     raise DataError(f"image {self.source.key(index)}: {batch.errors[index]}")
                 view = next(wanted)
-                out = self.teacher(batch.pixels[row, view].unsqueeze(0).to(self._device), heads=attention == "heads")
-                rows = {"mean": out.attention, "heads": out.attention_heads, "none": None}[attention]
+                out = teacher(batch.pixels[row, view].unsqueeze(0).to(teacher.device), heads=attention == "heads")
+                rows = _attention(out, attention)
                 top, left, height, width = (int(side) for side in batch.box[row, view])
                 yield Reextracted(
                     tokens=out.tokens[0].float().cpu().numpy(),
@@ -218,27 +165,27 @@ class Extractor:
                     image=batch.images[row][view] if batch.images is not None else None,
                 )
 
-    def _teach(self, batch: RenderedViews, header: CacheHeader, fidelity: Fidelity) -> "_Targets | None":
-        """What the cache stores of the readable samples of a batch, on the host; None if there are none."""
-        rows = batch.readable
-        if not rows:
-            return None
-        views = batch.pixels[rows].flatten(0, 1).to(self._device, non_blocking=True)
-        out = self.teacher(views, heads=header.attention == "heads")
-        if not torch.isfinite(out.tokens).all():
-            raise TeacherError(
-                f"teacher {self.teacher.name} gave non-finite tokens near {self.source.key(batch.indices[0])}: "
-                "use precision=fp32, or other weights"
-            )
-        stored, scale = header.quantiser.quantise(out.tokens)
-        fidelity.update(out.tokens, header.quantiser.dequantise(stored, scale))
-        attention = {"mean": out.attention, "heads": out.attention_heads, "none": None}[header.attention]
-        shape = (len(rows), header.views)
-        return _Targets(
-            _to_host(stored, shape),
-            _to_host(scale, shape),
-            _to_host(None if attention is None else attention.half(), shape),
-        )
+    def _teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "_Taught":
+        """Start all that the accelerator has to do for a batch; nothing here waits for it."""
+        if not batch.readable:
+            return _Taught(batch, [], None)
+        outputs = self._look(batch, heads=any(header.attention == "heads" for header in headers))
+        targets = []
+        for out, header in zip(outputs, headers, strict=True):
+            stored, scale = header.quantiser.quantise(out.tokens, check=False)
+            fidelity = Fidelity()
+            fidelity.update(out.tokens, header.quantiser.dequantise(stored, scale))
+            attention = _attention(out, header.attention)
+            targets.append(_Targets(stored, scale, None if attention is None else attention.half(), fidelity))
+        return _Taught(batch, *_start_copies(targets))
+
+    def _look(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
+        views = batch.readable_pixels().to(self.teachers[0].device, non_blocking=True)
+        return look_together(self.teachers, views, heads)
+
+    @property
+    def _samples_per_batch(self) -> int:
+        return max(1, self.batch_size // self.views.count)
 
     def _render_batches(self, indices: Iterable[int], views: ViewConfig) -> Iterator[RenderedViews]:
         return self._load(_chunks(list(indices), max(1, self.batch_size // views.count)), views)
@@ -246,10 +193,6 @@ class Extractor:
     def _load(self, chunks: Iterable[Sequence[int]], views: ViewConfig) -> Iterator[RenderedViews]:
         renderer = ViewRenderer(self.source, views, store_jpeg=self.store == "webdataset")
         return load(renderer, [[(0, index) for index in chunk] for chunk in chunks], self.workers)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.teacher.device
 
 
 @dataclass
@@ -266,38 +209,86 @@ class Summary:
         self.tombstones |= data.tombstones
 
 
-def preprocessing(image_size: int, store: str) -> dict[str, Any]:
-    """What turns encoded bytes into pixels; part of the fingerprint, since another version may give other pixels."""
-    return {
-        "decoder": f"pillow {PIL.__version__}",
-        "libjpeg": str(features.version_feature("libjpeg_turbo") or features.version("jpg")),
-        "orientation": "exif",
-        "interpolation": "bicubic",
-        "image_size": image_size,
-        "jpeg": f"quality {JPEG_QUALITY}, 4:4:4" if store == "webdataset" else None,
-    }
-
-
 class _Targets(NamedTuple):
-    """Stored tokens [n, V, L, D], scale [n, V, L] and attention [n, V, (H,) L] of n readable samples."""
+    """What one cache stores of the m views of a batch, and how faithful it is."""
 
-    tokens: NDArray[Any]
-    scale: NDArray[np.float16] | None
-    attention: NDArray[np.float16] | None
+    tokens: Tensor  # [m, L, D] as stored
+    scale: Tensor | None  # [m, L] fp16
+    attention: Tensor | None  # [m, (H,) L] fp16
+    fidelity: Fidelity
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "_Targets":
+        tokens, scale, attention, fidelity = self
+        there = [None if values is None else move(values) for values in (scale, attention)]
+        return _Targets(move(tokens), there[0], there[1], fidelity.map(move))
 
 
-def _to_host(values: Tensor | None, shape: tuple[int, int]) -> Any:
-    return None if values is None else values.cpu().unflatten(0, shape).numpy()
+class _Taught(NamedTuple):
+    """A batch whose targets are on their way to the host."""
+
+    batch: RenderedViews
+    targets: list[_Targets]  # one a cache; none if no sample of the batch could be decoded
+    arrived: torch.cuda.Event | None  # None: they are there
+
+    def wait(self) -> tuple[RenderedViews, list[_Targets]]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.batch, self.targets
+
+
+def _start_copies(targets: list[_Targets]) -> tuple[list[_Targets], "torch.cuda.Event | None"]:
+    """Copy to pinned host memory on a stream of its own, so that neither host nor forward waits for the copy."""
+    device = targets[0].tokens.device
+    if device.type != "cuda":
+        return targets, None
+    stream = _copy_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+
+    def start(values: Tensor) -> Tensor:
+        values.record_stream(stream)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return host.copy_(values, non_blocking=True)
+
+    with torch.cuda.stream(stream):
+        copies = [target.map(start) for target in targets]
+        return copies, stream.record_event()
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _one_ahead(started: Iterable[_Taught]) -> Iterator[tuple[RenderedViews, list[_Targets]]]:
+    """Start the next batch before waiting for the last, so that an accelerator always has work queued."""
+    last: _Taught | None = None
+    for taught in started:
+        if last is not None:
+            yield last.wait()
+        last = taught
+    if last is not None:
+        yield last.wait()
+
+
+def _attention(out: TeacherOutput, kind: str) -> Tensor | None:
+    return {"mean": out.attention, "heads": out.attention_heads, "none": None}[kind]
+
+
+def _write(writers: Sequence[CacheWriter], shard: int, contents: Sequence[ShardData]) -> None:
+    for writer, content in zip(writers, contents, strict=True):
+        if not writer.is_committed(shard):
+            writer.clean_partial(shard)
+            writer.write_shard(shard, content)
 
 
 class _Filling:
-    """The arrays of one shard while its batches come in."""
+    """The arrays of one shard of one cache while its batches come in."""
 
     def __init__(self, header: CacheHeader, samples: range, source: ImageSource) -> None:
         n, v = len(samples), header.views
         quantiser = header.quantiser
         self.fidelity = Fidelity()
-        self.first = samples.start
+        self.first, self.teacher = samples.start, header.teacher["name"]
         shape = header.attention_shape
         self.data = ShardData(
             tokens=np.zeros((n, v, header.tokens, header.dim), quantiser.dtype),
@@ -313,18 +304,23 @@ class _Filling:
             times={},
         )
 
-    def add(self, batch: RenderedViews, targets: "_Targets | None") -> None:
-        data = self.data
+    def add(self, batch: RenderedViews, targets: _Targets | None) -> None:
+        """Put the readable samples of a batch where they belong, and record the others.
+
+        Raises:
+            TeacherError: the teacher gave tokens that are not finite.
+        """
+        data, rows = self.data, batch.readable
         data.tombstones |= batch.errors
         if targets is None:
             return
-        rows = batch.readable
         at = [batch.indices[row] - self.first for row in rows]
-        data.tokens[at] = targets.tokens
+        data.tokens[at] = self._checked(targets.tokens, batch)
         if data.scale is not None:
-            data.scale[at] = targets.scale
+            data.scale[at] = self._checked(targets.scale, batch)
         if data.attention is not None:
-            data.attention[at] = targets.attention
+            data.attention[at] = self._checked(targets.attention, batch)
+        self.fidelity.merge(targets.fidelity)
         data.box[at], data.hflip[at] = batch.box[rows], batch.hflip[rows]
         data.source_hash[at] = batch.source_hash[rows]
         if data.images is not None and batch.images is not None:
@@ -335,6 +331,17 @@ class _Filling:
         self.data.fidelity = self.fidelity.to_json()
         self.data.times = times
         return self.data
+
+    def _checked(self, values: Tensor | None, batch: RenderedViews) -> NDArray[Any]:
+        """Values [m, ...] as [n, V, ...], all finite; asked here, on the host, where an accelerator need not wait."""
+        assert values is not None
+        array: NDArray[Any] = values.unflatten(0, (len(batch.readable), -1)).numpy()
+        if values.is_floating_point() and not np.isfinite(array).all():
+            raise TeacherError(
+                f"teacher {self.teacher} gave tokens near {self.data.keys[batch.indices[0] - self.first]} that are not "
+                "finite or too large to store: use precision=fp32, or other weights"
+            )
+        return array
 
 
 def _chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -1,5 +1,7 @@
 """Which processes there are: torchrun or accelerate launch start them, accelerate knows them."""
 
+from datetime import timedelta
+
 import torch
 from accelerate import PartialState
 
@@ -9,6 +11,11 @@ def without_cuda() -> bool:
     return not torch.cuda.is_available()
 
 
-def processes() -> PartialState:
-    """This process's rank, their number and this one's device."""
-    return PartialState(cpu=without_cuda())
+def processes(patience: timedelta | None = None) -> PartialState:
+    """This process's rank, their number and this one's device.
+
+    Args:
+        patience: how long processes wait for each other before all of them give up; torch's minutes by default.
+    """
+    waiting = {} if patience is None else {"timeout": patience}
+    return PartialState(cpu=without_cuda(), **waiting)

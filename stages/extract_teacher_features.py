@@ -2,19 +2,21 @@
 
     mrmae extract-teacher-features data.path=/data/imagenet/train teacher.spec=clip_vitb16 cache.path=/data/clip
 
-Run again after a stop, it keeps what is committed. Under torchrun or accelerate launch each process takes its share of
+Several teachers share one reading of the images (teachers.NAME.spec=..., each into cache.path/NAME). Run again
+after a stop, it keeps what is committed. Under torchrun or accelerate launch each process takes its share of
 the shards; the first one calibrates the quantiser and creates the cache, the others wait for it.
 """
 
+import re
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline.assembly import load_teacher
+from pipeline.assembly import load_teacher, teacher_dtype
 from pipeline.cache import (
     CacheHeader,
     CacheReader,
@@ -31,7 +33,7 @@ from pipeline.cache.budget import estimate_bytes, require_room
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.views import ViewConfig
-from pipeline.errors import CacheError, ConfigError, DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.extraction import Extractor
 from pipeline.processes import processes
 from pipeline.progress import Progress
@@ -55,12 +57,28 @@ class ExtractConfig(Config):
     """Everything `extract-teacher-features` takes."""
 
     data: DataConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)  # several in one pass: teacher NAME → path/NAME
     views: ViewConfig = ViewConfig()
     cache: CacheOutput
     batch_size: int = Field(64, ge=1)  # views per forward pass of the teacher
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPUs
     max_tombstones: float = Field(0.01, ge=0, le=1)  # share of unreadable images above which the run fails
+
+    @model_validator(mode="after")
+    def _one_way_to_name_teachers(self) -> "ExtractConfig":
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("give teacher.spec=..., or teachers.NAME.spec=... for several in one pass")
+        for name in self.teachers:
+            if not re.fullmatch(r"[\w-][\w.-]*", name):
+                raise ValueError(f"teachers.{name}: a name becomes a folder, so use letters, digits, '.', '_' and '-'")
+        return self
+
+    def caches(self) -> dict[Path, TeacherConfig]:
+        """Where each teacher's cache goes."""
+        if self.teacher is not None:
+            return {self.cache.path: self.teacher}
+        return {self.cache.path / name: teacher for name, teacher in self.teachers.items()}
 
 
 def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None = None) -> dict[str, Any]:
@@ -70,54 +88,65 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
         CacheError: the folder holds another cache, the disk lacks the room, or quantisation lost more than allowed.
         DataError: no images, or more unreadable ones than `max_tombstones`.
     """
-    state = processes()
+    state = processes(patience=timedelta(days=7))  # shares of a large dataset don't end at the same hour
     source = open_images(config.data.path, config.data.limit)
-    teacher = load_teacher(config.teacher, state.device, _dtype(config.precision, state.device))
-    extractor = Extractor(source, config.views, teacher, config.batch_size, config.data.workers, config.cache.store)
-    header = _open(config, extractor, first=state.is_main_process)
+    caches = config.caches()
+    dtype = teacher_dtype(config.precision, state.device)
+    teachers = [load_teacher(teacher, state.device, dtype) for teacher in caches.values()]
+    extractor = Extractor(source, config.views, teachers, config.batch_size, config.data.workers, config.cache.store)
+    header = _open(list(caches), config.cache, extractor, first=state.is_main_process)
     if init_only:
         return {"cache": str(config.cache.path), "shards": header.shards, "extracted": 0}
 
-    writer = open_writer(config.cache.path)
+    writers = [open_writer(path) for path in caches]
     mine = _shards(header, shard_range)[state.process_index :: state.num_processes]
-    todo = [shard for shard in mine if not writer.is_committed(shard)]
+    todo = [shard for shard in mine if not all(writer.is_committed(shard) for writer in writers)]
     began = time.perf_counter()
     images = sum(len(header.shard_range(shard)) for shard in todo)
     with Progress(images, "extract", "img", show=state.is_main_process) as progress:
         bounds = {"max_nmse": config.cache.max_nmse, "min_cosine": config.cache.min_cosine}
-        summary = extractor.run(writer, todo, bounds, progress.advance)
+        summary = extractor.run(writers, todo, bounds, progress.advance)
     seconds = time.perf_counter() - began
     state.wait_for_everyone()
-    return _report(config, source, summary.images, seconds)
+    rate = summary.images * config.views.count / seconds
+    return _report(config, source, {"images": summary.images, "images_per_s": rate})
 
 
-def _open(config: ExtractConfig, extractor: Extractor, first: bool) -> CacheHeader:
-    """The cache's header: the existing one if it is the same cache, else a new one, made by the first process alone."""
-    path, output = Path(config.cache.path), config.cache
-    wish = extractor.describe(output.attention, output.samples_per_shard, {"name": output.quantiser})
-    if not first:
-        wait_for_cache(path)
-    elif not (path / "cache.json").exists():
-        _require_room(path, wish)
-        quantiser = extractor.calibrate(output.quantiser, output.calibration)
-        state = quantiser.to_json() | ({"calibration": output.calibration} if quantiser.mean.size else {})
-        create_cache(path, extractor.describe(output.attention, output.samples_per_shard, state))
-    header = read_header(path)
-    match_header(path, header, wish)
-    return header
+def _open(paths: Sequence[Path], output: CacheOutput, extractor: Extractor, first: bool) -> CacheHeader:
+    """Make the caches that aren't there yet, in the first process alone; returns what all have in common, a header.
+
+    Raises:
+        CacheError: a folder holds another cache than the one asked for, or the disk lacks the room.
+    """
+    wishes = extractor.describe(output.attention, output.samples_per_shard, [{"name": output.quantiser}] * len(paths))
+    if first:
+        missing = [number for number, path in enumerate(paths) if not (path / "cache.json").exists()]
+        if missing:
+            _require_room(output.path, [wishes[number] for number in missing])
+            quantisers = extractor.calibrate(output.quantiser, output.calibration)
+            states = [q.to_json() | ({"calibration": output.calibration} if q.mean.size else {}) for q in quantisers]
+            headers = extractor.describe(output.attention, output.samples_per_shard, states)
+            for number in missing:
+                create_cache(paths[number], headers[number])
+    for path, wish in zip(paths, wishes, strict=True):
+        match_header(path, read_header(path) if first else wait_for_cache(path), wish)
+    return wishes[0]
 
 
-def _require_room(path: Path, wish: CacheHeader) -> None:
+def _require_room(path: Path, wishes: Sequence[CacheHeader]) -> None:
     """Refuse before the first byte what the disk can't hold."""
-    needed = estimate_bytes(
-        samples=wish.count,
-        views=wish.views,
-        tokens=wish.tokens,
-        dim=wish.dim,
-        store=wish.store,
-        quantiser=wish.quantiser.name,
-        attention=wish.attention,
-        heads=wish.heads,
+    needed = sum(
+        estimate_bytes(
+            samples=wish.count,
+            views=wish.views,
+            tokens=wish.tokens,
+            dim=wish.dim,
+            store=wish.store,
+            quantiser=wish.quantiser.name,
+            attention=wish.attention,
+            heads=wish.heads,
+        )
+        for wish in wishes
     )
     require_room(path, needed)
 
@@ -131,37 +160,30 @@ def _shards(header: CacheHeader, shard_range: str | None) -> Sequence[int]:
     return range(int(first), int(last))
 
 
-def _report(config: ExtractConfig, source: ImageSource, images: int, seconds: float) -> dict[str, Any]:
-    """Facts of this run and of the whole cache; raises if too many images were unreadable."""
-    reader = open_cache(config.cache.path)
-    lost = reader.tombstones
-    missing = len(reader.missing_shards())
-    if len(lost) > config.max_tombstones * len(reader):
+def _report(config: ExtractConfig, source: ImageSource, facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of this run and of the whole caches; raises if too many images were unreadable."""
+    readers = [open_cache(path) for path in config.caches()]
+    lost = readers[0].tombstones  # the same in all: they were told by the same decoding
+    if len(lost) > config.max_tombstones * len(readers[0]):
         index, reason = next(iter(lost.items()))
         raise DataError(
-            f"{len(lost)} of {len(reader)} images can't be read (the first: {source.key(index)}, {reason}); repair "
+            f"{len(lost)} of {len(source)} images can't be read (the first: {source.key(index)}, {reason}); repair "
             "them and extract into a new folder, or raise max_tombstones to go on without them"
         )
-    facts: dict[str, Any] = {
-        "cache": str(config.cache.path),
-        "images": images,
-        "images_per_s": images * config.views.count / seconds if images else 0.0,
-        "shards": f"{reader.header.shards - missing} of {reader.header.shards}",
-        "unreadable": len(lost),
-    }
+    facts = {"cache": str(config.cache.path)} | facts
+    for reader in readers:
+        of = "" if config.teacher is not None else f"{reader.path.name}."
+        facts |= {f"{of}{name}": fact for name, fact in _completeness(reader).items()}
+    facts["unreadable"] = len(lost)
     if lost:
         facts["unreadable_keys"] = [source.key(index) for index in list(lost)[:10]]
-    return facts | _fidelity(reader)
+    return facts
 
 
-def _fidelity(reader: CacheReader) -> dict[str, Any]:
-    """How well the quantised tokens of all finished shards stand for the teacher's."""
+def _completeness(reader: CacheReader) -> dict[str, Any]:
+    """How many shards a cache has, and how well its quantised tokens stand for the teacher's."""
     done = sorted(set(range(reader.header.shards)) - set(reader.missing_shards()))
     figures = FidelityFigures.merge(read_commit(reader.path, reader.header, shard).fidelity for shard in done)
-    return figures.model_dump(exclude_none=True) if figures else {}
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "bf16" and device.type == "cpu":
-        raise CacheError("precision=bf16 is for GPUs: on a CPU it is several times slower; use fp32")
-    return torch.bfloat16 if precision != "fp32" and device.type == "cuda" else torch.float32
+    return {"shards": f"{len(done)} of {reader.header.shards}"} | (
+        figures.model_dump(exclude_none=True) if figures else {}
+    )

@@ -24,9 +24,9 @@ from pipeline.config import Config, PathField
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
 from pipeline.data.order import EpochOrder
+from pipeline.data.rendering import preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError
-from pipeline.extraction import preprocessing
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
 from pipeline.models.config import MimicConfig, StudentConfig
 from pipeline.training.checkpoint import resolve_checkpoint

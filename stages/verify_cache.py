@@ -82,7 +82,7 @@ def run(config: VerifyConfig) -> Verification:
         extractor = _extractor(config, header, source)
 
         def extract_shard(shard: int) -> ShardData:
-            return next(iter(extractor.shards(header, [shard])))[1]
+            return next(iter(extractor.shards([header], [shard])))[1][0]
 
         mended = repair(config.path, report, extract_shard)
         report = _verify(config, source)
@@ -129,4 +129,4 @@ def _extractor(config: VerifyConfig, header: CacheHeader, source: ImageSource | 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = teacher_of_cache(header.teacher, config.weights, device)
     views = ViewConfig.model_validate(header.view_policy.model_dump())
-    return Extractor(source, views, teacher, batch_size=64, workers=config.workers, store=header.store)
+    return Extractor(source, views, [teacher], batch_size=64, workers=config.workers, store=header.store)

@@ -10,6 +10,7 @@ import pytest
 import cli
 from pipeline.config import Config
 from stages.benchmark_cache import BenchmarkCacheConfig
+from stages.benchmark_extract import BenchmarkExtractConfig
 from stages.benchmark_student import BenchmarkStudentConfig
 from stages.demo import DemoConfig
 from stages.extract_teacher_features import ExtractConfig
@@ -30,6 +31,7 @@ CONFIGS: dict[str, type[Config]] = {
     "demo": DemoConfig,
     "plan": PlanConfig,
     "benchmark cache": BenchmarkCacheConfig,
+    "benchmark extract": BenchmarkExtractConfig,
     "benchmark student": BenchmarkStudentConfig,
 }
 

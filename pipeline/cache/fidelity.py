@@ -1,7 +1,7 @@
 """How much of the teacher's tokens survives quantisation, measured on every extraction's own tokens."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -56,63 +56,61 @@ class FidelityFigures(BaseModel):
         )
 
 
+class _Sums(NamedTuple):
+    """What a meter has seen, on the device where it saw it: nothing here waits for an accelerator."""
+
+    shift: Tensor  # float64 [D], near the mean, so that squares don't cancel
+    channels: Tensor  # float64 [3, D]: shifted tokens, their squares, squared errors
+    cosines: Tensor  # float64 [2]: sum, least
+
+    def shifted(self, shift: Tensor, count: int) -> Tensor:
+        """`channels` of the same `count` tokens around another shift."""
+        total, squares, errors = self.channels
+        delta = self.shift - shift
+        moved = squares + 2 * delta * total + count * delta.square()
+        return torch.stack([total + count * delta, moved, errors])
+
+
 class Fidelity:
     """Streaming meter: `update` with tokens and what became of them, then `figures()`."""
 
     def __init__(self) -> None:
         self._tokens = 0
-        self._sums: Tensor | None = None  # float64 [3, D]: tokens, their squares, squared errors
-        self._shift: Tensor | None = None  # near the mean, so that squares don't cancel
-        self._cosine_sum, self._cosine_worst = 0.0, 1.0
+        self._sums: _Sums | None = None
 
     def update(self, tokens: Tensor, restored: Tensor) -> None:
         """Compare float tokens [..., L, D] with their dequantised selves, on whatever device they are."""
         dim = tokens.shape[-1]
         blocks = (torch.split(side.reshape(-1, dim), 4096) for side in (tokens, restored))
         for exact, stored in zip(*blocks, strict=True):
-            self._add(exact.float(), stored.float())
-
-    def _add(self, exact: Tensor, stored: Tensor) -> None:
-        if self._shift is None:
-            self._shift = exact.double().mean(0)
-        centred, error = exact.double() - self._shift, (stored - exact).double()
-        sums = torch.stack([centred.sum(0), centred.square().sum(0), error.square().sum(0)])
-        self._sums = sums if self._sums is None else self._sums + sums
-        dim = (exact.shape[-1],)
-        layer_norm = torch.nn.functional.layer_norm
-        a, b = layer_norm(exact, dim, eps=_EPS).double(), layer_norm(stored, dim, eps=_EPS).double()
-        lengths = a.norm(dim=-1) * b.norm(dim=-1)
-        # A token without any deviation has no direction: its normalised self is all zero on both sides.
-        cosine = torch.where(lengths > 0, (a * b).sum(-1) / lengths.clamp(min=1e-12), 1.0)
-        self._tokens += exact.shape[0]
-        self._cosine_sum += float(cosine.sum())
-        self._cosine_worst = min(self._cosine_worst, float(cosine.min()))
+            self._add(_measure(exact.float(), stored.float(), self._sums), exact.shape[0])
 
     def merge(self, other: "Fidelity") -> None:
-        """Add what another meter saw."""
-        if other._sums is None or other._shift is None:
-            return
-        if self._sums is None or self._shift is None:
-            self._sums, self._shift = other._sums.clone(), other._shift
-        else:
-            self._sums = self._sums + other._shifted(self._shift)
-        self._tokens += other._tokens
-        self._cosine_sum += other._cosine_sum
-        self._cosine_worst = min(self._cosine_worst, other._cosine_worst)
+        """Add what another meter, of the same device, saw."""
+        if other._sums is not None:
+            self._add(other._sums, other._tokens)
 
-    def _shifted(self, shift: Tensor) -> Tensor:
-        assert self._sums is not None
-        assert self._shift is not None
-        total, squares, errors = self._sums
-        delta = self._shift - shift
-        moved = squares + 2 * delta * total + self._tokens * delta.square()
-        return torch.stack([total + self._tokens * delta, moved, errors])
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Fidelity":
+        """The same meter with its tensors moved, for instance to the host."""
+        there = Fidelity()
+        there._tokens = self._tokens
+        there._sums = None if self._sums is None else _Sums(*(move(values) for values in self._sums))
+        return there
+
+    def _add(self, new: _Sums, count: int) -> None:
+        self._tokens += count
+        if self._sums is None:
+            self._sums = new
+            return
+        shift, channels, cosines = self._sums
+        total, least = cosines + new.cosines, torch.minimum(cosines, new.cosines)
+        self._sums = _Sums(shift, channels + new.shifted(shift, count), torch.stack([total[0], least[1]]))
 
     def figures(self) -> FidelityFigures:
         """The figures so far; of no tokens, a perfect set."""
         if self._sums is None:
             return FidelityFigures(tokens=0, nmse_mean=0.0, nmse_worst=0.0, cosine_mean=1.0, cosine_worst=1.0)
-        total, squares, errors = self._sums / self._tokens
+        total, squares, errors = self._sums.channels / self._tokens
         variance = (squares - total.square()).clamp(min=0)
         floor = (STD_FLOOR**2) * float(variance.median())  # the quantiser's own floor
         nmse = errors / variance.clamp(min=floor if floor > 0 else 1.0)
@@ -120,9 +118,23 @@ class Fidelity:
             tokens=self._tokens,
             nmse_mean=float(nmse.mean()),
             nmse_worst=float(nmse.max()),
-            cosine_mean=self._cosine_sum / self._tokens,
-            cosine_worst=self._cosine_worst,
+            cosine_mean=float(self._sums.cosines[0]) / self._tokens,
+            cosine_worst=min(1.0, float(self._sums.cosines[1])),
         )
 
     def to_json(self) -> dict[str, Any]:
         return self.figures().model_dump()
+
+
+def _measure(exact: Tensor, stored: Tensor, former: _Sums | None) -> _Sums:
+    """Sums over tokens float32 [n, D] and their stored selves."""
+    shift = exact.double().mean(0) if former is None else former.shift
+    centred, error = exact.double() - shift, (stored - exact).double()
+    channels = torch.stack([centred.sum(0), centred.square().sum(0), error.square().sum(0)])
+    dim = (exact.shape[-1],)
+    layer_norm = torch.nn.functional.layer_norm
+    a, b = layer_norm(exact, dim, eps=_EPS).double(), layer_norm(stored, dim, eps=_EPS).double()
+    lengths = a.norm(dim=-1) * b.norm(dim=-1)
+    # A token without any deviation has no direction: its normalised self is all zero on both sides.
+    cosine = torch.where(lengths > 0, (a * b).sum(-1) / lengths.clamp(min=1e-12), 1.0)
+    return _Sums(shift, channels, torch.stack([cosine.sum(), cosine.min()]))

@@ -69,20 +69,25 @@ class Quantiser:
     def has_scale(self) -> bool:
         return self.name == "int8"
 
-    def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def quantise(self, tokens: Tensor, check: bool = True) -> tuple[Tensor, Tensor | None]:
         """Tokens float [..., L, D] → (stored [..., L, D], scale float16 [..., L] or None), on the same device.
 
+        Args:
+            check: wait for the device and look whether all is finite. Without it bad tokens show as non-finite scales
+                or, where there is no scale, as non-finite stored tokens.
+
         Raises:
-            CacheError: tokens that are not finite, or too large to store.
+            CacheError: with `check`, tokens that are not finite, or too large to store.
         """
+        finite = _finite if check else _as_is
         if self.name == "float32":
-            return _finite(tokens.float()), None
+            return finite(tokens.float()), None
         if self.name == "float16":
-            return _finite(tokens.half()), None
+            return finite(tokens.half()), None
         mean, std = self._statistics(tokens.device)
         standardised = (tokens.float() - mean) / std
         scale = (standardised.abs().amax(-1) / LEVELS).clamp(min=SCALE_FLOOR).half()
-        _finite(scale)
+        finite(scale)
         # Dividing by the rounded scale, which is what the reader multiplies by, keeps the error within half a step.
         stored = (standardised / scale.float().unsqueeze(-1)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
         return stored, scale
@@ -131,6 +136,10 @@ class Quantiser:
         except (TypeError, ValueError, OverflowError) as error:
             raise CacheError("quantiser: mean and std must be lists of numbers") from error
         return cls(str(state.get("name")), mean, std)
+
+
+def _as_is(values: Tensor) -> Tensor:
+    return values
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -15,3 +15,4 @@ class TeacherConfig(Config):
     image_size: int | None = Field(None, ge=8, le=4096)  # what the teacher sees, pixels; default: its own
     tokens: Literal["norm", "block", "projected"] = "norm"
     layers: int = Field(1, ge=1)  # mean of the last so many blocks
+    compile: bool = False  # torch.compile the forward: a minute at the start, faster after

@@ -2,18 +2,23 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline import extraction
 from pipeline.assembly import load_teacher
 from pipeline.cache import open_cache
+from pipeline.data import rendering
 from pipeline.data.images import decode, open_images
 from pipeline.data.views import View, render, to_chw
-from pipeline.errors import CacheError, ConfigError, DataError
+from pipeline.errors import CacheError, ConfigError, DataError, TeacherError
+from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
 from stages import extract_teacher_features, verify_cache
+from stages.extract_teacher_features import ExtractConfig
 from tests.test_stages.conftest import TEACHER, extract_config
 
 Make = Callable[..., Path]
@@ -121,3 +126,92 @@ def test_repair_restores_a_damaged_shard(make_cache: Make, tmp_path: Path) -> No
     assert mended.mended is not None
     assert mended.mended.shards == [1]
     assert content(path) == before
+
+
+def several(images: Path, cache: Path, teachers: dict[str, dict[str, Any]], **changes: Any) -> ExtractConfig:
+    """`extract_config` with `teachers` in place of the one teacher."""
+    single = extract_config(images, cache, **changes)
+    keys = single.model_dump(mode="json", exclude_none=True) | {"teachers": teachers}
+    del keys["teacher"]
+    return ExtractConfig.model_validate(keys)
+
+
+THREE: dict[str, dict[str, Any]] = {
+    "normed": TEACHER,
+    "raw": {**TEACHER, "tokens": "block", "layers": 2},
+    "small": {**TEACHER, "spec": "timm:vit_small_patch16_224"},
+}
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_several_teachers_decode_once_share_forwards_and_write_what_each_writes_alone(
+    image_tree: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = {}
+    for name, teacher in THREE.items():
+        extract_teacher_features.run(
+            extract_config(image_tree, tmp_path / f"alone-{name}", teacher=teacher, cache__store=store)
+        )
+        alone[name] = content(tmp_path / f"alone-{name}")
+
+    decoded, forwards = [0], [0]
+
+    class Counting(rendering.ViewRenderer):
+        def __getitems__(self, requests: list[Any]) -> rendering.RenderedViews:
+            decoded[0] += len(requests)
+            return super().__getitems__(requests)
+
+    trace = Teacher.trace
+
+    def counting(self: Teacher, *arguments: Any) -> Any:
+        forwards[0] += 1
+        return trace(self, *arguments)
+
+    monkeypatch.setattr(extraction, "ViewRenderer", Counting)
+    monkeypatch.setattr(Teacher, "trace", counting)
+    config = several(image_tree, tmp_path / "together", THREE, cache__store=store)
+    facts = extract_teacher_features.run(config)
+    assert decoded[0] == 24 + 24  # once for all three; and once before, for all three calibrations
+    assert forwards[0] == 2 * (24 * 2 // 16 + 24 // 16 + 1)  # two networks for three teachers
+    assert facts["normed.shards"] == facts["raw.shards"] == "3 of 3"
+    for name, files in alone.items():
+        assert content(tmp_path / "together" / name) == files
+
+
+def test_of_several_caches_only_what_lacks_is_written(image_tree: Path, tmp_path: Path) -> None:
+    config = several(image_tree, tmp_path / "caches", THREE)
+    extract_teacher_features.run(config)
+    before = {name: content(tmp_path / "caches" / name) for name in THREE}
+    stamps = (tmp_path / "caches/raw/commits/000001.json").stat().st_mtime_ns
+    (tmp_path / "caches/normed/commits/000001.json").unlink()
+    shutil.rmtree(tmp_path / "caches/small")
+    assert extract_teacher_features.run(config)["images"] == 24
+    assert {name: content(tmp_path / "caches" / name) for name in THREE} == before
+    assert (tmp_path / "caches/raw/commits/000001.json").stat().st_mtime_ns == stamps
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden"])
+def test_names_of_teachers_become_folders(image_tree: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="a name becomes a folder"):
+        several(image_tree, tmp_path, {name: TEACHER})
+
+
+def test_one_way_to_name_teachers(image_tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"give teacher\.spec"):
+        several(image_tree, tmp_path, {})
+
+
+def test_non_finite_tokens_stop_the_run_and_name_the_place(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_cache: Make
+) -> None:
+    config = extract_config(image_tree, tmp_path / "cache")
+    extract_teacher_features.run(config, init_only=True)
+    look = extraction.look_together
+
+    def broken(*arguments: Any) -> Any:
+        return [out._replace(tokens=out.tokens.index_fill(1, torch.tensor([3]), np.nan)) for out in look(*arguments)]
+
+    monkeypatch.setattr(extraction, "look_together", broken)
+    with pytest.raises(TeacherError, match=r"tokens near class0/00\.jpg that are not finite"):
+        extract_teacher_features.run(config)
+    assert open_cache(tmp_path / "cache").missing_shards() == [0, 1, 2]

@@ -1,0 +1,103 @@
+"""Samples to all of their views, from one decoding: what a decode worker of stage 1 does."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from numpy.typing import NDArray
+from PIL import features
+from torch import Tensor
+
+from pipeline.cache import hash_source
+from pipeline.data.images import ImageSource, decode
+from pipeline.data.loader import Request
+from pipeline.data.views import ViewConfig, draw_view, encode_jpeg, render, to_chw
+from pipeline.errors import DataError
+
+JPEG_QUALITY = 95
+
+
+@dataclass
+class RenderedViews:
+    """A few samples, all their views.
+
+    Attributes:
+        indices: the samples; those in `errors` have zeros everywhere else.
+        pixels: uint8 [n, V, 3, S, S], what teacher and student see.
+        box: int32 [n, V, 4]; hflip: uint8 [n, V]; source_hash: uint64 [n].
+        images: [n][V] JPEG bytes, for the webdataset store alone.
+    """
+
+    indices: list[int]
+    pixels: Tensor
+    box: NDArray[np.int32]
+    hflip: NDArray[np.uint8]
+    source_hash: NDArray[np.uint64]
+    images: list[list[bytes]] | None
+    errors: dict[int, str]
+
+    @property
+    def readable(self) -> list[int]:
+        """Rows of the samples that could be decoded."""
+        return [row for row, index in enumerate(self.indices) if index not in self.errors]
+
+    def readable_pixels(self) -> Tensor:
+        """uint8 [readable × V, 3, S, S]; no copy, so still pinned, when all could be decoded."""
+        pixels = self.pixels[self.readable] if self.errors else self.pixels
+        return pixels.flatten(0, 1)
+
+    def pin_memory(self) -> "RenderedViews":
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+class ViewRenderer:
+    """Draws and renders all views of a sample from one decoding; an `IndexedDataset`."""
+
+    def __init__(self, source: ImageSource, views: ViewConfig, store_jpeg: bool) -> None:
+        self.source, self.views, self.store_jpeg = source, views, store_jpeg
+
+    def __getitems__(self, requests: list[Request]) -> RenderedViews:
+        n, v, size = len(requests), self.views.count, self.views.image_size
+        out = RenderedViews(
+            indices=[index for _, index in requests],
+            pixels=torch.zeros(n, v, 3, size, size, dtype=torch.uint8),
+            box=np.zeros((n, v, 4), np.int32),
+            hflip=np.zeros((n, v), np.uint8),
+            source_hash=np.zeros(n, np.uint64),
+            images=[[] for _ in range(n)] if self.store_jpeg else None,
+            errors={},
+        )
+        for row, index in enumerate(out.indices):
+            try:
+                self._render(out, row, index)
+            except DataError as error:
+                out.errors[index] = str(error)
+        return out
+
+    def _render(self, out: RenderedViews, row: int, index: int) -> None:
+        data = self.source.read(index)
+        image = decode(data)
+        out.source_hash[row] = hash_source(data)
+        for number in range(self.views.count):
+            view = draw_view(self.views, index, number, image.height, image.width)
+            pixels = render(image, view, self.views.image_size)
+            if out.images is not None:
+                # The trainer will decode these bytes, so the teacher must see what they decode to.
+                out.images[row].append(encode_jpeg(pixels, JPEG_QUALITY))
+                pixels = decode(out.images[row][-1])
+            out.pixels[row, number] = torch.from_numpy(to_chw(pixels))
+            out.box[row, number], out.hflip[row, number] = view.box, view.hflip
+
+
+def preprocessing(image_size: int, store: str) -> dict[str, Any]:
+    """What turns encoded bytes into pixels; part of the fingerprint, since another version may give other pixels."""
+    return {
+        "decoder": f"pillow {PIL.__version__}",
+        "libjpeg": str(features.version_feature("libjpeg_turbo") or features.version("jpg")),
+        "orientation": "exif",
+        "interpolation": "bicubic",
+        "image_size": image_size,
+        "jpeg": f"quality {JPEG_QUALITY}, 4:4:4" if store == "webdataset" else None,
+    }

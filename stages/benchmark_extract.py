@@ -1,0 +1,201 @@
+"""`mrmae benchmark extract`: how close the whole of stage 1 comes to the teacher's bare forward. JSON; paired ratios.
+
+    mrmae benchmark extract
+    mrmae benchmark extract data.path=/data/imagenet/train teacher.spec=clip_vitb16 batch_size=256 data.workers=16
+
+    stage    images on disk → finished cache, against the network alone on normalised views in memory (aim: 0.9)
+    decode   one decoding process's views/s: times `data.workers`, the ceiling that images on disk put to the stage
+    shared   two token choices of the teacher in one pass, against two passes (aim: below 0.6 of their time)
+    bf16     LayerNorm-space cosine of the tokens, and total variation of the attention, against fp32
+
+Every round times each side once, by turns. Calibration and the making of the cache are left out; starting the decode
+workers, filling the pipeline and the last commit are in.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, layer_norm
+
+from pipeline.assembly import load_teacher, teacher_dtype
+from pipeline.cache import create_cache, open_writer
+from pipeline.config import Config, PathField
+from pipeline.data.images import DataConfig, ImageSource, open_images
+from pipeline.data.rendering import ViewRenderer
+from pipeline.data.views import ViewConfig
+from pipeline.extraction import Extractor
+from pipeline.teachers import Teacher
+from pipeline.teachers.config import TeacherConfig
+
+NO_BOUNDS = {"max_nmse": float("inf"), "min_cosine": 0.0}
+
+
+class BenchmarkExtractConfig(Config):
+    """What is measured. The defaults take about three minutes of two cores."""
+
+    data: DataConfig | None = None  # images; drawn ones of 224 x 224 when left out
+    workers: int = Field(2, ge=0)  # decoding processes, for drawn images
+    teacher: TeacherConfig = TeacherConfig(spec="timm:vit_tiny_patch16_224", weights="random")
+    views: ViewConfig = ViewConfig()
+    store: Literal["zarr", "webdataset"] = "zarr"
+    images: int = Field(512, ge=16)  # that each round takes
+    batch_size: int = Field(64, ge=1)  # views per forward pass
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    rounds: int = Field(5, ge=1)  # after one that warms up; the median counts
+    threads: int | None = Field(default=None, gt=0)  # CPU threads of the forward; torch's choice unless given
+    folder: PathField | None = None  # where the caches go; the system's temporary folder when left out
+
+
+def run(config: BenchmarkExtractConfig) -> dict[str, Any]:
+    """Measure; returns the figures as JSON-able values.
+
+    Raises:
+        DataError, TeacherError, ConfigError: as extraction itself.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory(prefix="mrmae-benchmark-", dir=config.folder) as name:
+        source = _source(config, Path(name) / "images")
+        bench = _Bench(config, source, device, Path(name))
+        figures = bench.stage() | {"shared": bench.shared(), "bf16": bench.reduced()}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "config": config.model_dump(mode="json"),
+        **figures,
+    }
+
+
+class _Bench:
+    """One teacher, one set of images, and views of theirs in memory."""
+
+    def __init__(
+        self, config: BenchmarkExtractConfig, source: ImageSource, device: torch.device, scratch: Path
+    ) -> None:
+        self.config, self.source, self.device, self.scratch = config, source, device, scratch
+        self.dtype = teacher_dtype(config.precision, device)
+        self.teacher = self._teacher(config.teacher)
+        self.renderer = ViewRenderer(source, config.views, store_jpeg=config.store == "webdataset")
+        samples = [(0, index) for index in range(max(1, config.batch_size // config.views.count))]
+        self.views = self.renderer.__getitems__(samples).readable_pixels().to(device)
+        self.total = len(source) * config.views.count
+
+    def stage(self) -> dict[str, Any]:
+        """Images/s of the stage, of the bare forward and of one decoding process, and the stage's share of the bare."""
+        times = self._by_turns(
+            {"bare": self._bare_forward, "stage": lambda: self._extract([self.teacher]), "decode": self._decode}
+        )
+        ratios = [bare / whole for bare, whole in zip(times["bare"], times["stage"], strict=True)]
+        rates = {f"{name}_views_per_s": self.total / statistics.median(seconds) for name, seconds in times.items()}
+        return {"stage": _spread(ratios) | rates}
+
+    def shared(self) -> dict[str, Any]:
+        """Time of two token choices in one pass, over that of two passes."""
+        choices = [self.config.teacher, self.config.teacher.model_copy(update={"tokens": "block", "layers": 2})]
+        # Built twice: teachers that go through one pass together share one network from then on.
+        together, apart = ([self._teacher(choice) for choice in choices] for _ in range(2))
+        times = self._by_turns(
+            {
+                "together": lambda: self._extract(together),
+                "apart": lambda: sum(self._extract([teacher]) for teacher in apart),
+            }
+        )
+        return _spread([one / two for one, two in zip(times["together"], times["apart"], strict=True)])
+
+    def reduced(self) -> dict[str, float]:
+        """How far bf16 autocast takes tokens and attention from fp32, on one batch."""
+        exact, rough = (
+            load_teacher(self.config.teacher, self.device, dtype)(self.views)
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        dim = (exact.tokens.shape[-1],)
+        cosine = cosine_similarity(layer_norm(exact.tokens, dim), layer_norm(rough.tokens, dim), dim=-1)
+        figures = {"cosine_mean": float(cosine.mean()), "cosine_worst": float(cosine.min())}
+        if exact.attention is not None and rough.attention is not None:
+            figures["attention_distance"] = float((exact.attention - rough.attention).abs().sum(-1).mean() / 2)
+        return figures
+
+    def _teacher(self, config: TeacherConfig) -> Teacher:
+        return load_teacher(config, self.device, self.dtype)
+
+    def _extract(self, teachers: list[Teacher]) -> float:
+        """Seconds of extracting all images, calibration left out."""
+        config = self.config
+        workers = config.data.workers if config.data is not None else config.workers
+        extractor = Extractor(self.source, config.views, teachers, config.batch_size, workers, config.store)
+        quantisers = [quantiser.to_json() for quantiser in extractor.calibrate("int8", 16)]
+        headers = extractor.describe("mean", max(1, len(self.source) // 4), quantisers)
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            paths = [Path(folder) / str(number) for number in range(len(teachers))]
+            for path, header in zip(paths, headers, strict=True):
+                create_cache(path, header)
+            writers = [open_writer(path) for path in paths]
+            began = time.perf_counter()
+            extractor.run(writers, range(headers[0].shards), NO_BOUNDS)
+            return time.perf_counter() - began
+
+    def _bare_forward(self) -> float:
+        """Seconds of the network alone for as many views as the stage takes."""
+        model: Any = self.teacher.model
+        forward: Callable[[Tensor], Any] = getattr(model, "forward_tokens", model)  # our encoders', or the library's
+        autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        pixels = self.teacher.prepare(self.views)
+        with torch.no_grad(), autocast:
+            self._synchronise()
+            began = time.perf_counter()
+            for at in range(0, self.total, len(pixels)):
+                forward(pixels[: self.total - at])
+            self._synchronise()
+            return time.perf_counter() - began
+
+    def _decode(self) -> float:
+        """Seconds of one process for reading, decoding and rendering all views."""
+        began = time.perf_counter()
+        for index in range(len(self.source)):
+            self.renderer.__getitems__([(0, index)])
+        return time.perf_counter() - began
+
+    def _by_turns(self, jobs: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+        for job in jobs.values():
+            job()
+        rounds = [{name: job() for name, job in jobs.items()} for _ in range(self.config.rounds)]
+        return {name: [times[name] for times in rounds] for name in jobs}
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _spread(ratios: list[float]) -> dict[str, Any]:
+    return {"ratio": round(statistics.median(ratios), 3), "range": [round(min(ratios), 3), round(max(ratios), 3)]}
+
+
+def _source(config: BenchmarkExtractConfig, folder: Path) -> ImageSource:
+    if config.data is not None:
+        return open_images(config.data.path, min(config.images, config.data.limit or config.images))
+    folder.mkdir()
+    for number in range(config.images):
+        _draw(number).save(folder / f"{number:05d}.jpg", quality=90)
+    return open_images(str(folder))
+
+
+def _draw(number: int) -> Image.Image:
+    """A picture with coarse and fine structure, so that its JPEG is about as large as a photo's."""
+    random = np.random.default_rng(number)
+    coarse, fine = (
+        Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)).resize((224, 224), Image.Resampling.BICUBIC)
+        for side in (6, 112)
+    )
+    return Image.blend(coarse, fine, 0.15)
