@@ -29,6 +29,7 @@ from pipeline.evaluation.metrics import topk_accuracy
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
 from pipeline.models.config import StudentConfig
 from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, StepPlan
@@ -60,6 +61,7 @@ class FinetuneConfig(RunConfig):
     drop_path: float = Field(0.1, ge=0, lt=1)
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65)
+    ema: EmaConfig = EmaConfig()
     eval_every: int = Field(1, ge=1)  # epochs
 
 
@@ -70,6 +72,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model = _build(config, classes)
     identity = {"stage": "finetune", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
+    identity |= {"ema": config.ema.model_dump() if config.ema.decay else None}
     run = Run(config, {**identity, "data": train.digest(), "augment": config.augment.model_dump(mode="json")})
     plan = StepPlan.of(len(train), config, run.processes)
 
@@ -101,6 +104,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         evaluate=evaluate,
         evaluate_every=config.eval_every * plan.steps_per_epoch,
         best="top1",
+        ema=config.ema,
         label="finetune",
     )
 

@@ -1,7 +1,8 @@
 """Checkpoints: whole or not there. A folder is written under a hidden name, fsynced, and renamed into place.
 
     checkpoints/step-00001000/
-        model.safetensors   weights, by the reference code's names
+        model.safetensors   weights, by the reference code's names; their moving average where the run keeps one
+        trained.safetensors the weights that the optimiser goes on from, only beside such an average
         model.json          how to build the model again
         optimizer.pt        AdamW's state (tensors and numbers only: loads with weights_only=True)
         checkpoint.json     step, identity of the run, length and xxh3-128 of each file above, and a digest of itself
@@ -54,8 +55,11 @@ def save_checkpoint(
     identity: Mapping[str, Any],
     metrics: Mapping[str, Any],
     optimizer_state: Mapping[str, Any] | None = None,
+    trained: nn.Module | None = None,
 ) -> None:
     """Write a checkpoint folder atomically, in place of one of the same name.
+
+    `trained` is the model that the optimiser works on, where `model` is its moving average.
 
     Raises:
         CheckpointError: the disk is full or the folder can't be written; nothing half-written stays.
@@ -65,6 +69,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
+        if trained is not None:
+            save_file(_contiguous(trained.state_dict()), partial / "trained.safetensors")
         (partial / "model.json").write_text(json.dumps(spec, indent=1), encoding="utf-8")
         if optimizer_state is not None:
             torch.save(optimizer_state, partial / "optimizer.pt")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.errors import TrainingError
 from pipeline.progress import Progress
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint, prune, save_checkpoint
+from pipeline.training.ema import EmaConfig, build_ema
 from pipeline.training.interruption import Interrupted, Interruption
 from pipeline.training.metrics import LossMeter, MetricsWriter, Stopwatch
 from pipeline.training.optim import CosineSchedule, OptimConfig, build_adamw, parameter_groups, set_lr
@@ -48,6 +49,7 @@ def fit(
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     evaluate_every: int = 0,
     best: str | None = None,
+    ema: EmaConfig | None = None,
     label: str = "train",
 ) -> dict[str, Any]:
     """Train until `plan.total_steps`; returns the last logged metrics.
@@ -60,6 +62,7 @@ def fit(
         batches: start step → micro-batches of this process, `plan.accum_iter` of them for each step.
         evaluate: (unwrapped model, step) → metrics; every `evaluate_every` steps and at the end.
         best: the evaluation metric whose highest value is kept as checkpoints/best.
+        ema: average the weights; the average is then what is evaluated, and what checkpoints show their readers.
 
     Raises:
         TrainingError: the loss is not finite, or the run to go on with is longer than this one.
@@ -70,7 +73,7 @@ def fit(
             f"output={run.folder} holds a run of {run.start_step} steps, this one would have {plan.total_steps}: "
             "choose another output, or more epochs or max_steps"
         )
-    loop = _Loop(run, model, spec, plan, optim, layer_ids, best)
+    loop = _Loop(run, model, spec, plan, optim, layer_ids, best, ema or EmaConfig())
     batches_of_run = iter(_ahead(batches(run.start_step), run.device))
     with Interruption() as interruption, loop.progress(label):
         for step in range(run.start_step, plan.total_steps):
@@ -103,13 +106,16 @@ class _Loop:
         optim: OptimConfig,
         layer_ids: Mapping[str, int] | None,
         best: str | None,
+        ema: EmaConfig,
     ) -> None:
         self.run, self.spec, self.plan, self.optim, self.best = run, spec, plan, optim, best
         self.plain_model = model
         groups = parameter_groups(model, optim.weight_decay, layer_ids, optim.layer_decay)
         self.plain_optimizer = build_adamw(groups, optim)
+        self.ema = build_ema(model.to(run.device), ema)
+        self.result = self.ema.module if self.ema else model  # what is evaluated, and read from checkpoints
         if run.resumed:
-            restore(run.resumed, model, self.plain_optimizer)
+            restore(run.resumed, model, self.plain_optimizer, self.result)
         if run.config.compile:
             model.compile()  # in place: names in checkpoints stay
         self.model, self.optimizer = run.accelerator.prepare(model, self.plain_optimizer)
@@ -142,6 +148,8 @@ class _Loop:
         self.grad_norm = self._clip(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.plain_model, step + 1)
         self.meter.steps += 1
         self.bar.advance(1)
 
@@ -195,9 +203,9 @@ class _Loop:
 
     def evaluate(self, done: int, evaluate: Callable[[nn.Module, int], dict[str, float]]) -> None:
         began = time.perf_counter()
-        self.plain_model.eval()
+        self.result.eval()
         with torch.inference_mode(), self.run.accelerator.autocast():
-            values = evaluate(self.plain_model, done)
+            values = evaluate(self.result, done)
         self._write(done, values)
         if self.best and values.get(self.best, float("-inf")) > self.best_value:
             self.best_value = values[self.best]
@@ -218,12 +226,13 @@ class _Loop:
         if self.run.is_main:
             save_checkpoint(
                 self.run.checkpoints / name,
-                self.plain_model,
+                self.result,
                 self.spec,
                 step=done,
                 identity=self.run.identity,
                 metrics=self.latest,
                 optimizer_state=self.plain_optimizer.state_dict() if with_optimizer else None,
+                trained=self.plain_model if self.ema and with_optimizer else None,
             )
 
     def any_process(self, flag: bool) -> bool:
@@ -266,11 +275,18 @@ class _Loop:
         return float(load_checkpoint(self.run.checkpoints / "best").metrics.get(self.best, float("-inf")))
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and optimiser state of the same architecture, exactly."""
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, result: nn.Module | None = None
+) -> None:
+    """Load weights, optimiser state and, where `result` is another than `model`, its average: exactly."""
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=True)
+    averaged = result is not None and result is not model
+    model.load_state_dict(
+        load_file(checkpoint.path / ("trained.safetensors" if averaged else "model.safetensors")), strict=True
+    )
+    if result is not None and averaged:
+        result.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=True)
     optimizer.load_state_dict(checkpoint.optimizer_state())
     log.info("resumed from %s", checkpoint.path)
 

@@ -79,9 +79,11 @@ def test_finetune_from_scratch_with_the_whole_recipe(colours: Path, tmp_path: Pa
     assert 0 <= finetune.run(config)["top1"] <= 1
 
 
-def test_a_finetuned_run_resumes_bit_for_bit(colours: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ema", [{}, {"decay": 0.9}], ids=["plain", "ema"])
+def test_a_finetuned_run_resumes_bit_for_bit(colours: Path, tmp_path: Path, ema: dict[str, float]) -> None:
     """Mixup, erasing and RandAugment draw from generators that are functions of the step or the sample."""
     keys: dict[str, Any] = {"student": ENCODER, "augment": {}, "max_steps": 6, "log_every": 1, "drop_path": 0.2}
+    keys |= {"ema": ema}
     finetune.run(finetune_config(colours, tmp_path / "whole", **keys))
     finetune.run(finetune_config(colours, tmp_path / "parts", **keys, checkpoint_every=4, keep_checkpoints=3))
     newest = tmp_path / "parts/checkpoints/step-00000006"
@@ -89,10 +91,26 @@ def test_a_finetuned_run_resumes_bit_for_bit(colours: Path, tmp_path: Path) -> N
         file.unlink()
     newest.rmdir()
     finetune.run(finetune_config(colours, tmp_path / "parts", **keys, checkpoint_every=4, keep_checkpoints=3))
-    whole, parts = (
-        (tmp_path / name / "checkpoints/step-00000006/model.safetensors").read_bytes() for name in ("whole", "parts")
-    )
-    assert whole == parts
+    for file in ["model.safetensors"] + ["trained.safetensors"] * bool(ema):
+        whole, parts = (
+            (tmp_path / name / "checkpoints/step-00000006" / file).read_bytes() for name in ("whole", "parts")
+        )
+        assert whole == parts
+
+
+def test_an_average_is_what_is_measured_and_kept(colours: Path, tmp_path: Path) -> None:
+    """`model.safetensors` is the average, in every checkpoint; the trained weights stand beside it for a resume."""
+    keys: dict[str, Any] = {"student": ENCODER, "max_steps": 4, "ema": {"decay": 0.9}}
+    finetune.run(finetune_config(colours, tmp_path / "ema", **keys))
+    finetune.run(finetune_config(colours, tmp_path / "plain", **{**keys, "ema": {}}))
+    newest = tmp_path / "ema/checkpoints/step-00000004"
+    average, trained = (load_file(newest / f"{name}.safetensors") for name in ("model", "trained"))
+    plain = load_file(tmp_path / "plain/checkpoints/step-00000004/model.safetensors")
+    assert all(torch.equal(trained[name], plain[name]) for name in plain)  # the average doesn't touch the training
+    assert not torch.equal(average["head.weight"], trained["head.weight"])
+    assert not (tmp_path / "ema/checkpoints/best/trained.safetensors").exists()
+    with pytest.raises(CheckpointError, match="ema"):
+        finetune.run(finetune_config(colours, tmp_path / "ema", **{**keys, "ema": {}}))
 
 
 @pytest.mark.parametrize("subject", ["init", "student", "teacher", "pixels"])
