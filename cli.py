@@ -65,15 +65,16 @@ def _fail(ctx: click.Context, message: str, code: int) -> None:
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
 @click.option("--debug", is_flag=True, help="Show tracebacks, and what the libraries warn about.")
-@click.option("-v", "--verbose", is_flag=True, help="Log what happens.")
+@click.option("-q", "--quiet", is_flag=True, help="Say only what went wrong, and the result.")
 @click.version_option(package_name="mrmae")
-def main(debug: bool, verbose: bool) -> None:
+def main(debug: bool, quiet: bool) -> None:
     """MR-MAE pre-training without paying for the teacher at every step.
 
     Stage 1 runs a CLIP or DINO teacher once over your images and keeps its features in a cache; stage 2 trains masked
     autoencoders from images and cache. `mrmae demo` shows all of it in minutes, offline.
     """
-    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    first = int(os.environ.get("RANK", "0")) == 0
+    level = logging.DEBUG if debug else logging.INFO if first and not quiet else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for wing in ("pipeline", "stages"):
         logging.getLogger(wing).setLevel(level)

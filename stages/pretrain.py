@@ -3,36 +3,42 @@
     mrmae pretrain data.path=/data/imagenet/train cache.path=/data/clip student.name=mrmae_convvit_base_patch16 \
         output=runs/convvit
 
-With objective=mae and no cache it is plain MAE, on views drawn by the same function.
+With objective=mae and no cache it is plain MAE, on views drawn by the same function. With teacher.spec in place of
+cache.path the teacher runs in every step, on the same views and with the same masks: what a cache saves.
 """
 
-import functools
 import logging
-import operator
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.assembly import normalise
-from pipeline.cache import CacheReader, Quantiser, open_cache
+from pipeline.assembly import load_teacher, normalise, teacher_dtype
+from pipeline.cache import CacheReader
 from pipeline.config import Config, PathField
+from pipeline.data.caches import check_records, live_samples, match_images, open_caches, views_of
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
 from pipeline.data.order import EpochOrder
-from pipeline.data.rendering import preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError
+from pipeline.extraction import Extractor
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
 from pipeline.models.config import MimicConfig, StudentConfig
+from pipeline.processes import processes
+from pipeline.targets import CachedTargets, OnlineTargets, Targets
+from pipeline.teachers import Teacher
+from pipeline.teachers.config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 from pipeline.training.engine import fit
+from pipeline.training.grad_norms import GradNorms
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, StepPlan
+from pipeline.watch import WatchConfig, open_watch
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +78,8 @@ class PretrainConfig(RunConfig):
     data: PretrainData = PretrainData()
     cache: CacheInput | None = None
     caches: dict[str, CacheInput] = Field(default_factory=dict)  # several teachers: a name and a cache each
+    teacher: TeacherConfig | None = None  # in place of a cache: run it in every step
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)  # several of them
     views: ViewConfig = ViewConfig()  # without a cache; a cache brings its own
     student: StudentConfig = StudentConfig()
     mimic: MimicConfig = MimicConfig()
@@ -79,40 +87,68 @@ class PretrainConfig(RunConfig):
     order: OrderConfig = OrderConfig()
     optim: OptimConfig = OptimConfig()
     init: PathField | None = None  # start from these weights: a run, a checkpoint or a public file
+    knn: WatchConfig | None = None  # classify by nearest neighbours every few epochs; the best checkpoint is kept
+    check_records: int = Field(32, ge=0)  # random records held against the live images before the first step
+    grad_norms_every: int = Field(500, ge=0)  # steps between measurements of each loss's pull; 0: never
 
     @model_validator(mode="after")
-    def _one_way_to_name_caches(self) -> "PretrainConfig":
-        if self.cache and self.caches:
-            raise ValueError("give cache.path or caches.NAME.path, not both")
+    def _one_way_to_name_teachers(self) -> "PretrainConfig":
+        if sum(map(bool, (self.cache, self.caches, self.teacher, self.teachers))) > 1:
+            raise ValueError("give one of cache.path, caches.NAME.path, teacher.spec and teachers.NAME.spec")
         return self
+
+
+@dataclass(frozen=True)
+class _Knowledge:
+    """What there is to mimic: caches, or live teachers, or, for plain MAE, nothing."""
+
+    caches: dict[str, CacheReader] = field(default_factory=dict)
+    teachers: dict[str, Teacher] = field(default_factory=dict)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Channels of each teacher's tokens."""
+        cached = {name: cache.header.dim for name, cache in self.caches.items()}
+        return cached | {name: teacher.dim for name, teacher in self.teachers.items()}
+
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        cached = {name: cache.header.grid for name, cache in self.caches.items()}
+        return cached | {name: teacher.grid for name, teacher in self.teachers.items()}
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the first teacher has something to focus by."""
+        if self.caches:
+            return next(iter(self.caches.values())).header.attention != "none"
+        return any(teacher.has_attention for teacher in list(self.teachers.values())[:1])
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it goes on from."""
+        fingerprints = {"caches": {name: cache.header.fingerprint for name, cache in self.caches.items()}}
+        live = {name: teacher.identity() for name, teacher in self.teachers.items()}
+        return fingerprints | ({"teachers": live} if live else {})
 
 
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Train to the end, or to the next interruption; returns the last metrics."""
-    caches = _open_caches(config)
-    views = _views(config, caches)
-    source = _open_source(config, caches)
-    student = _build(config, caches)
+    known = _open_knowledge(config)
+    views = _views(config, known)
+    source = _open_source(config, known)
+    live = live_samples(known.caches) if known.caches else np.arange(len(source or ()), dtype=np.int64)
+    student = _build(config, known)
+    if config.mimic.objective != "mae":
+        _give_statistics(config, student, known, source)
     if config.init:
         state, _ = read_weights(resolve_checkpoint(config.init))
         load_weights(student, state, strict=False)
-    live = _live(caches) if caches else np.arange(len(source or ()), dtype=np.int64)
 
-    run = Run(config, _identity(config, caches, student, views, source))
+    run = Run(config, _identity(config, known, student, views, source))
+    if known.caches and config.check_records and run.is_main:
+        log.info("checked %s", check_records(known.caches, source, live, config.seed, config.check_records))
     plan = StepPlan.of(len(live), config, run.processes, per_image=config.mask.masks_per_sample)
-    patches = student.grid[0] * student.grid[1]
-    dataset = PretrainDataset(
-        source,
-        caches,
-        views,
-        patches=patches,
-        keep=max(1, int(patches * (1 - config.mask.mask_ratio))),
-        focus=_focus(config, caches),
-        rows=student.target_rows,
-        masks_per_sample=config.mask.masks_per_sample,
-        seed=config.seed,
-    )
-    block = next(iter(caches.values())).header.samples_per_shard if caches else 1024
+    dataset = _dataset(config, known, views, source, student)
+    block = next(iter(known.caches.values())).header.samples_per_shard if known.caches else 1024
     order = EpochOrder(live, config.seed, config.order.kind, block, config.order.window)
 
     def batches(start_step: int) -> Iterator[PretrainBatch]:
@@ -120,56 +156,58 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         sampler = StepSampler(order, images, plan.accum_iter, run.rank, run.processes, start_step, plan.total_steps)
         return load(dataset, sampler, config.data.workers)
 
-    losses = _Losses({name: cache.header.quantiser for name, cache in caches.items()})
-    return fit(run, student, model_record(student), losses, batches, plan, config.optim, label="pretrain")
+    watch, watch_every = None, 0
+    if config.knn:
+        watch = open_watch(config.knn, config.student.image_size, run.rank, run.processes, run.device)
+        watch_every = max(1, round(config.knn.every * plan.steps_per_epoch))
+    return fit(
+        run,
+        student,
+        model_record(student),
+        _Losses(_targets(config, known, dataset)),
+        batches,
+        plan,
+        config.optim,
+        evaluate=watch,
+        evaluate_every=watch_every,
+        best="knn_top1" if watch else None,
+        grad_norms=GradNorms(("mimic_loss", "pixel_loss"), list(student.encoder.parameters()), config.grad_norms_every),
+        label="pretrain",
+    )
 
 
 class _Losses:
-    """A micro-batch → the student's losses: targets dequantised and pixels normalised on the device."""
+    """A micro-batch → the student's losses: targets found and pixels normalised on the device."""
 
-    def __init__(self, quantisers: dict[str, Quantiser]) -> None:
-        self._quantisers = quantisers
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
 
     def __call__(self, student: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
-        targets = {
-            name: self._quantisers[name].dequantise(values, scale) for name, (values, scale) in batch.targets.items()
-        }
-        losses: dict[str, Tensor] = student(normalise(batch.images), batch.ids_keep, targets)
+        ids_keep, targets = self._targets(batch)
+        losses: dict[str, Tensor] = student(normalise(batch.images), ids_keep, targets)
         return losses
 
 
-def _open_caches(config: PretrainConfig) -> dict[str, CacheReader]:
-    if config.mimic.objective == "mae" and not (config.cache or config.caches):
-        return {}
-    if config.cache:
-        reader = open_cache(config.cache.path)
-        return {reader.header.teacher["name"]: reader}
-    if not config.caches:
+def _open_knowledge(config: PretrainConfig) -> _Knowledge:
+    if config.cache or config.caches:
+        paths = {"": config.cache.path} if config.cache else {name: c.path for name, c in config.caches.items()}
+        return _Knowledge(caches=open_caches(paths))
+    if config.teacher or config.teachers:
+        device = processes().device
+        dtype = teacher_dtype(config.precision, device)
+        live = [load_teacher(each, device, dtype) for each in [config.teacher, *config.teachers.values()] if each]
+        return _Knowledge(teachers=dict(zip(config.teachers or [live[0].name], live, strict=True)))
+    if config.mimic.objective != "mae":
         raise ConfigError(
-            f"mimic.objective={config.mimic.objective} needs a cache: give cache.path=..., or objective=mae"
+            f"mimic.objective={config.mimic.objective} needs a cache: give cache.path=..., or objective=mae, or "
+            "teacher.spec=... to run a teacher in every step"
         )
-    readers = {name: open_cache(entry.path) for name, entry in config.caches.items()}
-    first_name, first = next(iter(readers.items()))
-    for name, reader in readers.items():
-        for what in ("dataset.digest", "preprocessing"):
-            there, here = (operator.attrgetter(what)(each.header) for each in (first, reader))
-            if there != here:
-                raise CacheError(
-                    f"caches {first_name} and {name} differ in {what} ({there}, {here}): their teachers did not see "
-                    "the same pixels; extract both from the same images, with the same store and libraries"
-                )
-    return readers
+    return _Knowledge()
 
 
-def _views(config: PretrainConfig, caches: dict[str, CacheReader]) -> ViewConfig:
-    """The views of the caches, which must agree with each other and with the student's size."""
-    policies = [cache.header.view_policy.model_dump() for cache in caches.values()]
-    for name, policy in zip(caches, policies, strict=True):
-        if policy != policies[0]:
-            raise CacheError(
-                f"cache {name} holds other views than {next(iter(caches))}: extract both with equal views.*"
-            )
-    views = ViewConfig.model_validate(policies[0]) if policies else config.views
+def _views(config: PretrainConfig, known: _Knowledge) -> ViewConfig:
+    """The views of the caches, or those of the config; they must have the student's size."""
+    views = views_of(known.caches) if known.caches else config.views
     if views.image_size != config.student.image_size:
         raise ConfigError(
             f"student.image_size={config.student.image_size}, but the views have {views.image_size} pixels: "
@@ -178,87 +216,84 @@ def _views(config: PretrainConfig, caches: dict[str, CacheReader]) -> ViewConfig
     return views
 
 
-def _open_source(config: PretrainConfig, caches: dict[str, CacheReader]) -> ImageSource | None:
-    first = next(iter(caches.values()), None)
+def _open_source(config: PretrainConfig, known: _Knowledge) -> ImageSource | None:
     if config.data.path is None:
-        if first is None or not first.stores_images:
+        if not any(cache.stores_images for cache in list(known.caches.values())[:1]):
             raise ConfigError("'data.path' is missing: give data.path=... (only a webdataset cache holds the images)")
         return None
     source = open_images(config.data.path, config.data.limit)
-    here = preprocessing(config.student.image_size, "zarr")
-    if first is not None and not first.stores_images and first.header.preprocessing != here:
-        log.warning(
-            "the cache's views were rendered with %s, this machine has %s: pixels may differ in their last bit",
-            first.header.preprocessing,
-            here,
-        )
-    digest = source.digest() if caches else ""
-    for name, cache in caches.items():
-        if cache.header.dataset.digest != digest:
-            raise CacheError(
-                f"cache {name} was made of {cache.header.count} images at {cache.header.dataset.source}, not of these "
-                f"{len(source)} at {config.data.path}: give the same data.path and data.limit, or extract again"
-            )
+    if known.caches:
+        match_images(known.caches, source)
     return source
 
 
-def _live(caches: dict[str, CacheReader]) -> NDArray[np.int64]:
-    """The samples that every cache holds, ascending."""
-    for name, cache in caches.items():
-        missing = cache.missing_shards()
-        if missing:
-            raise CacheError(
-                f"cache {name} lacks {len(missing)} of {cache.header.shards} shards: finish its extraction"
-            )
-    return functools.reduce(np.intersect1d, (cache.live_indices() for cache in caches.values()))
-
-
-def _build(config: PretrainConfig, caches: dict[str, CacheReader]) -> Student:
+def _build(config: PretrainConfig, known: _Knowledge) -> Student:
     torch.manual_seed(config.seed)
-    mimics = config.mimic.objective != "mae"
     student = build_student(
         **config.student.model_dump(exclude_none=True),
         **config.mimic.model_dump(exclude_none=True),
-        teachers={name: cache.header.dim for name, cache in caches.items()} if mimics else None,
+        teachers=known.dims if config.mimic.objective != "mae" else None,
     )
-    for name, cache in caches.items():
-        if cache.header.grid != student.grid:
-            h, w = cache.header.grid
+    for name, (h, w) in known.grids.items():
+        if (h, w) != student.grid:
             raise CacheError(
-                f"cache {name} holds a {h}x{w} grid, the student's is {student.grid[0]}x{student.grid[1]}: choose "
-                "student.image_size and patch_size, or teacher.image_size in extraction, so that they agree"
+                f"{'cache' if known.caches else 'teacher'} {name} has a {h}x{w} grid, the student's is "
+                f"{student.grid[0]}x{student.grid[1]}: choose student.image_size and patch_size, or the teacher's "
+                "image_size, so that they agree"
             )
-        quantiser = cache.header.quantiser
-        if mimics and quantiser.name == "int8":
-            student.set_channel_stats(name, torch.from_numpy(quantiser.mean), torch.from_numpy(quantiser.std))
     return student
 
 
-def _focus(config: PretrainConfig, caches: dict[str, CacheReader]) -> Literal["sampled", "top-k", "random"]:
-    if not caches:
-        return "random"
-    first = next(iter(caches.values()))
-    if first.header.attention == "none" and config.mask.focus != "random":
-        raise ConfigError("this cache's teacher has no attention to focus by: set mask.focus=random")
-    return config.mask.focus
+def _give_statistics(config: PretrainConfig, student: Student, known: _Knowledge, source: ImageSource | None) -> None:
+    """The channel statistics of the targets: a cache's own, or those of a live teacher on the first images."""
+    quantisers = {name: cache.header.quantiser for name, cache in known.caches.items()}
+    if known.teachers and config.mimic.target_norm != "layernorm":
+        assert source is not None
+        teachers = list(known.teachers.values())
+        extractor = Extractor(source, config.views, teachers, 64, config.data.workers, store="zarr")
+        quantisers = dict(zip(known.teachers, extractor.calibrate("int8", 256), strict=True))
+    for name, quantiser in quantisers.items():
+        if quantiser.name == "int8":
+            student.set_channel_stats(name, torch.from_numpy(quantiser.mean), torch.from_numpy(quantiser.std))
+
+
+def _dataset(
+    config: PretrainConfig, known: _Knowledge, views: ViewConfig, source: ImageSource | None, student: Student
+) -> PretrainDataset:
+    if not known.has_attention and config.mask.focus != "random" and known.dims:
+        raise ConfigError("the first teacher has no attention to focus by: set mask.focus=random")
+    patches = student.grid[0] * student.grid[1]
+    return PretrainDataset(
+        source,
+        known.caches,
+        views,
+        patches=patches,
+        keep=max(1, int(patches * (1 - config.mask.mask_ratio))),
+        focus=config.mask.focus if known.dims else "random",
+        rows=student.target_rows,
+        masks_per_sample=config.mask.masks_per_sample,
+        seed=config.seed,
+        online=bool(known.teachers),
+    )
+
+
+def _targets(config: PretrainConfig, known: _Knowledge, dataset: PretrainDataset) -> Targets:
+    if known.teachers:
+        return OnlineTargets(known.teachers, dataset.keep, dataset.rows, config.mask.masks_per_sample)
+    return CachedTargets({name: cache.header.quantiser.dequantise for name, cache in known.caches.items()})
 
 
 def _identity(
-    config: PretrainConfig,
-    caches: dict[str, CacheReader],
-    student: Student,
-    views: ViewConfig,
-    source: ImageSource | None,
+    config: PretrainConfig, known: _Knowledge, student: Student, views: ViewConfig, source: ImageSource | None
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the one it goes on from."""
-    return {
+    return known.identity() | {
         "stage": "pretrain",
         "seed": config.seed,
         "batch_size": config.batch_size,
         "order": config.order.model_dump(),
         "mask": config.mask.model_dump(),
         "views": views.model_dump(mode="json"),
-        "data": source.digest() if source and not caches else None,  # with caches, their fingerprints know it
-        "caches": {name: cache.header.fingerprint for name, cache in caches.items()},
+        "data": source.digest() if source and not known.caches else None,  # with caches, their fingerprints know it
         "student": student.spec,
     }

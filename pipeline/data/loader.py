@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache import CacheReader, Record, hash_source
 from pipeline.data.images import ImageSource, decode
-from pipeline.data.masks import Focus, draw_masks
+from pipeline.data.masks import Focus, draw_masks, gumbel_noise
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import View, ViewConfig, draw_view, render, to_chw, view_of_epoch
 from pipeline.errors import CacheError, DataError, PipelineError
@@ -108,31 +108,36 @@ class PretrainBatch:
 
     Attributes:
         images: uint8 [B, 3, S, S], as rendered: the student's normalisation happens on the device.
-        ids_keep: int64 [B, K], visible patches, ascending.
+        ids_keep: int64 [B, K], visible patches, ascending; None where a live teacher's attention will choose them.
+        gumbel: float64 [B, L], what that choice adds to the logarithm of its attention (see `select_visible`).
         targets: teacher → (values [B, R, D] as stored, scale float16 [B, R] or None); the R rows are the visible, the
             masked (ascending) or all patches, as the objective declares.
         indices: int64 [B], sample indices.
     """
 
     images: Tensor
-    ids_keep: Tensor
+    ids_keep: Tensor | None
     targets: dict[str, tuple[Tensor, Tensor | None]]
     indices: Tensor
+    gumbel: Tensor | None = None
 
     def to(self, device: torch.device) -> "PretrainBatch":
-        move = _mover(device)
-        targets = {name: (move(q), None if s is None else move(s)) for name, (q, s) in self.targets.items()}
-        return PretrainBatch(move(self.images), move(self.ids_keep), targets, self.indices)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PretrainBatch":
-        targets = {
-            name: (q.pin_memory(), None if s is None else s.pin_memory()) for name, (q, s) in self.targets.items()
-        }
-        return PretrainBatch(self.images.pin_memory(), self.ids_keep.pin_memory(), targets, self.indices)
+        return self._map(Tensor.pin_memory)
 
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "PretrainBatch":
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else move(tensor)
 
-def _mover(device: torch.device) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(device, non_blocking=True)
+        return PretrainBatch(
+            move(self.images),
+            moved(self.ids_keep),
+            {name: (move(values), moved(scale)) for name, (values, scale) in self.targets.items()},
+            self.indices,
+            moved(self.gumbel),
+        )
 
 
 class PretrainDataset:
@@ -146,6 +151,7 @@ class PretrainDataset:
         focus: how visible patches are chosen; by the first cache's attention.
         rows: which target rows the objective asks for: "visible", "masked", "all" or "none".
         masks_per_sample: masks trained of each view that is read.
+        online: a live teacher on the device will say what to focus by; masks that need that are left to it.
         seed: of views without a cache, and of masks.
     """
 
@@ -161,35 +167,45 @@ class PretrainDataset:
         rows: str,
         masks_per_sample: int,
         seed: int,
+        online: bool = False,
     ) -> None:
         self.source, self.caches, self.views = source, dict(caches), views
         self.patches, self.keep, self.focus, self.rows = patches, keep, focus, rows
         self.masks_per_sample, self.seed = masks_per_sample, seed
+        self.defers_masks = online and focus != "random"
 
     def __getitems__(self, requests: list[Request]) -> PretrainBatch:
-        images, ids_keep = [], []
+        images, masks, gumbel = [], [], []
         targets: dict[str, list[tuple[NDArray[Any], NDArray[Any] | None]]] = {name: [] for name in self.caches}
         for epoch, index in requests:
             view = view_of_epoch(index, epoch, self.views.count)
             records = {name: cache.read(index, view) for name, cache in self.caches.items()}
             pixels = self._pixels(index, view, list(records.values()))
-            attention = next((record.attention for record in records.values()), None)
-            if attention is not None and attention.ndim == 2:  # a row for each head
-                attention = attention.astype(np.float32).mean(0)
-            for ids in draw_masks(
-                attention, self.patches, self.keep, self.focus, self.seed, epoch, index, self.masks_per_sample
-            ):
-                images.append(pixels)
-                ids_keep.append(ids)
+            images += [pixels] * self.masks_per_sample
+            if self.defers_masks:
+                if self.focus == "sampled":
+                    gumbel.append(gumbel_noise(self.patches, self.seed, epoch, index, self.masks_per_sample))
+                continue
+            for ids in self._draw(epoch, index, records):
+                masks.append(ids)
                 for name, record in records.items():
                     if self.rows != "none":
                         targets[name].append(_rows_of(record, ids, self.rows))
-        indices = [index for _, index in requests for _ in range(self.masks_per_sample)]
         return PretrainBatch(
             torch.from_numpy(np.stack(images)),
-            torch.from_numpy(np.stack(ids_keep)),
+            torch.from_numpy(np.stack(masks)) if masks else None,
             {name: _stack(rows) for name, rows in targets.items() if rows},
-            torch.tensor(indices),
+            torch.tensor([index for _, index in requests for _ in range(self.masks_per_sample)]),
+            torch.from_numpy(np.concatenate(gumbel)) if gumbel else None,
+        )
+
+    def _draw(self, epoch: int, index: int, records: Mapping[str, Record]) -> NDArray[np.int64]:
+        """`ids_keep` [masks_per_sample, K], focused by the first cache's attention."""
+        attention = next((record.attention for record in records.values()), None)
+        if attention is not None and attention.ndim == 2:  # a row for each head
+            attention = attention.astype(np.float32).mean(0)
+        return draw_masks(
+            attention, self.patches, self.keep, self.focus, self.seed, epoch, index, self.masks_per_sample
         )
 
     def _pixels(self, index: int, view: int, records: list[Record]) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ class Stream(IntEnum):
     MASK = 2
     AUGMENT = 3
     ORDER = 4
+    CHECK = 5
 
 
 def raw_bits(count: int, stream: Stream, seed: int, *counters: int) -> NDArray[np.uint64]:

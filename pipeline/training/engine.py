@@ -18,8 +18,9 @@ from pipeline.errors import TrainingError
 from pipeline.progress import Progress
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint, prune, save_checkpoint
 from pipeline.training.ema import EmaConfig, build_ema
+from pipeline.training.grad_norms import GradNorms
 from pipeline.training.interruption import Interrupted, Interruption
-from pipeline.training.metrics import LossMeter, MetricsWriter, Stopwatch
+from pipeline.training.metrics import LossMeter, MetricsWriter, Stopwatch, peak_memory
 from pipeline.training.optim import CosineSchedule, OptimConfig, build_adamw, parameter_groups, set_lr
 from pipeline.training.run import Run, StepPlan
 
@@ -50,6 +51,7 @@ def fit(
     evaluate_every: int = 0,
     best: str | None = None,
     ema: EmaConfig | None = None,
+    grad_norms: GradNorms | None = None,
     label: str = "train",
 ) -> dict[str, Any]:
     """Train until `plan.total_steps`; returns the last logged metrics.
@@ -63,6 +65,7 @@ def fit(
         evaluate: (unwrapped model, step) → metrics; every `evaluate_every` steps and at the end.
         best: the evaluation metric whose highest value is kept as checkpoints/best.
         ema: average the weights; the average is then what is evaluated, and what checkpoints show their readers.
+        grad_norms: measures, now and then, how hard each loss pulls.
 
     Raises:
         TrainingError: the loss is not finite, or the run to go on with is longer than this one.
@@ -73,7 +76,7 @@ def fit(
             f"output={run.folder} holds a run of {run.start_step} steps, this one would have {plan.total_steps}: "
             "choose another output, or more epochs or max_steps"
         )
-    loop = _Loop(run, model, spec, plan, optim, layer_ids, best, ema or EmaConfig())
+    loop = _Loop(run, model, spec, plan, optim, layer_ids, best, ema or EmaConfig(), grad_norms)
     batches_of_run = iter(_ahead(batches(run.start_step), run.device))
     with Interruption() as interruption, loop.progress(label):
         for step in range(run.start_step, plan.total_steps):
@@ -107,6 +110,7 @@ class _Loop:
         layer_ids: Mapping[str, int] | None,
         best: str | None,
         ema: EmaConfig,
+        grad_norms: GradNorms | None,
     ) -> None:
         self.run, self.spec, self.plan, self.optim, self.best = run, spec, plan, optim, best
         self.plain_model = model
@@ -130,7 +134,8 @@ class _Loop:
         self.writer = MetricsWriter(run.folder / "metrics.jsonl", run.start_step) if run.is_main else None
         self.latest: dict[str, Any] = dict(run.resumed.metrics) if run.resumed else {}
         self.best_value = self._former_best()
-        self.grad_norm: Tensor | None = None
+        self.grad_norms = grad_norms
+        self.norms: dict[str, Tensor] = {}
         self.watch = Stopwatch()
 
     def train_step(self, step: int, batches: Iterator[B], losses: Losses[B]) -> None:
@@ -138,6 +143,8 @@ class _Loop:
         set_lr(self.plain_optimizer, self.schedule(step))
         for micro in range(self.plan.accum_iter):
             batch = self._next(batches)
+            if self.grad_norms and micro == 0 and self.grad_norms.due(step):
+                self.norms |= self._single_losses(self.grad_norms, step, batch, losses)
             # Only now: starting the loader draws from the global generators too, after a resume and not before.
             self._seed(step, micro)
             if micro + 1 < self.plan.accum_iter:
@@ -145,7 +152,7 @@ class _Loop:
                     self._backward(step, batch, losses)
             else:
                 self._backward(step, batch, losses)
-        self.grad_norm = self._clip(step)
+        self._clip(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
@@ -168,13 +175,25 @@ class _Loop:
         self.watch.waited += time.perf_counter() - began
         return batch
 
-    def _clip(self, step: int) -> Tensor | None:
+    def _single_losses(self, grad_norms: GradNorms, step: int, batch: B, losses: Losses[B]) -> dict[str, Tensor]:
+        """By the model itself, not by DDP's wrapper of it, which would count the extra passes as a step's."""
+
+        def run() -> dict[str, Tensor]:
+            self._seed(step, 0)
+            with self.run.accelerator.autocast():
+                return losses(self.plain_model, batch)
+
+        began = time.perf_counter()
+        norms = grad_norms.measure(run)
+        self.watch.leave_out(time.perf_counter() - began)
+        return norms
+
+    def _clip(self, step: int) -> None:
         limit = self.optim.clip_grad
         logged = (step + 1) % self.run.config.log_every == 0 or step == 0 or step + 1 == self.plan.total_steps
-        if limit is None and not logged:
-            return None
-        norm: Tensor = self.run.accelerator.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
-        return norm.detach()
+        if limit is not None or logged:
+            norm = self.run.accelerator.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
+            self.norms["grad_norm"] = norm.detach()
 
     def _seed(self, step: int, micro: int) -> None:
         """Dropout, drop-path, mixup and erasing depend on (seed, step, micro-batch, rank) alone."""
@@ -192,10 +211,9 @@ class _Loop:
         means = {name: float(self.run.accelerator.reduce(total / steps, "mean")) for name, total in sums.items()}
         row: dict[str, Any] = {"epoch": done / self.plan.steps_per_epoch, **means}
         row |= {"lr": self.schedule(done - 1), "images_per_s": images / elapsed, "data_wait": wait}
-        if self.grad_norm is not None:
-            row["grad_norm"] = float(self.grad_norm)
-        if self.run.device.type == "cuda":
-            row["memory_gib"] = torch.cuda.max_memory_allocated(self.run.device) / 2**30
+        norms, self.norms = self.norms, {}
+        row |= {name: float(self.run.accelerator.reduce(norm, "mean")) for name, norm in norms.items()}
+        row["memory_gib"] = peak_memory(self.run.device) / 2**30
         self._write(done, row)
         note = f"{means['loss']:.4f}"
         self.bar.advance(0, loss=note, img_s=f"{row['images_per_s']:.0f}", wait=f"{wait:.0%}")

@@ -1,6 +1,8 @@
 """Metrics: one JSON object a line in metrics.jsonl, the same numbers in TensorBoard. Plots read the JSONL alone."""
 
 import json
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,14 @@ class LossMeter:
         sums, self._sums = self._sums, {}
         self.steps = 0
         return sums
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on an accelerator, or that this process had in memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 class Stopwatch:

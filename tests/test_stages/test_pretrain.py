@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.cache import open_cache
+from pipeline.data import caches
 from pipeline.errors import CacheError, CheckpointError, ConfigError, TrainingError
-from stages import pretrain
-from tests.test_stages.conftest import MICRO, pretrain_config
+from stages import knn, pretrain
+from tests.test_stages.conftest import MICRO, TEACHER, pretrain_config
 
 Make = Callable[..., Path]
 
@@ -161,7 +162,11 @@ def test_a_changed_image_is_caught_at_the_sample(make_cache: Make, image_tree: P
     changed[-20] ^= 1
     (images / "class1/10.jpg").write_bytes(changed)
     with pytest.raises(CacheError, match=r"class1/10\.jpg is not the one that the cache was made of"):
-        pretrain.run(pretrain_config(tmp_path / "run", epochs=2, max_steps=None, **inputs(path, images)))
+        pretrain.run(
+            pretrain_config(tmp_path / "run", epochs=2, max_steps=None, check_records=0, **inputs(path, images))
+        )
+    with pytest.raises(CacheError, match=r"class1/10\.jpg is not the one that cache vit_tiny.* was made of"):
+        pretrain.run(pretrain_config(tmp_path / "run", check_records=200, **inputs(path, images)))
 
 
 def test_another_run_in_the_output_is_not_overwritten(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
@@ -222,3 +227,98 @@ def test_a_finished_longer_run_is_not_taken_for_a_shorter_one(
         pretrain.run(pretrain_config(tmp_path / "run", **{**common, "max_steps": 2}))
     with pytest.raises(CheckpointError, match="with mask="):
         pretrain.run(pretrain_config(tmp_path / "run", mask={"mask_ratio": 0.5}, **common))
+
+
+def test_the_records_are_held_against_the_live_images_before_the_first_step(
+    cache: Path, image_tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="stages"):
+        pretrain.run(pretrain_config(tmp_path / "run", max_steps=1, **inputs(cache, image_tree)))
+    against = "their stored images" if cache.name == "webdataset" else r"the live images (hash, box and flip)"
+    assert f"checked 32 random records of vit_tiny_patch16_224: checksums, and {against}" in caplog.text
+
+
+def test_views_that_another_policy_drew_are_refused(
+    make_cache: Make, image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_cache()
+    draw = caches.draw_view
+    monkeypatch.setattr(caches, "draw_view", lambda *to: draw(to[0].model_copy(update={"seed": 1}), *to[1:]))
+    with pytest.raises(CacheError, match="its policy draws"):
+        pretrain.run(pretrain_config(tmp_path / "run", **inputs(path, image_tree)))
+
+
+@pytest.mark.parametrize("focus", ["sampled", "top-k", "random"])
+@pytest.mark.parametrize(("quantiser", "tolerance"), [("float32", 1e-5), ("int8", 1e-2)])
+def test_cached_equals_online(
+    make_cache: Make, image_tree: Path, tmp_path: Path, quantiser: str, tolerance: float, focus: str
+) -> None:
+    """The same views and masks, so the same losses: what a cache changes is the price of a step."""
+    common: dict[str, Any] = {
+        "data": {"path": str(image_tree), "workers": 0}, "mask": {"focus": focus, "masks_per_sample": 2}, "epochs": 3,
+        "max_steps": None,
+    }  # fmt: skip
+    path = make_cache(cache__quantiser=quantiser)
+    pretrain.run(pretrain_config(tmp_path / "cached", cache={"path": str(path)}, **common))
+    views = {"count": 2, "image_size": 64}
+    pretrain.run(pretrain_config(tmp_path / "online", teacher=TEACHER, views=views, **common))
+    assert len(losses(tmp_path / "cached")) == 18
+    assert dict(losses(tmp_path / "online")) == pytest.approx(dict(losses(tmp_path / "cached")), rel=tolerance)
+
+
+@pytest.mark.parametrize("objective", ["feature_decoder", "joint_decoder"])
+def test_cached_equals_online_for_masked_rows_and_channel_statistics(
+    make_cache: Make, image_tree: Path, tmp_path: Path, objective: str
+) -> None:
+    common = {
+        "data": {"path": str(image_tree), "workers": 0},
+        "mimic": {"objective": objective, "target_norm": "channel"},
+    }
+    pretrain.run(pretrain_config(tmp_path / "cached", cache={"path": str(make_cache())}, **common))
+    views = {"count": 2, "image_size": 64}
+    pretrain.run(pretrain_config(tmp_path / "online", teacher=TEACHER, views=views, **common))
+    assert dict(losses(tmp_path / "online")) == pytest.approx(dict(losses(tmp_path / "cached")), rel=1e-2)
+
+
+def test_two_live_teachers_and_no_attention(image_tree: Path, tmp_path: Path) -> None:
+    data = {"path": str(image_tree), "workers": 0}
+    blind = {"spec": "timm:vit_base_patch16_clip_quickgelu_224", "weights": "random", "image_size": 64}
+    teachers = {"a": TEACHER, "b": {**TEACHER, "tokens": "block"}}
+    common = {"data": data, "views": {"image_size": 64}}
+    pretrain.run(pretrain_config(tmp_path / "run", teachers=teachers, **common))
+    assert {"mimic_loss/a", "mimic_loss/b"} <= set(rows(tmp_path / "run")[-1])
+    with pytest.raises(CheckpointError, match="holds a run with teachers="):
+        pretrain.run(pretrain_config(tmp_path / "run", teachers={"a": TEACHER, "b": TEACHER}, **common))
+    with pytest.raises(ValueError, match=r"give one of cache\.path"):
+        pretrain_config(tmp_path / "run", teachers=teachers, teacher=blind, **common)
+
+
+def test_neighbours_are_watched_and_the_best_checkpoint_kept(
+    make_cache: Make, image_tree: Path, tmp_path: Path
+) -> None:
+    labelled = {"path": str(image_tree), "workers": 0}
+    config = pretrain_config(
+        tmp_path / "run", knn={"data": labelled, "val": labelled, "every": 1, "k": 3, "crop": 1.0}, log_every=100,
+        epochs=3, max_steps=None, **inputs(make_cache(), image_tree),
+    )  # fmt: skip
+    facts = pretrain.run(config)
+    watched = [row for row in rows(tmp_path / "run") if "knn_top1" in row]
+    assert [row["step"] for row in watched] == [3, 6, 9]
+    assert facts["knn_top1"] == watched[-1]["knn_top1"]
+    best = json.loads((tmp_path / "run/checkpoints/best/checkpoint.json").read_text())
+    assert best["metrics"]["knn_top1"] == max(row["knn_top1"] for row in watched)
+    asked = {"data": labelled, "val": labelled, "student": MICRO, "crop": 1.0, "k": 3}
+    init = {"init": str(tmp_path / "run/checkpoints/step-00000009")}
+    alone = knn.run(knn.KnnConfig.model_validate({**asked, **init, "student": None}))
+    assert alone["top1"] == watched[-1]["knn_top1"]
+
+
+def test_each_losss_pull_is_measured_and_changes_nothing(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    common = {**inputs(make_cache(), image_tree), "mimic": {"drop_teachers": True}}
+    pretrain.run(pretrain_config(tmp_path / "measured", grad_norms_every=2, accum_iter=2, **common))
+    pretrain.run(pretrain_config(tmp_path / "plain", grad_norms_every=0, accum_iter=2, **common))
+    assert losses(tmp_path / "measured") == losses(tmp_path / "plain")
+    measured = [row["step"] for row in rows(tmp_path / "measured") if row.get("grad_norm/mimic_loss", 0) > 0]
+    assert measured == [1, 3, 5]
+    assert all(row["grad_norm/pixel_loss"] > 0 for row in rows(tmp_path / "measured") if row["step"] in measured)
+    assert not any("grad_norm/mimic_loss" in row for row in rows(tmp_path / "plain"))

@@ -1,0 +1,82 @@
+"""The stream of samples depends on neither the number of processes nor of workers, and a worker's memory stays flat."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from pipeline.data.caches import live_samples, open_caches, views_of
+from pipeline.data.images import open_images
+from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
+from pipeline.data.order import EpochOrder
+
+GLOBAL, EPOCHS = 8, 3
+
+
+def stream(
+    cache: Path, images: Path, workers: int, rank: int = 0, processes: int = 1, start: int = 0, steps: int = 9
+) -> Iterator[PretrainBatch]:
+    """Two micro-batches a step."""
+    caches = open_caches({"": cache})
+    source = None if cache.name == "webdataset" else open_images(str(images))
+    shape: dict[str, Any] = {"patches": 16, "keep": 4, "focus": "sampled", "rows": "visible"}
+    dataset = PretrainDataset(source, caches, views_of(caches), **shape, masks_per_sample=1, seed=3)
+    order = EpochOrder(live_samples(caches), 3, "full", 8, 2)
+    return load(dataset, StepSampler(order, GLOBAL, 2, rank, processes, start, steps), workers)
+
+
+def global_batches(streams: list[Iterator[PretrainBatch]]) -> list[dict[str, bytes]]:
+    """What each step shows, sample by sample in ascending order: the slices of all processes together."""
+    shares = [list(one) for one in streams]
+    steps = []
+    for step in range(len(shares[0]) // 2):
+        batches = [share[2 * step + micro] for share in shares for micro in range(2)]
+        order = torch.cat([batch.indices for batch in batches]).argsort()
+        tokens = [next(iter(batch.targets.values())) for batch in batches]
+        columns = {
+            "indices": [batch.indices for batch in batches],
+            "pixels": [batch.images for batch in batches],  # the view and its flip
+            "masks": [batch.ids_keep for batch in batches],
+            "targets": [values for values, _ in tokens],
+            "scales": [scale for _, scale in tokens],
+        }
+        steps.append({name: torch.cat(column)[order].numpy().tobytes() for name, column in columns.items()})  # type: ignore[arg-type]
+    return steps
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_and_workers_change_no_global_batch(
+    cache: Path, image_tree: Path, processes: int, workers: int
+) -> None:
+    expected = global_batches([stream(cache, image_tree, 0)])
+    found = global_batches([stream(cache, image_tree, workers, rank, processes) for rank in range(processes)])
+    assert len(expected) == 9
+    assert found == expected
+    seen = np.concatenate([np.frombuffer(step["indices"], np.int64) for step in expected[:3]])
+    assert sorted(seen.tolist()) == list(range(24))  # an epoch shows each sample once
+
+
+@pytest.mark.parametrize("start", [1, 3, 5])
+def test_a_stream_starts_anywhere(cache: Path, image_tree: Path, start: int) -> None:
+    whole = global_batches([stream(cache, image_tree, 0)])
+    assert global_batches([stream(cache, image_tree, 1, start=start)]) == whole[start:]
+
+
+def test_the_memory_of_a_worker_is_flat_over_fifty_epochs(cache: Path, image_tree: Path) -> None:
+    steps_per_epoch, epochs = 3, 50
+    batches = stream(cache, image_tree, workers=1, steps=steps_per_epoch * epochs)
+    private: list[int] = []
+    for number, _ in enumerate(batches):
+        if number % (2 * steps_per_epoch) == 0:
+            (worker,) = [
+                child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())
+            ]
+            private.append(worker.memory_full_info().uss)
+    assert len(private) == epochs
+    assert max(private[10:]) < max(private[:10]) + 2 * 2**20
