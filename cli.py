@@ -289,6 +289,19 @@ def benchmark_student(config: Path | None, overrides: tuple[str, ...]) -> None:
     click.echo(json.dumps(run(load_config(BenchmarkStudentConfig, config, overrides, "benchmark")), indent=1))
 
 
+@benchmark.command("pretrain")
+@configured
+def benchmark_pretrain(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Steps of MAE, of MR-MAE from a cache and of MR-MAE with a live teacher, by turns; loader and step alone.
+
+    Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.
+    """
+    from pipeline.config import load_config
+    from stages.benchmark_pretrain import BenchmarkPretrainConfig, run
+
+    click.echo(json.dumps(run(load_config(BenchmarkPretrainConfig, config, overrides, "benchmark")), indent=1))
+
+
 @main.command("demo")
 @configured
 def demo(config: Path | None, overrides: tuple[str, ...]) -> None:

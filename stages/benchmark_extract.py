@@ -20,9 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
@@ -30,6 +28,7 @@ from torch.nn.functional import cosine_similarity, layer_norm
 from pipeline.assembly import load_teacher, teacher_dtype
 from pipeline.cache import create_cache, open_writer
 from pipeline.config import Config, PathField
+from pipeline.data.drawn import draw_images
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.rendering import ViewRenderer
 from pipeline.data.views import ViewConfig
@@ -183,19 +182,6 @@ def _spread(ratios: list[float]) -> dict[str, Any]:
 
 
 def _source(config: BenchmarkExtractConfig, folder: Path) -> ImageSource:
-    if config.data is not None:
-        return open_images(config.data.path, min(config.images, config.data.limit or config.images))
-    folder.mkdir()
-    for number in range(config.images):
-        _draw(number).save(folder / f"{number:05d}.jpg", quality=90)
-    return open_images(str(folder))
-
-
-def _draw(number: int) -> Image.Image:
-    """A picture with coarse and fine structure, so that its JPEG is about as large as a photo's."""
-    random = np.random.default_rng(number)
-    coarse, fine = (
-        Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)).resize((224, 224), Image.Resampling.BICUBIC)
-        for side in (6, 112)
-    )
-    return Image.blend(coarse, fine, 0.15)
+    if config.data is None:
+        return draw_images(folder, config.images)
+    return open_images(config.data.path, min(config.images, config.data.limit or config.images))

@@ -11,6 +11,7 @@ import cli
 from pipeline.config import Config
 from stages.benchmark_cache import BenchmarkCacheConfig
 from stages.benchmark_extract import BenchmarkExtractConfig
+from stages.benchmark_pretrain import BenchmarkPretrainConfig
 from stages.benchmark_student import BenchmarkStudentConfig
 from stages.demo import DemoConfig
 from stages.extract_teacher_features import ExtractConfig
@@ -32,6 +33,7 @@ CONFIGS: dict[str, type[Config]] = {
     "plan": PlanConfig,
     "benchmark cache": BenchmarkCacheConfig,
     "benchmark extract": BenchmarkExtractConfig,
+    "benchmark pretrain": BenchmarkPretrainConfig,
     "benchmark student": BenchmarkStudentConfig,
 }
 
