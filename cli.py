@@ -263,6 +263,19 @@ def benchmark_cache(config: Path | None, overrides: tuple[str, ...]) -> None:
     click.echo(json.dumps(run(load_config(BenchmarkCacheConfig, config, overrides, "benchmark")), indent=1))
 
 
+@benchmark.command("decode")
+@configured
+def benchmark_decode(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """JPEG decoders on your own images: images/s, and whether their pixels agree.
+
+    Reads images (data.path), writes nothing. Costs half a minute.
+    """
+    from pipeline.config import load_config
+    from stages.benchmark_decode import BenchmarkDecodeConfig, run
+
+    click.echo(json.dumps(run(load_config(BenchmarkDecodeConfig, config, overrides, "benchmark")), indent=1))
+
+
 @benchmark.command("extract")
 @configured
 def benchmark_extract(config: Path | None, overrides: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import cli
 from pipeline.config import Config
 from stages.benchmark_cache import BenchmarkCacheConfig
+from stages.benchmark_decode import BenchmarkDecodeConfig
 from stages.benchmark_extract import BenchmarkExtractConfig
 from stages.benchmark_pretrain import BenchmarkPretrainConfig
 from stages.benchmark_student import BenchmarkStudentConfig
@@ -32,6 +33,7 @@ CONFIGS: dict[str, type[Config]] = {
     "demo": DemoConfig,
     "plan": PlanConfig,
     "benchmark cache": BenchmarkCacheConfig,
+    "benchmark decode": BenchmarkDecodeConfig,
     "benchmark extract": BenchmarkExtractConfig,
     "benchmark pretrain": BenchmarkPretrainConfig,
     "benchmark student": BenchmarkStudentConfig,

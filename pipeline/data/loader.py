@@ -12,11 +12,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache import CacheReader, Record, hash_source
-from pipeline.data.images import ImageSource, decode
+from pipeline.data.images import ImageSource, decode, decode_pixels
 from pipeline.data.masks import Focus, draw_masks, gumbel_noise
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import View, ViewConfig, draw_view, render, to_chw, view_of_epoch
@@ -175,7 +176,8 @@ class PretrainDataset:
         self.defers_masks = online and focus != "random"
 
     def __getitems__(self, requests: list[Request]) -> PretrainBatch:
-        images, masks, gumbel = [], [], []
+        images: list[Image.Image | NDArray[np.uint8]] = []
+        masks, gumbel = [], []
         targets: dict[str, list[tuple[NDArray[Any], NDArray[Any] | None]]] = {name: [] for name in self.caches}
         for epoch, index in requests:
             view = view_of_epoch(index, epoch, self.views.count)
@@ -192,7 +194,7 @@ class PretrainDataset:
                     if self.rows != "none":
                         targets[name].append(_rows_of(record, ids, self.rows))
         return PretrainBatch(
-            torch.from_numpy(np.stack(images)),
+            to_chw(images),
             torch.from_numpy(np.stack(masks)) if masks else None,
             {name: _stack(rows) for name, rows in targets.items() if rows},
             torch.tensor([index for _, index in requests for _ in range(self.masks_per_sample)]),
@@ -208,11 +210,11 @@ class PretrainDataset:
             attention, self.patches, self.keep, self.focus, self.seed, epoch, index, self.masks_per_sample
         )
 
-    def _pixels(self, index: int, view: int, records: list[Record]) -> NDArray[np.uint8]:
+    def _pixels(self, index: int, view: int, records: list[Record]) -> Image.Image | NDArray[np.uint8]:
         """The view that the teacher saw, byte for byte."""
         if records and records[0].image is not None:
             _agreed_view(records)
-            return to_chw(decode(records[0].image))
+            return decode_pixels(records[0].image)
         if self.source is None:
             raise CacheError("this cache holds no images: give data.path")
         data = self.source.read(index)
@@ -221,12 +223,12 @@ class PretrainDataset:
         except DataError as error:
             raise DataError(f"image {self.source.key(index)}: {error}; repair it or take it away") from error
         if not records:
-            return to_chw(render(image, draw_view(self.views, index, view, image.height, image.width), self._size))
+            return render(image, draw_view(self.views, index, view, image.height, image.width), self._size)
         if records[0].source_hash != hash_source(data):
             raise CacheError(
                 f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
             )
-        return to_chw(render(image, _agreed_view(records), self._size))
+        return render(image, _agreed_view(records), self._size)
 
     @property
     def _size(self) -> int:

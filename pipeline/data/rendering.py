@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import PIL
+import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import features
+from PIL import Image, features
 from torch import Tensor
 
 from pipeline.cache import hash_source
-from pipeline.data.images import ImageSource, decode
+from pipeline.data.images import ImageSource, decode, decode_pixels
 from pipeline.data.loader import Request
 from pipeline.data.views import ViewConfig, draw_view, encode_jpeg, render, to_chw
 from pipeline.errors import DataError
@@ -62,7 +63,7 @@ class ViewRenderer:
         n, v, size = len(requests), self.views.count, self.views.image_size
         out = RenderedViews(
             indices=[index for _, index in requests],
-            pixels=torch.zeros(n, v, 3, size, size, dtype=torch.uint8),
+            pixels=torch.zeros(n, v, size, size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3),  # see `to_chw`
             box=np.zeros((n, v, 4), np.int32),
             hflip=np.zeros((n, v), np.uint8),
             source_hash=np.zeros(n, np.uint64),
@@ -82,19 +83,20 @@ class ViewRenderer:
         out.source_hash[row] = hash_source(data)
         for number in range(self.views.count):
             view = draw_view(self.views, index, number, image.height, image.width)
-            pixels = render(image, view, self.views.image_size)
+            rendered = render(image, view, self.views.image_size)
+            pixels: Image.Image | NDArray[np.uint8] = rendered
             if out.images is not None:
                 # The trainer will decode these bytes, so the teacher must see what they decode to.
-                out.images[row].append(encode_jpeg(pixels, JPEG_QUALITY))
-                pixels = decode(out.images[row][-1])
-            out.pixels[row, number] = torch.from_numpy(to_chw(pixels))
+                out.images[row].append(encode_jpeg(rendered, JPEG_QUALITY))
+                pixels = decode_pixels(out.images[row][-1])
+            out.pixels[row, number] = to_chw([pixels])[0]
             out.box[row, number], out.hflip[row, number] = view.box, view.hflip
 
 
 def preprocessing(image_size: int, store: str) -> dict[str, Any]:
     """What turns encoded bytes into pixels; part of the fingerprint, since another version may give other pixels."""
     return {
-        "decoder": f"pillow {PIL.__version__}",
+        "decoder": f"simplejpeg {simplejpeg.__version__}, pillow {PIL.__version__}",
         "libjpeg": str(features.version_feature("libjpeg_turbo") or features.version("jpg")),
         "orientation": "exif",
         "interpolation": "bicubic",

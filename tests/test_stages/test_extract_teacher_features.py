@@ -43,11 +43,11 @@ def test_targets_are_the_teachers_tokens_of_the_very_pixels_that_training_will_s
         for view in range(2):
             record = reader.read(index, view, dequantise=True)
             if record.image is not None:
-                pixels = to_chw(decode(record.image))
+                pixels = to_chw([decode(record.image)])
             else:
                 box = tuple(int(side) for side in record.box)
-                pixels = to_chw(render(decode(images.read(index)), View(box, record.hflip), 64))  # type: ignore[arg-type]
-            out = teacher(torch.from_numpy(pixels)[None])
+                pixels = to_chw([render(decode(images.read(index)), View(box, record.hflip), 64)])  # type: ignore[arg-type]
+            out = teacher(pixels)
             cosine = torch.nn.functional.cosine_similarity(out.tokens[0], torch.from_numpy(record.tokens), dim=-1)
             assert cosine.min() > 0.999
             assert out.attention is not None

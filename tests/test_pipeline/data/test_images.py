@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.images import decode, open_images
+from pipeline.data.images import decode, decode_pixels, open_images
 from pipeline.errors import DataError
+from tests.pictures import smooth_picture
 
 
 def encode(image: Image.Image, format: str, **options: object) -> bytes:
@@ -142,3 +144,38 @@ def test_arbitrary_bytes_are_an_error_and_never_a_crash(data: bytes, head: bytes
     except DataError as error:
         mode = "RGB" if len(str(error).splitlines()) == 1 else "more than one line"
     assert mode == "RGB"
+
+
+def pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("options", [
+    {"quality": 95, "subsampling": 0}, {"quality": 75}, {"quality": 30, "subsampling": 1}, {"progressive": True},
+    {"optimize": True, "subsampling": 2}, {"restart_marker_rows": 1},
+])  # fmt: skip
+@pytest.mark.parametrize("size", [(224, 224), (37, 51), (1, 1), (8, 17)])
+def test_the_fast_decoder_gives_pillows_pixels(options: dict[str, object], size: tuple[int, int]) -> None:
+    random = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    for image in (Image.fromarray(random), smooth_picture(1, *size)):
+        data = encode(image, "JPEG", **options)
+        assert np.array_equal(np.asarray(decode(data)), pillow(data))
+        assert np.array_equal(decode_pixels(data), pillow(data))
+
+
+def test_the_fast_decoder_gives_pillows_pixels_of_photos(real_data: Path) -> None:
+    photos = open_images(str(real_data / "imagenette224/train-00000.tar"), limit=100)
+    scenes = open_images(str(real_data / "coco128/images/train2017"), limit=20)
+    for source in (photos, scenes):
+        for index in range(len(source)):
+            assert np.array_equal(decode_pixels(source.read(index)), pillow(source.read(index))), source.key(index)
+
+
+def test_what_the_fast_decoder_finds_irregular_pillow_decides() -> None:
+    """Stray bytes before a marker: photo collections have them, and Pillow reads on."""
+    data = encode(smooth_picture(3, 40, 40), "JPEG")
+    at = data.index(b"\xff\xda")
+    stray = data[:at] + b"\x00\x00" + data[at:]
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(stray, "RGB")
+    assert np.array_equal(np.asarray(decode(stray)), pillow(data))

@@ -44,7 +44,7 @@ def test_area_and_flip_follow_the_policy() -> None:
 def test_render_cuts_scales_and_mirrors() -> None:
     image = smooth_picture(0, 50, 60)
     crop = image.crop((7, 3, 27, 33)).resize((32, 32), Image.Resampling.BICUBIC)
-    plain, mirrored = (to_chw(render(image, View((3, 7, 30, 20), flip), 32)) for flip in (False, True))
+    plain, mirrored = (to_chw([render(image, View((3, 7, 30, 20), flip), 32)])[0].numpy() for flip in (False, True))
     assert (plain == np.asarray(crop).transpose(2, 0, 1)).all()
     assert (mirrored == plain[:, :, ::-1]).all()
     assert plain.shape == (3, 32, 32)
