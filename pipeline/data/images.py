@@ -134,26 +134,40 @@ def decode_pixels(data: bytes) -> NDArray[np.uint8]:
 
 def _decode(data: bytes) -> NDArray[np.uint8] | Image.Image:
     try:
+        pixels = _plain_jpeg(data)
+        if pixels is not None:
+            return pixels
         with Image.open(io.BytesIO(data)) as image:
-            pixels = _plain_jpeg(image, data)
-            return _convert(image) if pixels is None else pixels
+            if image.width * image.height > _BOMB_PIXELS:
+                raise DataError(f"{image.width}x{image.height} pixels are more than the {_BOMB_PIXELS} allowed")
+            return _convert(image)
     except _DECODE_ERRORS as error:
         raise DataError(f"not a readable image: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _plain_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
+def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     """An upright colour JPEG through libjpeg-turbo directly: Pillow's pixels, faster. None for all else.
 
     What simplejpeg finds irregular, such as stray bytes between segments, is left to Pillow's judgement.
     """
-    _refuse_bombs(image)
-    if image.format != "JPEG" or image.mode != "RGB" or image.getexif().get(_ORIENTATION, 1) != 1:
+    if not data.startswith(b"\xff\xd8") or _is_turned(data):
         return None
     try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space != "YCbCr" or height * width > _BOMB_PIXELS:
+            return None
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
     return pixels
+
+
+def _is_turned(data: bytes) -> bool:
+    """Whether EXIF or XMP ask for a rotation. Most files have neither, and searching is cheaper than parsing."""
+    if b"Exif\0" not in data and b"tiff:Orientation" not in data:
+        return False
+    with Image.open(io.BytesIO(data)) as image:
+        return bool(image.getexif().get(_ORIENTATION, 1) != 1)
 
 
 def _convert(image: Image.Image) -> Image.Image:
@@ -161,11 +175,6 @@ def _convert(image: Image.Image) -> Image.Image:
     if upright.mode.startswith("I"):
         upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
     return upright.convert("RGB")
-
-
-def _refuse_bombs(image: Image.Image) -> None:
-    if image.width * image.height > _BOMB_PIXELS:
-        raise DataError(f"{image.width}x{image.height} pixels are more than the {_BOMB_PIXELS} allowed")
 
 
 def _find_tars(path: str) -> tuple[str, ...]:
