@@ -24,6 +24,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +33,7 @@ from pipeline.assembly import load_teacher, normalise, teacher_dtype
 from pipeline.cache import CacheReader, create_cache, open_cache, open_writer
 from pipeline.config import Config, PathField
 from pipeline.data.drawn import draw_images
-from pipeline.data.images import DataConfig, ImageSource, decode, open_images
+from pipeline.data.images import DataConfig, ImageSource, decode_pixels, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
@@ -156,11 +157,13 @@ class _Bench:
         lane = self._lane("mr_mae", {"t": cache}, {}, workers=0)
         images = [cache.read(index, 0).image or b"" for index in range(self.config.batch_size)]
 
+        out = np.empty((*(2 * [self.views.image_size]), 3), np.uint8)
+
         def bare() -> float:
             began = time.perf_counter()
             for _ in range(self.config.steps):
                 for image in images:
-                    decode(image)
+                    decode_pixels(image, out)
             return time.perf_counter() - began
 
         seconds = _by_turns({"bare": bare, "loader": lane.load}, max(11, self.config.rounds))

@@ -127,9 +127,22 @@ def decode(data: bytes) -> Image.Image:
     return Image.fromarray(decoded) if isinstance(decoded, np.ndarray) else decoded
 
 
-def decode_pixels(data: bytes) -> NDArray[np.uint8]:
-    """The pixels of `decode`, uint8 [H, W, 3]; a copy less for those who need no image object."""
-    return np.asarray(_decode(data))
+def decode_pixels(data: bytes, out: NDArray[np.uint8]) -> None:
+    """Decode as `decode` does, into `out` uint8 [H, W, 3], C-contiguous: no image object and no copy.
+
+    Raises:
+        DataError: as `decode`, or the image isn't H × W.
+    """
+    try:
+        if _is_plain_jpeg(data, out.shape[:2]):
+            simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+            return
+    except ValueError:
+        pass  # irregular: Pillow decides below
+    image = decode(data)
+    if (image.height, image.width) != out.shape[:2]:
+        raise DataError(f"an image of {image.height}x{image.width} pixels where {out.shape[0]}x{out.shape[1]} belong")
+    out[...] = np.asarray(image)
 
 
 def _decode(data: bytes) -> NDArray[np.uint8] | Image.Image:
@@ -150,11 +163,8 @@ def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
 
     What simplejpeg finds irregular, such as stray bytes between segments, is left to Pillow's judgement.
     """
-    if not data.startswith(b"\xff\xd8") or _is_turned(data):
-        return None
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if space != "YCbCr" or height * width > _BOMB_PIXELS:
+        if not _is_plain_jpeg(data):
             return None
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
@@ -162,10 +172,21 @@ def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     return pixels
 
 
-def _is_turned(data: bytes) -> bool:
-    """Whether EXIF or XMP ask for a rotation. Most files have neither, and searching is cheaper than parsing."""
-    if b"Exif\0" not in data and b"tiff:Orientation" not in data:
+def _is_plain_jpeg(data: bytes, size: tuple[int, ...] | None = None) -> bool:
+    """Whether these are an upright colour JPEG's bytes, of height and width `size` if given. ValueError: irregular."""
+    if not data.startswith(b"\xff\xd8") or _is_turned(data):
         return False
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    return space == "YCbCr" and height * width <= _BOMB_PIXELS and size in (None, (height, width))
+
+
+def _is_turned(data: bytes) -> bool:
+    """Whether EXIF or XMP ask for a rotation. Most files have neither, and looking is cheaper than parsing."""
+    at = 2
+    while data[at : at + 2] != b"\xff\xe1":  # APP1, where both live, before the scan begins
+        if data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] == b"\xda":
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     with Image.open(io.BytesIO(data)) as image:
         return bool(image.getexif().get(_ORIENTATION, 1) != 1)
 

@@ -58,9 +58,9 @@ class LabelledDataset:
         self.views, self.augment = views, augment
 
     def __getitems__(self, requests: list[Request]) -> LabelledBatch:
-        pixels = to_chw([self._image(epoch, index) for epoch, index in requests])
+        pixels = np.stack([np.asarray(self._image(epoch, index)) for epoch, index in requests])
         labels = [self.source.label(index) for _, index in requests]
-        return LabelledBatch(pixels, torch.tensor(labels))
+        return LabelledBatch(to_chw(pixels), torch.tensor(labels))
 
     def _image(self, epoch: int, index: int) -> Image.Image:
         try:

@@ -12,7 +12,6 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -176,17 +175,18 @@ class PretrainDataset:
         self.defers_masks = online and focus != "random"
 
     def __getitems__(self, requests: list[Request]) -> PretrainBatch:
-        images: list[Image.Image | NDArray[np.uint8]] = []
+        repeats, size = self.masks_per_sample, self.views.image_size
+        pixels = np.empty((len(requests) * repeats, size, size, 3), np.uint8)
         masks, gumbel = [], []
         targets: dict[str, list[tuple[NDArray[Any], NDArray[Any] | None]]] = {name: [] for name in self.caches}
-        for epoch, index in requests:
+        for row, (epoch, index) in enumerate(requests):
             view = view_of_epoch(index, epoch, self.views.count)
             records = {name: cache.read(index, view) for name, cache in self.caches.items()}
-            pixels = self._pixels(index, view, list(records.values()))
-            images += [pixels] * self.masks_per_sample
+            self._show(index, view, list(records.values()), pixels[row * repeats])
+            pixels[row * repeats + 1 : (row + 1) * repeats] = pixels[row * repeats]
             if self.defers_masks:
                 if self.focus == "sampled":
-                    gumbel.append(gumbel_noise(self.patches, self.seed, epoch, index, self.masks_per_sample))
+                    gumbel.append(gumbel_noise(self.patches, self.seed, epoch, index, repeats))
                 continue
             for ids in self._draw(epoch, index, records):
                 masks.append(ids)
@@ -194,10 +194,10 @@ class PretrainDataset:
                     if self.rows != "none":
                         targets[name].append(_rows_of(record, ids, self.rows))
         return PretrainBatch(
-            to_chw(images),
+            to_chw(pixels),
             torch.from_numpy(np.stack(masks)) if masks else None,
             {name: _stack(rows) for name, rows in targets.items() if rows},
-            torch.tensor([index for _, index in requests for _ in range(self.masks_per_sample)]),
+            torch.tensor([index for _, index in requests for _ in range(repeats)]),
             torch.from_numpy(np.concatenate(gumbel)) if gumbel else None,
         )
 
@@ -210,11 +210,12 @@ class PretrainDataset:
             attention, self.patches, self.keep, self.focus, self.seed, epoch, index, self.masks_per_sample
         )
 
-    def _pixels(self, index: int, view: int, records: list[Record]) -> Image.Image | NDArray[np.uint8]:
-        """The view that the teacher saw, byte for byte."""
+    def _show(self, index: int, view: int, records: list[Record], out: NDArray[np.uint8]) -> None:
+        """The view that the teacher saw, byte for byte, into `out` [S, S, 3]."""
         if records and records[0].image is not None:
-            _agreed_view(records)
-            return decode_pixels(records[0].image)
+            _agree(records)
+            decode_pixels(records[0].image, out)
+            return
         if self.source is None:
             raise CacheError("this cache holds no images: give data.path")
         data = self.source.read(index)
@@ -222,20 +223,15 @@ class PretrainDataset:
             image = decode(data)
         except DataError as error:
             raise DataError(f"image {self.source.key(index)}: {error}; repair it or take it away") from error
-        if not records:
-            return render(image, draw_view(self.views, index, view, image.height, image.width), self._size)
-        if records[0].source_hash != hash_source(data):
+        if records and records[0].source_hash != hash_source(data):
             raise CacheError(
                 f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
             )
-        return render(image, _agreed_view(records), self._size)
-
-    @property
-    def _size(self) -> int:
-        return self.views.image_size
+        shown = _agree(records) if records else draw_view(self.views, index, view, image.height, image.width)
+        out[...] = np.asarray(render(image, shown, self.views.image_size))
 
 
-def _agreed_view(records: list[Record]) -> View:
+def _agree(records: list[Record]) -> View:
     """The one view of one image that all teachers saw."""
     first = records[0]
     for record in records[1:]:

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import PIL
 import simplejpeg
-import torch
 from numpy.typing import NDArray
-from PIL import Image, features
+from PIL import features
 from torch import Tensor
 
 from pipeline.cache import hash_source
@@ -61,9 +60,10 @@ class ViewRenderer:
 
     def __getitems__(self, requests: list[Request]) -> RenderedViews:
         n, v, size = len(requests), self.views.count, self.views.image_size
+        pixels = np.zeros((n, v, size, size, 3), np.uint8)
         out = RenderedViews(
             indices=[index for _, index in requests],
-            pixels=torch.zeros(n, v, size, size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3),  # see `to_chw`
+            pixels=to_chw(pixels.reshape(-1, size, size, 3)).unflatten(0, (n, v)),
             box=np.zeros((n, v, 4), np.int32),
             hflip=np.zeros((n, v), np.uint8),
             source_hash=np.zeros(n, np.uint64),
@@ -72,24 +72,24 @@ class ViewRenderer:
         )
         for row, index in enumerate(out.indices):
             try:
-                self._render(out, row, index)
+                self._render(out, row, index, pixels[row])
             except DataError as error:
                 out.errors[index] = str(error)
         return out
 
-    def _render(self, out: RenderedViews, row: int, index: int) -> None:
+    def _render(self, out: RenderedViews, row: int, index: int, pixels: NDArray[np.uint8]) -> None:
         data = self.source.read(index)
         image = decode(data)
         out.source_hash[row] = hash_source(data)
         for number in range(self.views.count):
             view = draw_view(self.views, index, number, image.height, image.width)
-            rendered = render(image, view, self.views.image_size)
-            pixels: Image.Image | NDArray[np.uint8] = rendered
-            if out.images is not None:
+            shown = render(image, view, self.views.image_size)
+            if out.images is None:
+                pixels[number] = np.asarray(shown)
+            else:
                 # The trainer will decode these bytes, so the teacher must see what they decode to.
-                out.images[row].append(encode_jpeg(rendered, JPEG_QUALITY))
-                pixels = decode_pixels(out.images[row][-1])
-            out.pixels[row, number] = to_chw([pixels])[0]
+                out.images[row].append(encode_jpeg(shown, JPEG_QUALITY))
+                decode_pixels(out.images[row][-1], pixels[number])
             out.box[row, number], out.hflip[row, number] = view.box, view.hflip
 
 

@@ -6,7 +6,6 @@ box is drawn once, stored beside the target, and never drawn again by the traine
 
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,13 +79,13 @@ def center_view(height: int, width: int, crop: float = 0.875) -> View:
     return View(((height - side) // 2, (width - side) // 2, side, side), hflip=False)
 
 
-def to_chw(images: Sequence[Image.Image | NDArray[np.uint8]]) -> Tensor:
-    """RGB images of one size, or their pixels [H, W, 3], as uint8 [N, 3, H, W].
+def to_chw(pixels: NDArray[np.uint8]) -> Tensor:
+    """Pixels [N, S, S, 3] as a tensor [N, 3, S, S] over the same memory.
 
     The channels stay where the decoder put them (torch's channels_last): moving them costs a worker more than reading
     a record, and an accelerator nothing.
     """
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from pipeline import extraction
 from pipeline.assembly import load_teacher
-from pipeline.cache import open_cache
+from pipeline.cache import CacheWriter, ShardData, open_cache
 from pipeline.data import rendering
 from pipeline.data.images import decode, open_images
 from pipeline.data.views import View, render, to_chw
@@ -43,11 +44,11 @@ def test_targets_are_the_teachers_tokens_of_the_very_pixels_that_training_will_s
         for view in range(2):
             record = reader.read(index, view, dequantise=True)
             if record.image is not None:
-                pixels = to_chw([decode(record.image)])
+                image = decode(record.image)
             else:
                 box = tuple(int(side) for side in record.box)
-                pixels = to_chw([render(decode(images.read(index)), View(box, record.hflip), 64)])  # type: ignore[arg-type]
-            out = teacher(pixels)
+                image = render(decode(images.read(index)), View(box, record.hflip), 64)  # type: ignore[arg-type]
+            out = teacher(to_chw(np.asarray(image)[None].copy()))
             cosine = torch.nn.functional.cosine_similarity(out.tokens[0], torch.from_numpy(record.tokens), dim=-1)
             assert cosine.min() > 0.999
             assert out.attention is not None
@@ -215,3 +216,27 @@ def test_non_finite_tokens_stop_the_run_and_name_the_place(
     with pytest.raises(TeacherError, match=r"tokens near class0/00\.jpg that are not finite"):
         extract_teacher_features.run(config)
     assert open_cache(tmp_path / "cache").missing_shards() == [0, 1, 2]
+
+
+def test_a_slow_disk_slows_extraction_and_fills_no_memory(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the disk does, at most one shard waits for it while another is being filled."""
+    taught, written, ahead = [0], [0], []
+    write, finish = CacheWriter.write_shard, extraction._Filling.finish
+
+    def slowly(self: CacheWriter, shard: int, data: ShardData) -> None:
+        time.sleep(0.2)
+        write(self, shard, data)
+        written[0] += 1
+
+    def finishing(self: Any, times: dict[str, float]) -> ShardData:
+        taught[0] += 1
+        ahead.append(taught[0] - written[0])
+        return finish(self, times)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(CacheWriter, "write_shard", slowly)
+    monkeypatch.setattr(extraction._Filling, "finish", finishing)
+    extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", cache__samples_per_shard=2))
+    assert taught == written == [12]
+    assert max(ahead) <= 2

@@ -7,7 +7,7 @@ import pytest
 import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.data.images import decode, decode_pixels, open_images
 from pipeline.errors import DataError
@@ -146,6 +146,13 @@ def test_arbitrary_bytes_are_an_error_and_never_a_crash(data: bytes, head: bytes
     assert mode == "RGB"
 
 
+def decoded_into(data: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(data))
+    out = np.empty((image.height, image.width, 3), np.uint8)
+    decode_pixels(data, out)
+    return out
+
+
 def pillow(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
@@ -160,7 +167,7 @@ def test_the_fast_decoder_gives_pillows_pixels(options: dict[str, object], size:
     for image in (Image.fromarray(random), smooth_picture(1, *size)):
         data = encode(image, "JPEG", **options)
         assert np.array_equal(np.asarray(decode(data)), pillow(data))
-        assert np.array_equal(decode_pixels(data), pillow(data))
+        assert np.array_equal(decoded_into(data), pillow(data))
 
 
 def test_the_fast_decoder_gives_pillows_pixels_of_photos(real_data: Path) -> None:
@@ -168,7 +175,7 @@ def test_the_fast_decoder_gives_pillows_pixels_of_photos(real_data: Path) -> Non
     scenes = open_images(str(real_data / "coco128/images/train2017"), limit=20)
     for source in (photos, scenes):
         for index in range(len(source)):
-            assert np.array_equal(decode_pixels(source.read(index)), pillow(source.read(index))), source.key(index)
+            assert np.array_equal(decoded_into(source.read(index)), pillow(source.read(index))), source.key(index)
 
 
 def test_what_the_fast_decoder_finds_irregular_pillow_decides() -> None:
@@ -179,3 +186,26 @@ def test_what_the_fast_decoder_finds_irregular_pillow_decides() -> None:
     with pytest.raises(ValueError, match="extraneous"):
         simplejpeg.decode_jpeg(stray, "RGB")
     assert np.array_equal(np.asarray(decode(stray)), pillow(data))
+    out = np.empty((40, 40, 3), np.uint8)
+    decode_pixels(stray, out)
+    assert np.array_equal(out, pillow(data))
+    with pytest.raises(DataError, match="40x40 pixels where 32x40 belong"):
+        decode_pixels(data, np.empty((32, 40, 3), np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_jpegs_come_upright_whatever_decodes_them(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(smooth_picture(4, 24, 24), "JPEG", exif=exif, quality=95)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert np.array_equal(np.asarray(decode(data)), expected)
+    assert np.array_equal(decoded_into(data), expected)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\x00\x00" * 9, b"\xff\xd8\xff\xe1\x00\x02"]
+)
+def test_the_beginning_of_a_jpeg_is_none(data: bytes) -> None:
+    with pytest.raises(DataError, match="not a readable image"):
+        decode(data)

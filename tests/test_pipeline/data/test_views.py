@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.views import View, ViewConfig, center_view, draw_view, render, to_chw, view_of_epoch
+from pipeline.data.views import View, ViewConfig, center_view, draw_view, render, view_of_epoch
 from tests.pictures import smooth_picture
 
 CONFIG = ViewConfig(image_size=32)
@@ -44,7 +44,9 @@ def test_area_and_flip_follow_the_policy() -> None:
 def test_render_cuts_scales_and_mirrors() -> None:
     image = smooth_picture(0, 50, 60)
     crop = image.crop((7, 3, 27, 33)).resize((32, 32), Image.Resampling.BICUBIC)
-    plain, mirrored = (to_chw([render(image, View((3, 7, 30, 20), flip), 32)])[0].numpy() for flip in (False, True))
+    plain, mirrored = (
+        np.asarray(render(image, View((3, 7, 30, 20), flip), 32)).transpose(2, 0, 1) for flip in (False, True)
+    )
     assert (plain == np.asarray(crop).transpose(2, 0, 1)).all()
     assert (mirrored == plain[:, :, ::-1]).all()
     assert plain.shape == (3, 32, 32)
