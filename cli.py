@@ -200,6 +200,21 @@ def knn(config: Path | None, overrides: tuple[str, ...]) -> None:
     _print_facts(run(load_config(KnnConfig, config, overrides, "knn")))
 
 
+@main.command("ablate")
+@click.option("--config", required=True, type=click.Path(path_type=Path), help="A chain's YAML with a section ablate.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def ablate(config: Path, overrides: tuple[str, ...]) -> None:
+    """Variants × seeds from one file, and the table they make: each run is the plain commands.
+
+    Reads the sections of the commands in --config, and ablate beside them. Writes caches, runs and table.md, table.csv,
+    bars.png to ablate.output. Costs a pre-training and its measures for each variant and seed; skips what is done.
+    """
+    from pipeline.config import load_config
+    from stages.ablate import AblateConfig, run
+
+    click.echo(run(load_config(AblateConfig, config, overrides, "ablate"), config, say=lambda line: click.echo(line)))
+
+
 @main.command("cache-info")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")

@@ -31,7 +31,9 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 # A file with one of these at its root describes a chain; no command has a key of such a name.
-_SECTIONS = frozenset({"extract-teacher-features", "pretrain", "finetune", "knn", "linear-probe", "demo", "plan"})
+_SECTIONS = frozenset(
+    {"extract-teacher-features", "pretrain", "finetune", "knn", "linear-probe", "demo", "plan", "ablate"}
+)
 
 
 def _expand(value: object) -> object:

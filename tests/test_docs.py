@@ -9,6 +9,7 @@ import pytest
 
 import cli
 from pipeline.config import Config
+from stages.ablate import AblateConfig
 from stages.benchmark_cache import BenchmarkCacheConfig
 from stages.benchmark_decode import BenchmarkDecodeConfig
 from stages.benchmark_extract import BenchmarkExtractConfig
@@ -32,6 +33,7 @@ CONFIGS: dict[str, type[Config]] = {
     "linear-probe": LinearProbeConfig,
     "demo": DemoConfig,
     "plan": PlanConfig,
+    "ablate": AblateConfig,
     "benchmark cache": BenchmarkCacheConfig,
     "benchmark decode": BenchmarkDecodeConfig,
     "benchmark extract": BenchmarkExtractConfig,

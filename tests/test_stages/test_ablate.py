@@ -1,0 +1,75 @@
+"""Variants × seeds: the commands are run, the table is made, and what is done is not done again."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, PipelineError
+from stages import ablate
+from stages.ablate import AblateConfig
+from tests.test_stages.conftest import MICRO, TEACHER
+
+
+def write_config(folder: Path, images: Path, **changes: object) -> Path:
+    data = {"path": str(images), "workers": 0}
+    labelled = {"data": data, "val": data, "crop": 1.0}
+    chain = {
+        "extract-teacher-features": {
+            "data": data, "teacher": TEACHER, "views": {"image_size": 64}, "cache": {"path": "unused"},
+        },
+        "pretrain": {
+            "data": data, "cache": {"path": "unused"}, "student": MICRO, "views": {"image_size": 64},
+            "optim": {"lr": 1e-3, "warmup_epochs": 0}, "batch_size": 8, "max_steps": 2, "output": "unused",
+            "tensorboard": False,
+        },
+        "knn": {**labelled, "init": "unused", "k": 3},
+        "ablate": {
+            "output": str(folder / "ablation"), "seeds": [0, 1], "measures": ["knn"], "caches": {"one": []},
+            "variants": {
+                "untrained": {"student": [f"student={json.dumps(MICRO)}"]},
+                "mr_mae": {"group": "objective", "cache": "one", "pretrain": ["mimic.mimic_weight=2"]},
+            },
+        } | changes,
+    }  # fmt: skip
+    file = folder / "chain.yaml"
+    OmegaConf.save(OmegaConf.create(chain), file)
+    return file
+
+
+def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None:
+    file, said = write_config(tmp_path, image_tree), list[str]()
+    config = load_config(AblateConfig, file, section="ablate")
+    table = ablate.run(config, file, said.append)
+    out = tmp_path / "ablation"
+    assert said == ["cache one", "untrained, seed 0: knn", "mr_mae, seed 0: pretrain", "mr_mae, seed 0: knn",
+                    "untrained, seed 1: knn", "mr_mae, seed 1: pretrain", "mr_mae, seed 1: knn"]  # fmt: skip
+    rows = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("untrained", "0"), ("untrained", "1"), ("mr_mae", "0"), ("mr_mae", "1"),
+    ]  # fmt: skip
+    measured = json.loads((out / "runs/mr_mae/seed1/metrics.json").read_text())["knn"]["top1"]
+    assert float(rows[3]["knn"]) == measured
+    mean = (float(rows[2]["knn"]) + float(rows[3]["knn"])) / 2
+    assert f"| mr_mae | {mean:.3f} ±" in table
+    assert (out / "bars.png").stat().st_size > 5000
+    kept = OmegaConf.load(out / "runs/mr_mae/seed1/pretrained/config.yaml")
+    assert (kept.seed, kept.mimic.mimic_weight) == (1, 2)
+    said.clear()
+    assert ablate.run(config, file, said.append) == table
+    assert said == []
+
+
+def test_a_command_that_fails_is_named_with_its_log(image_tree: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, image_tree, caches={"one": ["views.count=0"]})
+    with pytest.raises(PipelineError, match=r"extract-teacher-features failed: error: .*views\.count=0.*one\.log"):
+        ablate.run(load_config(AblateConfig, file, section="ablate"), file)
+
+
+def test_a_cache_that_is_not_listed(image_tree: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, image_tree, caches={"other": []})
+    with pytest.raises(ConfigError, match=r"variants\.mr_mae\.cache=one: caches has other"):
+        load_config(AblateConfig, file, section="ablate")
