@@ -265,69 +265,40 @@ def benchmark() -> None:
     """Measure this machine: every figure as JSON, ratios taken in pairs in one run. Reads, writes, costs: see each."""
 
 
-@benchmark.command("cache")
-@configured
-def benchmark_cache(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Cache reads, writes and verification against bare loops that do the least that could do the job.
+_BENCHMARKS = {
+    "cache": """Cache reads, writes and verification against bare loops that do the least that could do the job.
 
-    Reads a cache (path) or writes a synthetic one into a temporary folder. Costs about a minute and 500 MB.
-    """
-    from pipeline.config import load_config
-    from stages.benchmark_cache import BenchmarkCacheConfig, run
+    Reads a cache (path) or writes a synthetic one into a temporary folder. Costs about a minute and 500 MB.""",
+    "decode": """JPEG decoders on your own images: images/s, and whether their pixels agree.
 
-    click.echo(json.dumps(run(load_config(BenchmarkCacheConfig, config, overrides, "benchmark")), indent=1))
+    Reads images (data.path), writes nothing. Costs half a minute.""",
+    "extract": """Extraction against the teacher's bare forward; two token choices in one pass; bf16 against fp32.
 
+    Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.""",
+    "student": """Training steps of students; for ConvViT the sparse convolution stages against the dense ones.
 
-@benchmark.command("decode")
-@configured
-def benchmark_decode(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """JPEG decoders on your own images: images/s, and whether their pixels agree.
+    Reads and writes nothing. Costs minutes on a CPU.""",
+    "pretrain": """Steps of MAE, of MR-MAE from a cache and of MR-MAE with a live teacher, by turns; loader and step alone.
 
-    Reads images (data.path), writes nothing. Costs half a minute.
-    """
-    from pipeline.config import load_config
-    from stages.benchmark_decode import BenchmarkDecodeConfig, run
-
-    click.echo(json.dumps(run(load_config(BenchmarkDecodeConfig, config, overrides, "benchmark")), indent=1))
+    Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.""",
+}
 
 
-@benchmark.command("extract")
-@configured
-def benchmark_extract(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Extraction against the teacher's bare forward; two token choices in one pass; bf16 against fp32.
+def _add_benchmark(name: str, about: str) -> None:
+    @benchmark.command(name, help=about)
+    @configured
+    def run(config: Path | None, overrides: tuple[str, ...]) -> None:
+        from importlib import import_module
 
-    Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.
-    """
-    from pipeline.config import load_config
-    from stages.benchmark_extract import BenchmarkExtractConfig, run
+        from pipeline.config import load_config
 
-    click.echo(json.dumps(run(load_config(BenchmarkExtractConfig, config, overrides, "benchmark")), indent=1))
-
-
-@benchmark.command("student")
-@configured
-def benchmark_student(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Training steps of students; for ConvViT the sparse convolution stages against the dense ones.
-
-    Reads and writes nothing. Costs minutes on a CPU.
-    """
-    from pipeline.config import load_config
-    from stages.benchmark_student import BenchmarkStudentConfig, run
-
-    click.echo(json.dumps(run(load_config(BenchmarkStudentConfig, config, overrides, "benchmark")), indent=1))
+        stage = import_module(f"stages.benchmark_{name}")
+        loaded = load_config(getattr(stage, f"Benchmark{name.title()}Config"), config, overrides, "benchmark")
+        click.echo(json.dumps(stage.run(loaded), indent=1))
 
 
-@benchmark.command("pretrain")
-@configured
-def benchmark_pretrain(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Steps of MAE, of MR-MAE from a cache and of MR-MAE with a live teacher, by turns; loader and step alone.
-
-    Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.
-    """
-    from pipeline.config import load_config
-    from stages.benchmark_pretrain import BenchmarkPretrainConfig, run
-
-    click.echo(json.dumps(run(load_config(BenchmarkPretrainConfig, config, overrides, "benchmark")), indent=1))
+for _name, _about in _BENCHMARKS.items():
+    _add_benchmark(_name, _about)
 
 
 @main.command("demo")
