@@ -278,7 +278,7 @@ _BENCHMARKS = {
     "student": """Training steps of students; for ConvViT the sparse convolution stages against the dense ones.
 
     Reads and writes nothing. Costs minutes on a CPU.""",
-    "pretrain": """Steps of MAE, of MR-MAE from a cache and of MR-MAE with a live teacher, by turns; loader and step alone.
+    "pretrain": """Steps of MAE, of MR-MAE from a cache and of MR-MAE with a live teacher, by turns; loader, step.
 
     Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.""",
 }
