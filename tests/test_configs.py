@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import cli
-from pipeline.config import load_config
+from pipeline.config import Config, load_config
+from stages.ablate import AblateConfig
 from stages.extract_teacher_features import ExtractConfig
 from stages.finetune import FinetuneConfig
 from stages.knn import KnnConfig
@@ -17,7 +18,8 @@ from stages.pretrain import PretrainConfig
 from tests.pictures import smooth_picture
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CLASSES = {
+CLASSES: dict[str, type[Config]] = {
+    "ablate": AblateConfig,
     "extract-teacher-features": ExtractConfig,
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
@@ -65,3 +67,11 @@ def test_the_tiny_imagenette_chain(real_data: Path, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     for command in ("extract-teacher-features", "pretrain", "knn"):
         run(command, "imagenette_tiny.yaml")
+
+
+def test_the_tiny_ablation(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRMAE_DATA", str(real_data))
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # its processes start where we are
+    monkeypatch.chdir(tmp_path)
+    run("ablate", "ablation_imagenette_tiny.yaml")
+    assert "| mr_mae |" in (tmp_path / "runs/ablation_tiny/table.md").read_text()
