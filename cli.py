@@ -160,16 +160,21 @@ def pretrain(config: Path | None, overrides: tuple[str, ...]) -> None:
 
 @main.command("finetune")
 @configured
-def finetune(config: Path | None, overrides: tuple[str, ...]) -> None:
+@click.option("--eval", "evaluation", is_flag=True, help="Train nothing: measure init=RUN, or several by their mean.")
+def finetune(config: Path | None, overrides: tuple[str, ...], evaluation: bool) -> None:
     """Train a classifier from a pre-trained checkpoint (init=RUN), or from scratch (student.name=...).
 
-    Reads labelled images (data.path, val.path). Writes to output as pretrain does, and checkpoints/best by top-1.
-    Prints top-1 and top-5 on the validation set. Costs a full training of the encoder on all patches.
+    Reads labelled images: data.path and val.path, or data.path alone if it holds train/ and val/. Writes to output as
+    pretrain does, and checkpoints/best by top-1. Prints top-1 and top-5 on the validation set. Costs a full training of
+    the encoder on all patches. --eval needs init and val.path alone; init=[RUN,RUN] averages the logits.
     """
     from pipeline.config import load_config
-    from stages.finetune import FinetuneConfig, run
+    from stages.finetune import EvaluateConfig, FinetuneConfig, evaluate, run
 
-    _print_facts(run(load_config(FinetuneConfig, config, overrides, "finetune")))
+    if evaluation:
+        _print_facts(evaluate(load_config(EvaluateConfig, config, overrides, "finetune")))
+    else:
+        _print_facts(run(load_config(FinetuneConfig, config, overrides, "finetune")))
 
 
 @main.command("linear-probe")
@@ -213,6 +218,48 @@ def ablate(config: Path, overrides: tuple[str, ...]) -> None:
     from stages.ablate import AblateConfig, run
 
     click.echo(run(load_config(AblateConfig, config, overrides, "ablate"), config, say=lambda line: click.echo(line)))
+
+
+@main.command("visualize")
+@configured
+def visualize(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Draw what a student sees: masked input, reconstruction, attention and features, its teacher's beside them.
+
+    Reads a checkpoint (init), images (images=[FILE,...] or data.path), and for the teacher a cache (cache.path) or a
+    live one (teacher.spec). Writes one PNG: output, by default visualize.png in the run folder. Costs a forward pass
+    of a few images.
+    """
+    from pipeline.config import load_config
+    from stages.visualize import VisualizeConfig, run
+
+    _print_facts(run(load_config(VisualizeConfig, config, overrides, "visualize")))
+
+
+@main.command("export")
+@configured
+def export(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Write a trained encoder for other programs: a ViT for timm, a ConvViT as safetensors and JSON, both as ONNX.
+
+    Reads a checkpoint (init). Writes a new folder, output, and only if the written weights give the same features.
+    Costs two forward passes.
+    """
+    from pipeline.config import load_config
+    from stages.export import ExportConfig, run
+
+    _print_facts(run(load_config(ExportConfig, config, overrides, "export")))
+
+
+@main.command("report")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="The page; by default report.html in the folder.")
+def report(path: Path, output: Path | None) -> None:
+    """One HTML page of a run folder: config, curves, throughput, evaluations, pictures; opens without a network.
+
+    Reads what pretrain, finetune, knn, linear-probe, visualize or demo left at PATH. Writes one file. Costs seconds.
+    """
+    from stages.report import ReportConfig, run
+
+    _print_facts(run(ReportConfig(path=path, output=output)))
 
 
 @main.command("cache-info")

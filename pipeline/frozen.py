@@ -1,11 +1,12 @@
 """Frozen features of labelled images: what `knn` and `linear-probe` both start from.
 
 The subject is a checkpoint, an untrained student, a teacher, or raw pixels: the references that a number needs.
+Features are kept in a folder, by what they are features of, so that a second command finds what the first computed.
 """
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -13,21 +14,23 @@ from torch import Tensor
 
 from pipeline.assembly import features_of, load_encoder, load_teacher
 from pipeline.config import Config, PathField
-from pipeline.data.images import DataConfig, ImageSource, open_images
-from pipeline.data.labelled import evaluation_batches
-from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.features import extract_features
+from pipeline.data.images import DataConfig, ImageSource
+from pipeline.data.labelled import evaluation_batches, open_splits
+from pipeline.errors import ConfigError
+from pipeline.evaluation.features import FeatureFile, extract_features
+from pipeline.models import model_record
 from pipeline.models.config import StudentConfig
 from pipeline.processes import processes
 from pipeline.progress import track
 from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.weights import state_digest
 
 
 class FrozenConfig(Config):
     """What is frozen, and the images that it is measured on."""
 
-    data: DataConfig  # labelled images that the classifier learns from
-    val: DataConfig  # labelled images that it is measured on
+    data: DataConfig  # labelled images that the classifier learns from, or a folder that holds train/ and val/
+    val: DataConfig | None = None  # labelled images that it is measured on; default: val/ in data.path
     init: PathField | None = None  # a run, a checkpoint or a public weights file
     student: StudentConfig | None = None  # for a lone weights file, or an untrained student
     teacher: TeacherConfig | None = None  # measure a teacher instead
@@ -36,6 +39,7 @@ class FrozenConfig(Config):
     crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
     seed: int = Field(0, ge=0)  # of an untrained student
     output: PathField | None = None  # folder for metrics.json
+    features: PathField | None = None  # folder that keeps features for the next command; default: features/ in output
 
     @model_validator(mode="after")
     def _one_subject(self) -> "FrozenConfig":
@@ -55,47 +59,58 @@ class Frozen(NamedTuple):
 
 
 def frozen_features(config: FrozenConfig) -> Frozen:
-    """One forward pass over both sets.
+    """The features of both sets: kept ones if the folder has them, else by one forward pass.
 
     Raises:
         DataError: no labels, or labels in one set that the other doesn't have.
     """
-    train, val = open_images(config.data.path, config.data.limit), open_images(config.val.path, config.val.limit)
-    named = train.classes and val.classes
-    if (named and train.classes != val.classes) or val.num_classes > train.num_classes:
-        raise DataError("data.path and val.path have different classes: give matching folders")
-    device = processes().device
+    train, val, classes = open_splits(config.data, config.val)
     torch.manual_seed(config.seed)
-    encode, size = _encoder(config, device)
-    train_x, train_y = extract_features(
-        encode, _batches(train, size, config.crop, config.data.workers, "features (train)")
-    )
-    val_x, val_y = extract_features(encode, _batches(val, size, config.crop, config.val.workers, "features (val)"))
-    return Frozen(train_x, train_y, val_x, val_y, train.num_classes)
+    subject = _subject(config, processes().device)
+    workers = config.data.workers, (config.val or config.data).workers
+    train_x, train_y = _features(config, subject, train, workers[0], "features (train)")
+    val_x, val_y = _features(config, subject, val, workers[1], "features (val)")
+    return Frozen(train_x, train_y, val_x, val_y, classes)
 
 
-def write_metrics(config: FrozenConfig, name: str, metrics: dict[str, Any]) -> None:
-    """Add the result under `name` to output/metrics.json, if an output is wanted."""
-    if config.output is None:
-        return
-    config.output.mkdir(parents=True, exist_ok=True)
-    file = config.output / "metrics.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    file.write_text(json.dumps({**known, name: metrics}, indent=1) + "\n", encoding="utf-8")
+class _Subject(NamedTuple):
+    """What is measured: uint8 images → features, the side that the images should have, and what it is by its bytes."""
+
+    encode: Callable[[Tensor], Tensor]
+    size: int
+    name: str
 
 
-def _encoder(config: FrozenConfig, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int]:
-    """uint8 images → features, and the side that the images should have."""
+def _features(
+    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, label: str
+) -> tuple[Tensor, Tensor]:
+    folder = config.features or (config.output / "features" if config.output else None)
+    known = {"subject": subject.name, "data": source.digest(), "size": str(subject.size), "crop": str(config.crop)}
+    file = FeatureFile(folder, known) if folder else None
+    kept = file.read() if file else None
+    labels = torch.from_numpy(source.labels)
+    if kept is not None and len(kept) == len(labels):
+        return kept, labels
+    features, _ = extract_features(subject.encode, _batches(source, subject.size, config.crop, workers, label))
+    if file:
+        file.write(features)
+    return features, labels
+
+
+def _subject(config: FrozenConfig, device: torch.device) -> _Subject:
     if config.pixels:
-        return lambda images: images.float().flatten(1) / 255, config.image_size or 224
+        return _Subject(lambda images: images.float().flatten(1) / 255, config.image_size or 224, "pixels")
     if config.teacher is not None:
         teacher = load_teacher(config.teacher, device)
-        return lambda images: teacher(images.to(device)).tokens.mean(1), config.image_size or teacher.image_size
+        name = f"teacher {teacher.weights_sha256} {teacher.image_size} {teacher.tokens} {teacher.layers}"
+        size = config.image_size or teacher.image_size
+        return _Subject(lambda images: teacher(images.to(device)).tokens.mean(1), size, name)
     model = load_encoder(config.init, config.student)
     size = model.encoder.image_size[0]
     if config.image_size not in (None, size):
         raise ConfigError(f"image_size={config.image_size}, but the model was built for {size} pixels: leave it out")
-    return features_of(model, device), size
+    described = json.dumps(model_record(model), sort_keys=True)
+    return _Subject(features_of(model, device), size, f"model {state_digest(model.state_dict())} {described}")
 
 
 def _batches(source: ImageSource, size: int, crop: float, workers: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,14 +16,13 @@ from PIL import Image
 from pydantic import Field
 from sklearn.datasets import load_digits
 
-from pipeline.assembly import denormalise, load_teacher, normalise
+from pipeline.assembly import load_teacher
 from pipeline.config import Config, PathField
 from pipeline.data.images import open_images
 from pipeline.data.labelled import evaluation_batches
-from pipeline.data.masks import draw_masks
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid
+from pipeline.inspection import choose_patches, reconstruct
 from pipeline.models import Student, load_model
-from pipeline.models.patches import patchify, unpatchify
 from pipeline.teachers.config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 from pipeline.training.plots import plot_curves
@@ -140,7 +139,7 @@ def _compare(config: DemoConfig, both: dict[str, Any]) -> dict[str, dict[str, fl
     }
     table: dict[str, dict[str, float]] = {}
     for name, subject in subjects.items():
-        keys = {**both, **seed, **subject}
+        keys = {**both, **seed, **subject, "features": out / "features"}
         probe = {"batch_size": 64, "epochs": 60, "blrs": [4.0, 12.0, 40.0, 120.0]}  # few steps want large rates
         row = {
             "k-NN": knn.run(knn.KnnConfig.model_validate(keys))["top1"],
@@ -168,29 +167,10 @@ def _draw_reconstructions(out: Path, images: torch.Tensor) -> Path:
     for name in ("mae", "mr_mae"):
         student = load_model(resolve_checkpoint(out / name))
         assert isinstance(student, Student)
-        masked, predicted = reconstruct(student.eval(), images)
-        columns |= {"masked": as_pictures(masked), f"{name} prediction": as_pictures(predicted)}
+        ids = choose_patches(len(images), student.grid[0] * student.grid[1])
+        seen = reconstruct(student.eval(), images, ids)
+        columns |= {"masked": as_pictures(seen.masked), f"{name} prediction": as_pictures(seen.completed)}
     return draw_grid(out / "reconstructions.png", columns, "Reconstruction from a quarter of the patches")
-
-
-@torch.inference_mode()
-def reconstruct(student: Student, images: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(masked input, visible patches completed by the student), float [N, 3, S, S] in [0, 1], of uint8 images."""
-    length, patch = student.grid[0] * student.grid[1], student.encoder.patch_size
-    keep = length // 4
-    ids = torch.from_numpy(
-        np.concatenate([draw_masks(None, length, keep, "random", seed, 0, i, 1) for i in range(len(images))])
-    )
-    pixels = normalise(images)
-    true = patchify(pixels, patch)  # [N, L, p*p*3]
-    pred = student.decoder.predict_pixels(student.decoder(student.encoder(pixels, ids).latent, ids))
-    if student.norm_pix_loss:
-        # Each patch was predicted up to its own mean and deviation: give them back, as MAE's pictures do.
-        pred = pred * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
-    visible = torch.zeros(true.shape[:2]).scatter_(1, ids, 1.0).unsqueeze(-1)  # [N, L, 1]
-    gray = torch.zeros_like(true)
-    masked, predicted = (true * visible + other * (1 - visible) for other in (gray, pred))
-    return tuple(denormalise(unpatchify(each, student.grid, patch)) for each in (masked, predicted))  # type: ignore[return-value]
 
 
 def _draw_attention(out: Path, images: torch.Tensor) -> Path:

@@ -1,16 +1,20 @@
 """`mrmae finetune`: a classifier on a pre-trained encoder, or from scratch; top-1 and top-5 on a validation set.
 
-    mrmae finetune init=runs/convvit data.path=/data/imagenet/train val.path=/data/imagenet/val output=runs/convvit-ft
+    mrmae finetune init=runs/convvit data.path=/data/imagenet output=runs/convvit-ft
+    mrmae finetune --eval init=[runs/clip-ft,runs/dino-ft] val.path=/data/imagenet/val
 
 The defaults are MAE's fine-tuning recipe for ViT-B (layer decay, mixup, cutmix, RandAugment, erasing, smoothing).
+Several classifiers are evaluated by the mean of their logits, as the paper joins students of different teachers.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from accelerate.utils import reduce
+from pydantic import BeforeValidator, Field, Strict
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -19,16 +23,26 @@ from torch import Tensor, nn
 
 from pipeline.assembly import normalise
 from pipeline.config import Config, PathField
-from pipeline.data.images import DataConfig, ImageSource, open_images
-from pipeline.data.labelled import LabelledBatch, LabelledDataset, evaluation_batches
+from pipeline.data.images import DataConfig, ImageSource
+from pipeline.data.labelled import (
+    LabelledBatch,
+    LabelledDataset,
+    evaluation_batches,
+    match_classes,
+    open_labelled,
+    open_splits,
+)
 from pipeline.data.loader import StepSampler, load
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.metrics import topk_accuracy
+from pipeline.evaluation.records import write_record
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
 from pipeline.models.config import StudentConfig
-from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.processes import processes
+from pipeline.progress import track
+from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
@@ -51,11 +65,11 @@ class FinetuneConfig(RunConfig):
     """Everything `finetune` takes."""
 
     epochs: int = Field(100, ge=1)
-    data: DataConfig  # labelled training images
-    val: DataConfig  # labelled validation images
+    data: DataConfig  # labelled training images, or a folder that holds train/ and val/
+    val: DataConfig | None = None  # labelled validation images; default: val/ in data.path
     init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
     student: StudentConfig | None = None  # needed from scratch and for a lone weights file
-    image_size: int = Field(224, ge=8, le=4096)
+    image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: the student's. Positions are resampled
     crop: float = Field(0.875, gt=0, le=1)  # central share of validation images; 1 for images cut already
     pool: Literal["mean", "cls"] = "mean"
     drop_path: float = Field(0.1, ge=0, lt=1)
@@ -65,21 +79,33 @@ class FinetuneConfig(RunConfig):
     eval_every: int = Field(1, ge=1)  # epochs
 
 
+def _several(value: object) -> object:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+class EvaluateConfig(FinetuneConfig):
+    """What `finetune --eval` takes: the same keys, so that one section of a file serves both; it needs init and val."""
+
+    init: Annotated[tuple[PathField, ...], BeforeValidator(_several), Strict(False)] = Field(min_length=1)  # type: ignore[assignment]  # one classifier or several
+    val: DataConfig
+    data: DataConfig | None = None  # type: ignore[assignment]  # not read
+    output: PathField | None = None  # type: ignore[assignment]  # folder for metrics.json
+
+
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; returns top-1 and top-5 of the last and the best checkpoint."""
-    train, val = open_images(config.data.path, config.data.limit), open_images(config.val.path, config.val.limit)
-    classes = _classes(train, val)
+    train, val, classes = open_splits(config.data, config.val)
     torch.manual_seed(config.seed)
     model = _build(config, classes)
+    size = model.image_size[0]
     identity = {"stage": "finetune", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
-    identity |= {"ema": config.ema.model_dump() if config.ema.decay else None}
-    run = Run(config, {**identity, "data": train.digest(), "augment": config.augment.model_dump(mode="json")})
+    identity |= {"data": train.digest(), "augment": config.augment.model_dump(mode="json")}
+    identity |= {"ema": config.ema.model_dump() if config.ema.decay else None, "classes": list(train.classes)}
+    run = Run(config, identity)
     plan = StepPlan.of(len(train), config, run.processes)
 
-    views = ViewConfig(
-        image_size=config.image_size, scale=config.augment.scale, hflip=config.augment.hflip, seed=config.seed
-    )
-    dataset = LabelledDataset(train, config.image_size, views=views, augment=_augment(config))
+    views = ViewConfig(image_size=size, scale=config.augment.scale, hflip=config.augment.hflip, seed=config.seed)
+    dataset = LabelledDataset(train, size, views=views, augment=_augment(config, size))
     order = EpochOrder(np.arange(len(train)), config.seed)
 
     def batches(start_step: int) -> Any:
@@ -88,9 +114,9 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         )
         return load(dataset, sampler, config.data.workers)
 
-    def evaluate(model: nn.Module, _step: int) -> dict[str, float]:
-        batches = evaluation_batches(val, config.image_size, config.crop, config.val.workers, run.rank, run.processes)
-        return _evaluate(model, batches, run)
+    def score(model: nn.Module, _step: int) -> dict[str, float]:
+        workers = (config.val or config.data).workers
+        return _accuracies([model], val, size, config.crop, workers)[0]
 
     return fit(
         run,
@@ -101,7 +127,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         plan,
         config.optim,
         layer_ids=layer_ids(model)[0],
-        evaluate=evaluate,
+        evaluate=score,
         evaluate_every=config.eval_every * plan.steps_per_epoch,
         best="top1",
         ema=config.ema,
@@ -109,19 +135,49 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     )
 
 
-def _classes(train: ImageSource, val: ImageSource) -> int:
-    """The number of classes; raises DataError if there is but one, or validation has others."""
-    if train.classes and val.classes and train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))[:3]
-        raise DataError(
-            f"data.path and val.path have different classes (such as {', '.join(odd)}): give matching folders"
-        )
-    classes = train.num_classes
-    if classes < 2:
-        raise DataError(f"data.path holds {classes} class: fine-tuning needs two or more class folders")
-    if val.num_classes > classes:
-        raise DataError(f"val.path has label {val.num_classes - 1}, data.path only labels up to {classes - 1}")
-    return classes
+@torch.inference_mode()
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Top-1 and top-5 of fine-tuned classifiers in fp32; of several, also of the mean of their logits.
+
+    Raises:
+        ConfigError, CheckpointError: one of them is no classifier, or they take different sizes.
+        DataError: they know other classes than `val` has.
+    """
+    val = open_labelled("val.path", config.val)
+    device = processes().device
+    models = []
+    for path in config.init:
+        model, classes = _load_classifier(path, config)
+        models.append(model.to(device).eval())
+        val = match_classes(val, classes, model.head.out_features, f"init={path}")
+    sizes = {model.image_size[0] for model in models}
+    if len(sizes) > 1:
+        raise ConfigError(f"the classifiers take images of {sorted(sizes)} pixels: set image_size, for all of them")
+    if len({model.head.out_features for model in models}) > 1:
+        raise ConfigError("the classifiers have different numbers of classes: their logits can't be averaged")
+    rows = _accuracies(models, val, sizes.pop(), config.crop, config.val.workers)
+    result: dict[str, Any] = {**rows[-1], "images": len(val)}
+    if len(models) > 1:
+        result["each"] = {str(path): row["top1"] for path, row in zip(config.init, rows, strict=False)}
+    write_record(config.output, "finetune_eval", {**result, "init": [str(path) for path in config.init]})
+    return result
+
+
+def _load_classifier(path: Path, config: EvaluateConfig) -> tuple[Classifier, tuple[str, ...]]:
+    """A fine-tuned classifier, and the names of its classes where the checkpoint knows them."""
+    folder = resolve_checkpoint(path)
+    state, spec = read_weights(folder)
+    if "head.weight" not in state:
+        raise CheckpointError(f"init={path} holds no classifier but a pre-trained student: fine-tune it first")
+    if spec is None and config.student is None:
+        raise ConfigError(f"init={path} doesn't say what it is: give student.name=... as well")
+    arguments = _encoder_arguments(config, spec)
+    classes = len(state["head.weight"])
+    pool = (spec or {}).get("pool") or ("mean" if "fc_norm.weight" in state else "cls")
+    model = build_classifier(num_classes=classes, pool=pool, **arguments)
+    load_weights(model, state)
+    record = load_checkpoint(folder) if (folder / "checkpoint.json").is_file() else None
+    return model, tuple(record.identity.get("classes") or ()) if record else ()
 
 
 def _build(config: FinetuneConfig, classes: int) -> Classifier:
@@ -130,22 +186,27 @@ def _build(config: FinetuneConfig, classes: int) -> Classifier:
         state, spec = read_weights(resolve_checkpoint(config.init))
     if config.student is None and spec is None:
         raise ConfigError("give init=RUN, or student.name=... to train from scratch or from a lone weights file")
-    student = config.student or StudentConfig.model_validate(
-        {key: value for key, value in (spec or {}).items() if key in StudentConfig.model_fields} or {}
-    )
-    arguments = student.encoder_arguments() | {"image_size": config.image_size}
+    arguments = _encoder_arguments(config, spec)
     model = build_classifier(num_classes=classes, drop_path=config.drop_path, pool=config.pool, **arguments)
     if state is not None:
         load_weights(model, state, strict=False)
     return model
 
 
-def _augment(config: FinetuneConfig) -> Callable[[Any], Any] | None:
+def _encoder_arguments(config: FinetuneConfig, spec: dict[str, Any] | None) -> dict[str, Any]:
+    """The encoder that the config names, else the one that the checkpoint describes, at the size that is wanted."""
+    student = config.student or StudentConfig.model_validate(
+        {key: value for key, value in (spec or {}).items() if key in StudentConfig.model_fields}
+    )
+    return student.encoder_arguments() | ({"image_size": config.image_size} if config.image_size else {})
+
+
+def _augment(config: FinetuneConfig, size: int) -> Callable[[Any], Any] | None:
     if config.augment.rand_augment is None:
         return None
     # timm fills what a shift uncovers with the mean colour.
     return rand_augment_transform(  # type: ignore[no-any-return]
-        config.augment.rand_augment, {"translate_const": int(config.image_size * 0.45), "img_mean": (124, 116, 104)}
+        config.augment.rand_augment, {"translate_const": int(size * 0.45), "img_mean": (124, 116, 104)}
     )
 
 
@@ -172,11 +233,20 @@ class _Losses:
         return {"loss": loss(model(images).float(), labels)}
 
 
-def _evaluate(model: nn.Module, batches: Any, run: Run) -> dict[str, float]:
-    hits = torch.zeros(3, dtype=torch.float64, device=run.device)
-    for batch in batches:
-        moved = batch.to(run.device)
-        shares = topk_accuracy(model(normalise(moved.images)), moved.labels, (1, 5))
-        hits += torch.tensor([shares["top1"], shares["top5"], 1.0], device=run.device) * len(moved.labels)
-    total = run.accelerator.reduce(hits, "sum")
-    return {"top1": float(total[0] / total[2]), "top5": float(total[1] / total[2])}
+def _accuracies(
+    models: Sequence[nn.Module], val: ImageSource, size: int, crop: float, workers: int
+) -> list[dict[str, float]]:
+    """Top-1 and top-5 of each model and, if they are several, of the mean of their logits, over all processes."""
+    here = processes()
+    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=here.device)
+    batches = evaluation_batches(val, size, crop, workers, here.process_index, here.num_processes)
+    for batch in track(batches, -(-len(val) // (128 * here.num_processes)), "evaluate", "batch"):
+        moved = batch.to(here.device)
+        logits = [model(normalise(moved.images)).float() for model in models]
+        rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
+        for row, scores in enumerate(rows):
+            shares = topk_accuracy(scores, moved.labels, (1, 5))
+            count = len(moved.labels)
+            hits[row] += torch.tensor([shares["top1"] * count, shares["top5"] * count, count], device=here.device)
+    total = reduce(hits, "sum")
+    return [{"top1": float(row[0] / row[2]), "top5": float(row[1] / row[2])} for row in total]

@@ -10,7 +10,9 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.evaluation.knn import knn_classify
-from pipeline.frozen import FrozenConfig, frozen_features, write_metrics
+from pipeline.evaluation.records import write_record
+from pipeline.frozen import FrozenConfig, frozen_features
+from pipeline.processes import processes
 
 
 class KnnConfig(FrozenConfig):
@@ -33,6 +35,7 @@ def run(config: KnnConfig) -> dict[str, Any]:
         k=min(config.k, len(frozen.train_x)),
         temperature=config.temperature,
         num_classes=frozen.num_classes,
+        device=processes().device,
     )
-    write_metrics(config, "knn", result)
+    write_record(config.output, "knn", result)
     return dict(result)

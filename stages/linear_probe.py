@@ -10,7 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field, Strict
 
 from pipeline.evaluation.probe import linear_probe
-from pipeline.frozen import FrozenConfig, frozen_features, write_metrics
+from pipeline.evaluation.records import write_record
+from pipeline.frozen import FrozenConfig, frozen_features
+from pipeline.processes import processes
 
 
 class LinearProbeConfig(FrozenConfig):
@@ -41,6 +43,7 @@ def run(config: LinearProbeConfig) -> dict[str, Any]:
         batch_size=batch_size,
         lrs=tuple(blr * batch_size / 256 for blr in config.blrs),
         seed=config.seed,
+        device=processes().device,
     )
-    write_metrics(config, "linear_probe", result)
+    write_record(config.output, "linear_probe", result)
     return dict(result)

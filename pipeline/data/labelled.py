@@ -1,8 +1,12 @@
-"""Labelled images for fine-tuning and evaluation: decoded, cropped and augmented by (seed, epoch, index) alone."""
+"""Labelled images for fine-tuning and evaluation: decoded, cropped and augmented by (seed, epoch, index) alone.
 
+train, val, num_classes = open_splits(DataConfig(path="/data/imagenet"))  # train/<class>/*.jpg, val/<class>/*.jpg
+"""
+
+import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +14,92 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.images import ImageSource, decode
+from pipeline.data.images import DataConfig, ImageSource, decode, open_images
 from pipeline.data.loader import Request, load
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.views import ViewConfig, center_view, draw_view, render, to_chw
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 Augment = Callable[[Image.Image], Image.Image]
+
+
+def open_splits(data: DataConfig, val: DataConfig | None = None) -> tuple[ImageSource, ImageSource, int]:
+    """Labelled training and validation images, whose labels mean the same, and the number of classes.
+
+    Without `val`, `data.path` is a folder that holds train/ and val/, as torchvision's data sets lie.
+
+    Raises:
+        DataError: nothing there, no classes or but one, or validation has classes that training lacks.
+        ConfigError: no `val`, and no train/ and val/ in `data.path`.
+    """
+    if val is None:
+        data, val = _split_folder(data)
+    train, held_out = open_labelled("data.path", data), open_labelled("val.path", val)
+    classes = train.num_classes
+    distinct = len(np.unique(train.labels))
+    if distinct < 2:
+        raise DataError(f"data.path={data.path} holds images of one class alone: classifying needs two or more")
+    if data.limit is None and classes > len(train):
+        worst = int(train.labels.argmax())
+        raise DataError(
+            f"{train.key(worst)} has label {classes - 1}, but data.path={data.path} holds only {len(train)} images of "
+            f"{distinct} classes: number the classes from 0 on"
+        )
+    return train, match_classes(held_out, train.classes, classes, "data.path"), classes
+
+
+def open_labelled(key: str, data: DataConfig) -> ImageSource:
+    """The images at `data.path`, each with its class. `key` is what messages call the path.
+
+    Raises:
+        DataError: as `open_images`; an image without a class.
+    """
+    try:
+        source = open_images(data.path, data.limit)
+    except DataError as error:
+        raise DataError(str(error).replace("data.path", key, 1)) from error
+    if source.kind == "flat":
+        raise DataError(f"{key}={data.path} holds images but no class folders: give a folder of one folder a class")
+    if {"train", "val"} <= set(source.classes):
+        raise DataError(f"{key}={data.path} holds train/ and val/: leave val.path out, or give the two as paths")
+    if (source.labels < 0).any():
+        unlabelled = source.key(int(np.argmin(source.labels)))
+        raise DataError(f"{unlabelled} has no class: give a class-folder tree, or tars with KEY.cls beside KEY.jpg")
+    return source
+
+
+def match_classes(val: ImageSource, classes: tuple[str, ...], num_classes: int, trained_on: str) -> ImageSource:
+    """`val` with its labels counted as in `classes`, the names in training (empty where only numbers are known).
+
+    Raises:
+        DataError: it has classes that training lacks, by name or by number.
+    """
+    if val.classes and classes:
+        strange = sorted(set(val.classes) - set(classes))
+        if strange:
+            raise DataError(
+                f"val.path has different classes than {trained_on}: it lacks {', '.join(strange[:3])}"
+                f"{f' and {len(strange) - 3} more' if len(strange) > 3 else ''}; give matching folders"
+            )
+        number = np.array([classes.index(name) for name in val.classes], dtype=np.int64)
+        return replace(val, labels=number[val.labels], classes=classes)
+    if val.num_classes > num_classes:
+        worst = val.key(int(val.labels.argmax()))
+        raise DataError(
+            f"val.path: {worst} has label {val.num_classes - 1}, out of range: {trained_on} knows labels up to "
+            f"{num_classes - 1} only; give validation images of the same classes"
+        )
+    return val
+
+
+def _split_folder(data: DataConfig) -> tuple[DataConfig, DataConfig]:
+    root = os.path.expanduser(data.path)
+    train, val = os.path.join(root, "train"), os.path.join(root, "val")
+    if not (os.path.isdir(train) and os.path.isdir(val)):
+        raise ConfigError(
+            f"'val.path' is missing: give val.path=..., or a data.path that holds train/ and val/ ({data.path} doesn't)"
+        )
+    return data.model_copy(update={"path": train}), data.model_copy(update={"path": val, "limit": None})
 
 
 @dataclass
@@ -37,9 +120,6 @@ class LabelledDataset:
     """Training views when `views` is given (a random resized crop, a flip, then `augment`), else central crops.
 
     `crop` is the central square's share of the shorter side: 0.875 is 224 out of 256, 1.0 suits images cut already.
-
-    Raises:
-        DataError: the source has no labels.
     """
 
     def __init__(
@@ -51,9 +131,6 @@ class LabelledDataset:
         views: ViewConfig | None = None,
         augment: Augment | None = None,
     ) -> None:
-        if (source.labels < 0).any():
-            unlabelled = source.key(int(np.argmin(source.labels)))
-            raise DataError(f"{unlabelled} has no class: give a class-folder tree, or tars with KEY.cls beside KEY.jpg")
         self.source, self.image_size, self.crop = source, image_size, crop
         self.views, self.augment = views, augment
 

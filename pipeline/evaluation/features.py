@@ -1,11 +1,20 @@
-"""Frozen features of a whole data set, once, for whatever is then measured on them."""
+"""Frozen features of a whole data set, once, for whatever is then measured on them; kept in a file if wanted."""
 
-from collections.abc import Callable, Iterable
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 def extract_features(
@@ -40,3 +49,45 @@ def extract_features(
         raise DataError("there are no images to take features of: check the data set and its split")
     # Joined out here: tensors born in inference mode could take no part in training.
     return torch.cat(features), torch.cat(labels)
+
+
+class FeatureFile:
+    """Features in `folder`, named by what they are features of; tensors and text alone (safetensors, no pickle).
+
+    Args:
+        folder: made when something is written.
+        known: all that decides the features: digests of the weights and of the data, sizes, ...
+    """
+
+    def __init__(self, folder: Path, known: Mapping[str, str]) -> None:
+        self._known = {"format": "mrmae-features-1", **known}
+        name = xxhash.xxh3_128_hexdigest(json.dumps(self._known, sort_keys=True).encode())
+        self.path = folder / f"{name}.safetensors"
+
+    def read(self) -> Tensor | None:
+        """The features [N,D] float32, or None where there are none; damaged ones are none, with a warning."""
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                features: Tensor = file.get_tensor("features")
+                said = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            log.warning("%s can't be read (%s): computing the features again", self.path, error)
+            return None
+        if said != {**self._known, "xxh3_128": _fingerprint(features)}:
+            log.warning("%s is not what was written: computing the features again", self.path)
+            return None
+        return features
+
+    def write(self, features: Tensor) -> None:
+        """Keep features [N,D] float32: whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        features = features.contiguous()
+        save_file({"features": features}, partial, metadata={**self._known, "xxh3_128": _fingerprint(features)})
+        partial.replace(self.path)
+
+
+def _fingerprint(features: Tensor) -> str:
+    return f"{list(features.shape)} {xxhash.xxh3_128_hexdigest(features.numpy().data)}"

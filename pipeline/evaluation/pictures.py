@@ -1,4 +1,4 @@
-"""Pictures that a person can read: reconstructions and attention maps, one labelled PNG grid each."""
+"""Pictures that a person can read: titled grids of photographs, attention over them, and features as colours."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,13 +8,18 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 matplotlib.use("Agg")
 
 
-def draw_grid(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: str) -> Path:
-    """Write a grid: one titled column for each entry, one row for each of its pictures ([H, W, 3] or [H, W])."""
+def draw_grid(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: str, names: Sequence[str] = ()) -> Path:
+    """Write a grid: one titled column for each entry, one row for each of its pictures ([H, W, 3] or [H, W]).
+
+    `names` stand beside the rows.
+    """
     rows = max(len(pictures) for pictures in columns.values())
     figure = Figure(figsize=(1.7 * len(columns) + 0.4, 1.7 * rows + 0.9), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -23,9 +28,12 @@ def draw_grid(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: 
         axes[0, column].set_title(name, fontsize=9)
         for row in range(rows):
             axis = axes[row, column]
-            axis.set_axis_off()
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
             if row < len(pictures):
                 axis.imshow(pictures[row], cmap="viridis" if pictures[row].ndim == 2 else None)
+            if column == 0 and row < len(names):
+                axis.set_ylabel(names[row], fontsize=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
@@ -39,3 +47,31 @@ def as_pictures(images: Tensor) -> list[NDArray[np.float32]]:
 def as_maps(attention: Tensor, grid: tuple[int, int]) -> list[NDArray[np.float32]]:
     """Attention rows [N, L] → N maps [h, w]."""
     return list(attention.float().cpu().reshape(-1, *grid).numpy())
+
+
+def overlay(pictures: Sequence[NDArray[np.float32]], maps: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    """Each map [h, w] as colour, cell by cell, over its picture [H, W, 3] in grey; bright where the map is highest."""
+    colours = matplotlib.colormaps["inferno"]
+    out = []
+    for picture, heat in zip(pictures, maps, strict=True):
+        height, width = picture.shape[:2]
+        # Under one bright cell all else would be black: cut at the 98th percentile.
+        share = np.clip(heat / max(float(np.percentile(heat, 98)), 1e-12), 0, 1)
+        cells = np.asarray(Image.fromarray(share.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST))
+        grey = picture.mean(-1, keepdims=True)
+        out.append((0.3 * grey + 0.7 * colours(cells)[..., :3]).astype(np.float32))
+    return out
+
+
+def pca_maps(tokens: Tensor, grid: tuple[int, int]) -> list[NDArray[np.float32]]:
+    """Tokens [N, L, D] → N maps [h, w, 3]: the first three principal components of all N·L tokens as red, green, blue.
+
+    One basis for all pictures, so that a colour means the same feature in each; every component runs from its 2nd to
+    its 98th percentile. With fewer than three components the other colours are at half.
+    """
+    flat = tokens.float().cpu().reshape(-1, tokens.shape[-1]).numpy()
+    components = PCA(min(3, *flat.shape), svd_solver="full").fit_transform(flat)
+    low, high = np.percentile(components, [2, 98], axis=0)
+    colours = np.full((len(flat), 3), 0.5, np.float32)
+    colours[:, : components.shape[1]] = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return list(colours.reshape(-1, *grid, 3))

@@ -1,0 +1,26 @@
+"""metrics.json in an output folder: what evaluations found, one entry a command, added to and never half-written."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_record(folder: Path | None, name: str, metrics: dict[str, Any]) -> None:
+    """Put `metrics` under `name` into folder/metrics.json; nothing without a folder."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "metrics.json"
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps({**read_records(file), name: metrics}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def read_records(file: Path) -> dict[str, Any]:
+    """The entries of a metrics.json; none where there is no such file, or another program's."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

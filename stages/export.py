@@ -1,0 +1,242 @@
+"""`mrmae export`: a trained encoder for programs that don't have this one.
+
+    mrmae export init=runs/photos output=exports/photos onnx=true
+    timm.create_model("local-dir:exports/photos", pretrained=True)  # and model.onnx beside it
+
+A ViT becomes a model of timm's; a ConvViT, which timm doesn't have, a safetensors by the reference code's names and a
+JSON that says how the numbers are to be used. What was written is loaded again and must give the same features.
+"""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.assembly import load_encoder
+from pipeline.config import Config, PathField
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.models import Classifier, ConvViT, Student, ViT, build_classifier, build_student, load_weights
+from pipeline.models.config import StudentConfig
+
+# Cosine between our features and those of what was written; fp32 in another order of operations is nearer than this.
+_FAITHFUL = 0.99999
+_OPSET = 18
+# timm's name for each width; the arguments say all that differs from it.
+_NEAREST = {
+    width: f"vit_{size}_patch16_224" for width, size in ((192, "tiny"), (384, "small"), (768, "base"), (1024, "large"))
+}
+_SIZES = ("name", "image_size", "patch_size", "dim", "depth", "num_heads")  # what decides the encoder
+
+
+class ExportConfig(Config):
+    """Everything `export` takes."""
+
+    init: PathField  # a run, a checkpoint or a public weights file
+    student: StudentConfig | None = None  # for a lone weights file
+    output: PathField  # a folder that isn't there yet
+    onnx: bool = False  # also model.onnx: images → tokens, and logits of a classifier
+    opset: int = Field(_OPSET, ge=18)  # of ONNX
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Write the folder, whole or not at all; returns what it holds and how near its features are.
+
+    Raises:
+        ConfigError: the folder is there already, or the ONNX exporter isn't installed.
+        CheckpointError: no such checkpoint, or what was written doesn't give the same features.
+    """
+    if config.output.exists():
+        raise ConfigError(f"output={config.output} is there already: choose another folder")
+    if config.onnx and importlib.util.find_spec("onnxscript") is None:
+        raise ConfigError("onnx=true, but its exporter isn't installed: pip install 'mrmae[onnx]'")
+    model = load_encoder(config.init, config.student).eval()
+    partial = config.output.with_name(f".{config.output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write = _write_timm if isinstance(_encoder(model), ViT) else _write_own
+        facts = write(model, partial)
+        if config.onnx:
+            facts |= _write_onnx(model, partial / "model.onnx", config.opset)
+        partial.rename(config.output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {"written": str(config.output), **facts}
+
+
+def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
+    """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens.
+
+    timm's ViT has MAE's parameter names already. A student's copy ends in its final norm and pools the patch tokens by
+    the mean, which gives the features that k-NN and probes read; a classifier's copy pools as it was trained to.
+    """
+    encoder = _encoder(model)
+    assert isinstance(encoder, ViT)
+    classifier = isinstance(model, Classifier)
+    pool = "token" if isinstance(model, Classifier) and model.pool == "cls" else "avg"
+    arguments: dict[str, Any] = {
+        "img_size": list(encoder.image_size),
+        "patch_size": encoder.patch_size,
+        "embed_dim": encoder.dim,
+        "depth": len(encoder.blocks),
+        "num_heads": _heads(encoder),
+        "global_pool": pool,
+        "fc_norm": classifier and pool == "avg",
+        "num_classes": model.head.out_features if isinstance(model, Classifier) else 0,
+    }
+    # timm's own entries of these names normalise pixels otherwise.
+    preprocessing = {
+        "input_size": (3, *encoder.image_size),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "fixed_input_size": True,
+    }
+    state = _state(model)
+    twin = timm.create_model(_NEAREST.get(encoder.dim, _NEAREST[768]), pretrained_cfg=preprocessing, **arguments)
+    twin.load_state_dict(state, strict=True)
+    save_for_hf(twin, str(folder), model_args=arguments, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    cosine = _agreement(_tokens(model), lambda images: _timm_tokens(again, images), encoder.image_size)
+    return {"format": "timm", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}
+
+
+def _timm_tokens(model: Any, images: Tensor) -> Tensor:
+    tokens: Tensor = model.fc_norm(model.forward_features(images)[:, model.num_prefix_tokens :])
+    return tokens
+
+
+def _write_own(model: Student | Classifier, folder: Path) -> dict[str, Any]:
+    """model.safetensors, whose metadata repeat config.json, so that neither file is mute without the other."""
+    encoder = _encoder(model)
+    assert isinstance(encoder, ConvViT)
+    sizes = {key: value for key, value in model.spec.items() if key in _SIZES and value is not None}
+    description = {
+        "format": "mrmae-encoder-1",
+        "architecture": "ConvViT of ConvMAE (arXiv 2205.03892), parameter names of Alpha-VL/ConvMAE",
+        "student": sizes,
+        "image_size": list(encoder.image_size),
+        "patch_size": encoder.patch_size,
+        "grid": list(encoder.grid),
+        "dim": encoder.dim,
+        "num_heads": _heads(encoder),
+        "num_prefix_tokens": 0,
+        "num_classes": model.head.out_features if isinstance(model, Classifier) else 0,
+        "tokens": "blocks3's output, then fc_norm (eps 1e-6)"
+        if isinstance(model, Classifier)
+        else "blocks3's output without the stage-1/2 addition, then a LayerNorm without parameters (eps 1e-6)",
+        "pixels": {
+            "range": "RGB in 0..1, then (x - mean) / std",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+        },
+    }
+    text = json.dumps(description, indent=1)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    state = _state(model)
+    save_file(state, folder / "model.safetensors", metadata={"config": text})
+    again = _rebuild(model, sizes, load_file(folder / "model.safetensors"))
+    cosine = _agreement(_tokens(model), _tokens(again), encoder.image_size)
+    return {"format": "mrmae-encoder-1", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}
+
+
+def _rebuild(model: Student | Classifier, sizes: dict[str, Any], state: dict[str, Tensor]) -> Student | Classifier:
+    """A model of the described sizes with the written weights; a student's decoder, which nothing reads, is fresh."""
+    again: Student | Classifier
+    if isinstance(model, Classifier):
+        again = build_classifier(num_classes=model.head.out_features, pool=model.pool, **sizes)
+    else:
+        again = build_student(objective="mae", **sizes)
+    load_weights(again, state, strict=False)
+    return again.eval()
+
+
+class _Outputs(nn.Module):
+    """What the ONNX graph gives: tokens [B, L, D] and, of a classifier, logits [B, classes]."""
+
+    def __init__(self, model: Student | Classifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        tokens = _tokens(self.model)(images)
+        return (tokens, self.model(images)) if isinstance(self.model, Classifier) else (tokens,)
+
+
+def _write_onnx(model: Student | Classifier, file: Path, opset: int) -> dict[str, Any]:
+    """A graph for any batch size, and its agreement with the model if onnxruntime is there to run it."""
+    sides = _encoder(model).image_size
+    names = ["tokens", "logits"] if isinstance(model, Classifier) else ["tokens"]
+    program = torch.onnx.export(
+        _Outputs(model).eval(),
+        (torch.zeros(2, 3, *sides),),
+        dynamo=True,
+        verbose=False,
+        opset_version=opset,
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+    )
+    assert program is not None
+    program.save(str(file), external_data=False)
+    if importlib.util.find_spec("onnxruntime") is None:
+        return {"onnx": f"opset {opset}, not run: onnxruntime isn't installed"}
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    cosine = _agreement(
+        _tokens(model), lambda images: torch.from_numpy(session.run(["tokens"], {"images": images.numpy()})[0]), sides
+    )
+    return {"onnx": f"opset {opset}", "onnx_cosine": cosine}
+
+
+def _encoder(model: Student | Classifier) -> ViT | ConvViT:
+    return model.encoder
+
+
+def _heads(encoder: ViT | ConvViT) -> int:
+    attention: Any = encoder.blocks[0].attn
+    return int(attention.num_heads)
+
+
+def _state(model: Student | Classifier) -> dict[str, Tensor]:
+    """The encoder's tensors by the reference code's names and, of a classifier, its `fc_norm` and `head`."""
+    state = dict(model.encoder.state_dict())
+    if isinstance(model, Classifier):
+        state |= {name: value for name, value in model.state_dict().items() if name.startswith(("fc_norm.", "head."))}
+    return {name: value.detach().contiguous() for name, value in state.items()}
+
+
+def _tokens(model: Student | Classifier) -> Callable[[Tensor], Tensor]:
+    """Normalised images → the patch tokens that k-NN and probes read."""
+    return model.forward_tokens if isinstance(model, Classifier) else model.encoder.forward_tokens
+
+
+@torch.inference_mode()
+def _agreement(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], sides: tuple[int, int]) -> float:
+    """The worst token's cosine on three random images.
+
+    Raises:
+        CheckpointError: it is below `_FAITHFUL`.
+    """
+    images = torch.randn(3, 3, *sides, generator=torch.Generator().manual_seed(0))
+    cosine = float(F.cosine_similarity(ours(images).double(), theirs(images).double(), dim=-1).min())
+    if cosine < _FAITHFUL:
+        raise CheckpointError(
+            f"the exported features differ from ours (cosine {cosine:.6f}): update timm, or report it"
+        )
+    return cosine

@@ -1,0 +1,206 @@
+"""`mrmae report RUN`: what a run folder holds, as one HTML page that opens anywhere, without a network.
+
+Config, curves, throughput, the evaluations that were written into the folder, and its pictures. A folder of several
+runs, such as the demo's, becomes one page with their curves laid over each other.
+"""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from pipeline.config import Config, PathField
+from pipeline.errors import CheckpointError
+from pipeline.evaluation.page import Listing, Page, Picture, Table, embed_curve, embed_png, render_page
+from pipeline.evaluation.records import read_records
+from pipeline.training.metrics import read_metrics
+
+_SCORES = ("top1", "top5")
+_FIRST = ("loss", "mimic_loss", "pixel_loss", "top1")  # curves in this order, then the others by name
+_MOST_PICTURES = 32 * 2**20  # bytes of pictures on one page: a browser should still open it
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class ReportConfig(Config):
+    """The options of `report`."""
+
+    path: PathField  # a run folder, or a folder of run folders
+    output: PathField | None = None  # default: report.html in it
+
+
+def run(config: ReportConfig) -> dict[str, Any]:
+    """Write the page; returns where it lies and what is on it.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+    """
+    root = config.path
+    if not root.is_dir():
+        raise CheckpointError(f"{root} does not exist: give the output folder of pretrain, finetune or demo")
+    runs = {name: _rows(folder) for name, folder in _run_folders(root).items()}
+    evaluations = _evaluations(root, runs)
+    if not runs and not evaluations:
+        raise CheckpointError(f"{root} holds no run (no metrics.jsonl, no metrics.json): give an output folder")
+    pictures, left_out = _pictures(root)
+    page = Page(
+        title=f"mrmae: {root}",
+        note=f"{left_out} more pictures are not shown: the page would be too large" if left_out else "",
+        tables=[_overview(root, runs), _evaluation_table(evaluations)],
+        curves=[embed_curve(metric, runs) for metric in _metrics(runs)],
+        pictures=pictures,
+        configs=[
+            Listing(str(file.relative_to(root)), file.read_text(encoding="utf-8", errors="replace"))
+            for folder in _run_folders(root).values()
+            if (file := folder / "config.yaml").is_file()
+        ],
+    )
+    output = config.output or root / "report.html"
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(render_page(page), encoding="utf-8")
+    partial.replace(output)
+    return {"page": str(output), "runs": len(runs), "evaluations": len(evaluations), "pictures": len(pictures)}
+
+
+def _run_folders(root: Path) -> dict[str, Path]:
+    """Name → folder of the run itself and of those right inside."""
+    found = {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "metrics.jsonl").is_file()}
+    return ({root.resolve().name: root} if (root / "metrics.jsonl").is_file() else {}) | found
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    try:
+        rows = read_metrics(folder / "metrics.jsonl")
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged ({error}): take the bad line out") from error
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+def _metrics(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Every number that some run logged, as a curve's name."""
+    named = {
+        key
+        for rows in runs.values()
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, int | float) and key not in ("step", "epoch")
+    }
+    return [name for name in _FIRST if name in named] + sorted(named - set(_FIRST))
+
+
+def _overview(root: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    folders = _run_folders(root)
+    rows = []
+    for name, logged in runs.items():
+        last = {key: value for row in logged for key, value in row.items()}
+        rates = [row["images_per_s"] for row in logged if "images_per_s" in row][1:]  # the first has the start in it
+        waits = [row["data_wait"] for row in logged if "data_wait" in row][1:]
+        rows.append(
+            [
+                name,
+                _number(last.get("step")),
+                _number(last.get("epoch")),
+                _number(last.get("loss")),
+                _number(statistics.median(rates) if rates else None),
+                f"{statistics.median(waits):.1%}" if waits else "–",
+                _duration(logged, _batch_size(folders[name])),
+                _number(last.get("memory_gib")),
+            ]
+        )
+    columns = ["run", "steps", "epochs", "last loss", "images/s (median)", "waiting for data", "trained for", "GPU GiB"]
+    return Table("Training", columns, rows, "No training in this folder.")
+
+
+def _duration(rows: Sequence[Mapping[str, Any]], batch_size: int | None) -> str:
+    """Time in training steps: images between two rows over their rate."""
+    seconds, before = 0.0, 0
+    for row in rows:
+        if row.get("images_per_s"):
+            seconds += (row["step"] - before) * (batch_size or 0) / row["images_per_s"]
+            before = row["step"]
+    if not seconds:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def _batch_size(folder: Path) -> int | None:
+    try:
+        value = OmegaConf.select(OmegaConf.create((folder / "config.yaml").read_text(encoding="utf-8")), "batch_size")
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError):
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _evaluations(
+    root: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(where, what, scores): of validation while training, of every metrics.json, and of a demo's table."""
+    found = [(name, what, scores) for name, rows in runs.items() for what, scores in _validations(rows)]
+    for file in sorted([*root.glob("metrics.json"), *root.glob("*/metrics.json"), *root.glob("*/*/metrics.json")]):
+        where = str(file.parent.relative_to(root))
+        for what, scores in read_records(file).items():
+            if isinstance(scores, dict) and "top1" in scores:
+                found.append(("(here)" if where == "." else where, what.replace("_", " "), scores))
+    for subject, scores in read_records(root / "results.json").items():
+        if isinstance(scores, dict):
+            found += [(subject, what, {"top1": value}) for what, value in scores.items()]
+    return found
+
+
+def _validations(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The last and the best row of each top-1 that was logged while training, whatever stands before its name."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for score in sorted({key for row in rows for key in row if key.endswith("top1")}):
+        name = score.removesuffix("top1")
+        scored = [row for row in rows if score in row]
+        best = max(scored, key=lambda row: float(row[score]))
+        for when, row in (("last", scored[-1]), ("best", best)):
+            what = f"{name.strip('_/') or 'validation'}, {when} (step {row['step']})"
+            found.append((what, {"top1": row[score], "top5": row.get(f"{name}top5")}))
+    return found
+
+
+def _evaluation_table(evaluations: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Table:
+    rows = [
+        [where, what, *(_percent(scores.get(score)) for score in _SCORES), _details(scores)]
+        for where, what, scores in evaluations
+    ]
+    columns = ["of", "by", "top-1", "top-5", "more"]
+    return Table("Evaluations", columns, rows, "None yet: mrmae knn, linear-probe and finetune --eval write here.")
+
+
+def _details(scores: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in scores.items() if key not in _SCORES}
+    return json.dumps(rest, ensure_ascii=False) if rest else ""
+
+
+def _pictures(root: Path) -> tuple[list[Picture], int]:
+    """The folder's PNGs and those one level down, as far as the page holds them; how many were left out."""
+    shown, left_out, room = [], 0, _MOST_PICTURES
+    for file in [*sorted(root.glob("*.png")), *sorted(root.glob("*/*.png"))]:
+        if file.stat().st_size > room:
+            left_out += 1
+            continue
+        content = file.read_bytes()
+        if content.startswith(_PNG):
+            room -= len(content)
+            shown.append(embed_png(content, str(file.relative_to(root))))
+    return shown, left_out
+
+
+def _percent(value: Any) -> str:
+    return f"{value:.2%}" if isinstance(value, int | float) else "–"
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, int | float):
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if math.isfinite(value) else str(value)

@@ -1,0 +1,196 @@
+"""`mrmae visualize`: what a student sees, and its teacher beside it, as one PNG that a person can read.
+
+    mrmae visualize init=runs/photos data.path=/data/photos cache.path=/data/photos_dino
+    mrmae visualize init=runs/photos images=[cat.jpg,dog.jpg] teacher.spec=dino_vitb16 output=pictures.png
+
+Columns, as far as the checkpoint and the teacher have them: input, masked input, reconstruction, the teacher's and the
+student's attention, and the principal components of the teacher's and the student's patch features as colours.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, Strict, model_validator
+from torch import Tensor
+
+from pipeline.assembly import load_encoder, load_teacher
+from pipeline.cache import open_cache
+from pipeline.config import Config, PathField
+from pipeline.data.images import DataConfig, decode, open_images
+from pipeline.data.labelled import LabelledDataset
+from pipeline.data.loader import PretrainDataset
+from pipeline.data.views import ViewConfig, center_view, render, to_chw, view_of_epoch
+from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, overlay, pca_maps
+from pipeline.inspection import Look, choose_patches, look, reconstruct
+from pipeline.models import Classifier, Student
+from pipeline.models.config import StudentConfig
+from pipeline.processes import processes
+from pipeline.teachers import build_teacher
+from pipeline.teachers.config import TeacherConfig
+
+
+class CacheInput(Config):
+    """The cache that a student learned from."""
+
+    path: PathField
+
+
+class VisualizeConfig(Config):
+    """Everything `visualize` takes."""
+
+    init: PathField  # a run, a checkpoint or a public weights file
+    student: StudentConfig | None = None  # for a lone weights file
+    images: Annotated[tuple[PathField, ...], Strict(False)] = ()  # image files
+    data: DataConfig | None = None  # or images by data.path, as in extraction
+    samples: Annotated[tuple[int, ...], Strict(False)] = ()  # which of data.path; default: `count`, evenly spread
+    count: int = Field(6, ge=1, le=64)
+    cache: CacheInput | None = None  # the teacher as cached: its views, tokens and attention
+    teacher: TeacherConfig | None = None  # or a live one
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    focus: Literal["sampled", "top-k", "random"] | None = None  # default: sampled by the teacher's attention, if any
+    crop: float = Field(1.0, gt=0, le=1)  # central share of images that no cache gives a view of
+    seed: int = Field(0, ge=0)
+    output: PathField | None = None  # the PNG; default: visualize.png in the run folder `init`
+
+    @model_validator(mode="after")
+    def _one_source_of_each(self) -> "VisualizeConfig":
+        if bool(self.images) == (self.data is not None) and not (self.cache and not self.images):
+            raise ValueError("give either images=[FILE,...] or data.path=...")
+        if self.cache and (self.teacher or self.images):
+            raise ValueError("cache.path brings its own teacher and views: give it with data.path alone")
+        return self
+
+
+class Shown(NamedTuple):
+    """The images uint8 [N, 3, S, S], what they are called, and what the teacher made of them."""
+
+    images: Tensor
+    names: list[str]
+    teacher: Look | None
+
+
+def run(config: VisualizeConfig) -> dict[str, Any]:
+    """Draw; returns where the picture lies and what it shows."""
+    device = processes().device
+    model = load_encoder(config.init, config.student).to(device).eval()
+    encoder = model if isinstance(model, Classifier) else model.encoder
+    shown = _cached(config, encoder.image_size[0]) if config.cache else _given(config, encoder.image_size[0], device)
+    eye = build_teacher(f"mrmae:{config.init}", module=encoder, device=device)
+    student = look(eye, shown.images.to(device), f"student: {config.init}")
+
+    pictures = as_pictures(shown.images / 255)
+    columns: dict[str, Any] = {"input": pictures}
+    result: dict[str, Any] = {}
+    if isinstance(model, Student) and model.objective.pixels:
+        completed, result = _reconstruction(config, model, shown, device)
+        columns |= completed
+    looks = {"teacher": shown.teacher, "student": student}
+    asked = {
+        "teacher": "",
+        "student": "\n(of the class token)" if encoder.attention_query == "cls" else "\n(mean query)",
+    }
+    for who, seen in looks.items():
+        if seen and seen.attention is not None:
+            columns[f"{who}'s attention{asked[who]}"] = overlay(pictures, as_maps(seen.attention, seen.grid))
+    for who, seen in looks.items():
+        if seen:
+            columns[f"{who}'s features\n(PCA as RGB)"] = pca_maps(seen.tokens, seen.grid)
+    title = "    ".join(seen.name for seen in looks.values() if seen)
+    picture = draw_grid(_output(config), columns, title, shown.names)
+    return {"picture": str(picture), "columns": [" ".join(name.split()) for name in columns], **result}
+
+
+def _reconstruction(
+    config: VisualizeConfig, model: Student, shown: Shown, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The columns of the masked input and its completion, and the pixel loss on these masks."""
+    teacher = shown.teacher
+    attended = teacher is not None and teacher.attention is not None and teacher.grid == model.grid
+    focus = config.focus or ("sampled" if attended else "random")
+    if focus != "random" and not attended:
+        raise ConfigError(f"focus={focus} needs a teacher with attention on the student's grid: give cache.path")
+    rows = teacher.attention.numpy() if teacher and teacher.attention is not None and focus != "random" else None
+    patches = model.grid[0] * model.grid[1]
+    ids = choose_patches(len(shown.images), patches, config.mask_ratio, rows, focus, config.seed)
+    seen = reconstruct(model, shown.images.to(device), ids.to(device))
+    how = {"random": "at random", "sampled": "by the teacher's attention", "top-k": "the teacher's top"}[focus]
+    masked = f"masked input\n({ids.shape[1]} of {patches}, {how})"
+    columns = {masked: as_pictures(seen.masked), "reconstruction\n(visible patches kept)": as_pictures(seen.completed)}
+    return columns, {"pixel_loss": seen.loss}
+
+
+def _cached(config: VisualizeConfig, size: int) -> Shown:
+    """Views as the cache holds them, with the tokens and the attention that a student learned from."""
+    assert config.cache is not None
+    reader = open_cache(config.cache.path)
+    views = ViewConfig.model_validate(reader.header.view_policy.model_dump())
+    if views.image_size != size:
+        raise ConfigError(f"the cache's views have {views.image_size} pixels, init={config.init} takes {size}")
+    source = open_images(config.data.path, config.data.limit) if config.data else None
+    if source and source.digest() != reader.header.dataset.digest:
+        raise ConfigError(
+            f"the cache was not made of data.path={source.root}: give its images, and the same data.limit"
+        )
+    live = reader.live_indices()
+    chosen = _chosen(config, [int(index) for index in live], len(reader))
+    h, w = reader.header.grid
+    dataset = PretrainDataset(
+        source, {"teacher": reader}, views, patches=h * w, keep=1, focus="random", rows="none", masks_per_sample=1,
+        seed=0,
+    )  # fmt: skip
+    images = dataset.__getitems__([(0, index) for index in chosen]).images
+    records = [reader.read(index, view_of_epoch(index, 0, views.count), dequantise=True) for index in chosen]
+    tokens = torch.from_numpy(np.stack([record.tokens for record in records]))
+    attention = None
+    if records[0].attention is not None:
+        rows = np.stack([np.asarray(record.attention, np.float32) for record in records])  # [N, L] or [N, heads, L]
+        attention = torch.from_numpy(rows.mean(1) if rows.ndim == 3 else rows)
+    name = f"teacher: {reader.header.teacher['name']} ({config.cache.path})"
+    return Shown(images, [record.key for record in records], Look(tokens, attention, (h, w), name))
+
+
+def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
+    """Central crops of image files or of a data set, looked at by a live teacher if one is named."""
+    if config.images:
+        images = torch.from_numpy(np.stack([_read(path, config.crop, size) for path in config.images]))
+        names = [path.name for path in config.images]
+    else:
+        assert config.data is not None
+        source = open_images(config.data.path, config.data.limit)
+        chosen = _chosen(config, list(range(len(source))), len(source))
+        images = LabelledDataset(source, size, crop=config.crop).__getitems__([(0, index) for index in chosen]).images
+        names = [source.key(index) for index in chosen]
+    if config.teacher is None:
+        return Shown(images, names, None)
+    teacher = load_teacher(config.teacher, device)
+    return Shown(images, names, look(teacher, images.to(device), f"teacher: {teacher.name}"))
+
+
+def _chosen(config: VisualizeConfig, available: list[int], length: int) -> list[int]:
+    strange = set(config.samples) - set(available)
+    if strange:
+        raise ConfigError(f"samples={min(strange)}: there are samples 0 to {length - 1}, without unreadable ones")
+    count = min(config.count, len(available))
+    return list(config.samples) or [available[place * len(available) // count] for place in range(count)]
+
+
+def _read(path: Path, crop: float, size: int) -> NDArray[np.uint8]:
+    try:
+        image = decode(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"images: {path}: {error.strerror or error}") from error
+    except DataError as error:
+        raise DataError(f"images: {path}: {error}") from error
+    return to_chw(render(image, center_view(image.height, image.width, crop), size))
+
+
+def _output(config: VisualizeConfig) -> Path:
+    if config.output is not None:
+        return config.output
+    if not (config.init / "checkpoints").is_dir():
+        raise ConfigError(f"init={config.init} is no run folder to put a picture into: give output=FILE.png")
+    return config.init / "visualize.png"
