@@ -117,9 +117,11 @@ def _reconstruction(
     patches = model.grid[0] * model.grid[1]
     ids = choose_patches(len(shown.images), patches, config.mask_ratio, rows, focus, config.seed)
     seen = reconstruct(model, shown.images.to(device), ids.to(device))
-    how = {"random": "at random", "sampled": "by the teacher's attention", "top-k": "the teacher's top"}[focus]
-    masked = f"masked input\n({ids.shape[1]} of {patches}, {how})"
-    columns = {masked: as_pictures(seen.masked), "reconstruction\n(visible patches kept)": as_pictures(seen.completed)}
+    how = {"random": "drawn at random", "sampled": "drawn by attention", "top-k": "most attended"}[focus]
+    masked = f"masked input\n({ids.shape[1]} of {patches} {how})"
+    # Normalised patches are predicted up to their mean and contrast, which the picture takes from the truth.
+    given = "(true mean, contrast)" if model.norm_pix_loss else "(visible ones kept)"
+    columns = {masked: as_pictures(seen.masked), f"reconstruction\n{given}": as_pictures(seen.completed)}
     return columns, {"pixel_loss": seen.loss}
 
 

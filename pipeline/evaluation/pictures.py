@@ -25,7 +25,7 @@ def draw_grid(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: 
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (name, pictures) in enumerate(columns.items()):
-        axes[0, column].set_title(name, fontsize=9)
+        axes[0, column].set_title(name, fontsize=8)
         for row in range(rows):
             axis = axes[row, column]
             axis.set(xticks=[], yticks=[])
@@ -70,7 +70,8 @@ def pca_maps(tokens: Tensor, grid: tuple[int, int]) -> list[NDArray[np.float32]]
     its 98th percentile. With fewer than three components the other colours are at half.
     """
     flat = tokens.float().cpu().reshape(-1, tokens.shape[-1]).numpy()
-    components = PCA(min(3, *flat.shape), svd_solver="full").fit_transform(flat)
+    with np.errstate(invalid="ignore"):  # equal tokens have no variance for sklearn to divide by, and no colour either
+        components = PCA(min(3, *flat.shape), svd_solver="full").fit_transform(flat)
     low, high = np.percentile(components, [2, 98], axis=0)
     colours = np.full((len(flat), 3), 0.5, np.float32)
     colours[:, : components.shape[1]] = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.models import build_classifier, layer_ids
 from pipeline.training.optim import CosineSchedule, OptimConfig, build_adamw, parameter_groups, set_lr
 
 
@@ -53,3 +54,50 @@ def test_layer_decay_scales_the_rate() -> None:
     assert named == {"cls_token": 0.125, "fc.weight": 0.25, "fc.bias": 0.25} | {
         "norm.weight": 0.5, "norm.bias": 0.5, "head.weight": 1.0, "head.bias": 1.0
     }  # fmt: skip
+
+
+# 0.65^(13 - layer), as BEiT and MAE compute it for 12 blocks: layer 0 is what comes before them, 13 what comes after.
+BEFORE, AFTER = 0.0036972058910189, 1.0
+BLOCKS = (
+    0.0056880090631060, 0.0087507831740092, 0.0134627433446295, 0.0207119128378916, 0.0318644812890640,
+    0.0490222789062500, 0.0754188906250000, 0.1160290625000000, 0.1785062500000000, 0.2746250000000000,
+    0.4225000000000000, 0.6500000000000000,
+)  # fmt: skip
+# Names in a block, and whether they are decayed: matrices are, biases and norms are not.
+IN_A_BLOCK = {
+    "norm1.weight": False, "norm1.bias": False, "attn.qkv.weight": True, "attn.qkv.bias": False,
+    "attn.proj.weight": True, "attn.proj.bias": False, "norm2.weight": False, "norm2.bias": False,
+    "mlp.fc1.weight": True, "mlp.fc1.bias": False, "mlp.fc2.weight": True, "mlp.fc2.bias": False,
+}  # fmt: skip
+
+
+def test_every_parameter_of_vit_b_has_the_published_scale_and_decay() -> None:
+    with torch.device("meta"):
+        model = build_classifier("mrmae_vit_base_patch16", 1000)
+    groups = parameter_groups(model, 0.05, layer_ids(model)[0], layer_decay=0.65)
+    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    names = {name.removeprefix("encoder."): found[id(p)] for name, p in model.named_parameters()}
+    expected = {
+        "cls_token": (BEFORE, 0.0), "pos_embed": (BEFORE, 0.0),
+        "patch_embed.proj.weight": (BEFORE, 0.05), "patch_embed.proj.bias": (BEFORE, 0.0),
+        "fc_norm.weight": (AFTER, 0.0), "fc_norm.bias": (AFTER, 0.0),
+        "head.weight": (AFTER, 0.05), "head.bias": (AFTER, 0.0),
+    } | {
+        f"blocks.{i}.{name}": (scale, 0.05 if decayed else 0.0)
+        for i, scale in enumerate(BLOCKS) for name, decayed in IN_A_BLOCK.items()
+    }  # fmt: skip
+    assert names.keys() == expected.keys()
+    assert len(expected) == 8 + 12 * 12
+    for name, (scale, decay) in expected.items():
+        assert names[name] == (pytest.approx(scale, rel=1e-10), decay), name
+
+
+def test_the_fine_tuning_schedule_of_vit_b_is_the_published_one() -> None:
+    """MAE's by the fractional epoch: lr·e/5, then min + (lr - min)·½(1 + cos π(e - 5)/95); lr = blr·batch/256."""
+    per_epoch = 1_281_167 // 1024
+    config = OptimConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65)
+    schedule = CosineSchedule(config.peak_lr(1024), config.min_lr, 5 * per_epoch, 100 * per_epoch)
+    for step in range(0, 100 * per_epoch, 997):
+        epoch = step / per_epoch
+        cosine = 1e-6 + (2e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * (epoch - 5) / 95))
+        assert schedule(step) == pytest.approx(2e-3 * epoch / 5 if epoch < 5 else cosine, rel=1e-12)

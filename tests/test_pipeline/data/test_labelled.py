@@ -1,0 +1,101 @@
+"""Labelled sets: how two of them are found and matched, and what is refused in one line."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.images import DataConfig
+from pipeline.data.labelled import LabelledDataset, match_classes, open_labelled, open_splits
+from pipeline.errors import ConfigError, DataError
+
+
+def tree(root: Path, *classes: str, images: int = 2) -> DataConfig:
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for number in range(images):
+            Image.new("RGB", (12, 10), (number, 0, 0)).save(root / name / f"{number}.png")
+    return DataConfig(path=str(root), workers=0)
+
+
+def tars(path: Path, labels: list[str | None]) -> DataConfig:
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 10)).save(buffer, "PNG")
+    with tarfile.open(path, "w") as tar:
+        for number, label in enumerate(labels):
+            for suffix, content in ((".png", buffer.getvalue()), (".cls", label and label.encode())):
+                if content is not None:
+                    info = tarfile.TarInfo(f"{number:03d}{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return DataConfig(path=str(path), workers=0)
+
+
+def test_a_folder_of_train_and_val(tmp_path: Path) -> None:
+    """As torchvision's sets lie. A limit is the training set's."""
+    tree(tmp_path / "train", "cat", "dog", images=3)
+    tree(tmp_path / "val", "cat", "dog")
+    train, val, classes = open_splits(DataConfig(path=str(tmp_path), limit=4))
+    assert (len(train), len(val), classes, train.classes) == (4, 4, 2, ("cat", "dog"))
+
+
+def test_validation_may_lack_classes_and_its_labels_still_mean_the_same(tmp_path: Path) -> None:
+    train, val, classes = open_splits(tree(tmp_path / "a", "ant", "bee", "cat"), tree(tmp_path / "b", "cat"))
+    assert classes == 3
+    assert val.labels.tolist() == [2, 2]
+    assert val.classes == train.classes
+
+
+def test_tars_by_number(tmp_path: Path) -> None:
+    train, val, classes = open_splits(tars(tmp_path / "a.tar", ["0", "2", "1"]), tars(tmp_path / "b.tar", ["1"]))
+    assert (train.labels.tolist(), val.labels.tolist(), classes) == ([0, 2, 1], [1], 3)
+
+
+def test_training_views_and_central_crops(tmp_path: Path) -> None:
+    source = open_labelled("data.path", tree(tmp_path, "cat", "dog"))
+    batch = LabelledDataset(source, 8, crop=1.0).__getitems__([(0, 0), (0, 3)])
+    assert (batch.images.shape, batch.labels.tolist()) == ((2, 3, 8, 8), [0, 1])
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    good = tree(tmp_path / "good", "cat", "dog")
+    one = tree(tmp_path / "one", "cat")
+    strange = tree(tmp_path / "strange", "cat", "emu", "fox", "gnu", "hen")
+    flat = DataConfig(path=str(tmp_path / "good/cat"))
+    whole = DataConfig(path=str(tmp_path / "whole"))
+    tree(tmp_path / "whole/train", "cat", "dog")
+    tree(tmp_path / "whole/val", "cat", "dog")
+    numbers = tars(tmp_path / "numbers.tar", ["0", "1"])
+    cases = [
+        (good, DataConfig(path=str(tmp_path / "no")), DataError, "val.path: no such file or folder: .*no"),
+        (good, None, ConfigError, "'val.path' is missing"),
+        (flat, good, DataError, "data.path=.*cat holds images but no class folders"),
+        (good, flat, DataError, "val.path=.*cat holds images but no class folders"),
+        (one, one, DataError, "one class alone"),
+        (good, strange, DataError, "different classes than data.path: it lacks emu, fox, gnu and 1 more"),
+        (whole, good, DataError, "holds train/ and val/: leave val.path out"),
+        (numbers, tars(tmp_path / "high.tar", ["0", "7"]), DataError, "label 7, out of range: .* up to 1 only"),
+        (tars(tmp_path / "gap.tar", ["0", "900"]), numbers, DataError, "label 900, but .* only 2 images of 2 classes"),
+        (tars(tmp_path / "some.tar", ["0", None]), numbers, DataError, "has no class: give a class-folder tree"),
+        (tars(tmp_path / "minus.tar", ["0", "-4"]), numbers, DataError, "has no class"),
+        (tars(tmp_path / "word.tar", ["0", "cat"]), numbers, DataError, "not a sound WebDataset tar"),
+        (numbers, tars(tmp_path / "none.tar", [None]), DataError, "none.tar/000.png has no class"),
+    ]
+    for train, val, kind, message in cases:
+        with pytest.raises(kind, match=message) as caught:
+            open_splits(train, val)
+        assert "\n" not in str(caught.value)
+
+
+def test_known_classes_are_those_of_training(tmp_path: Path) -> None:
+    """As evaluation alone has them: from a checkpoint, without the training images."""
+    val = open_labelled("val.path", tree(tmp_path, "cat", "dog"))
+    assert match_classes(val, ("ant", "cat", "dog"), 3, "init=RUN").labels.tolist() == [1, 1, 2, 2]
+    np.testing.assert_array_equal(match_classes(val, (), 2, "init=RUN").labels, val.labels)
+    with pytest.raises(DataError, match="different classes than init=RUN: it lacks dog"):
+        match_classes(val, ("cat", "eel"), 2, "init=RUN")
+    with pytest.raises(DataError, match="init=RUN knows labels up to 0 only"):
+        match_classes(val, (), 1, "init=RUN")
