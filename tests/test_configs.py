@@ -62,11 +62,14 @@ def test_the_tiny_imagenet_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run(command, "imagenet_tiny.yaml")
 
 
-def test_the_tiny_imagenette_chain(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["imagenette_tiny.yaml", "imagenette_128_tiny.yaml"])
+def test_the_tiny_imagenette_chains(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
     monkeypatch.setenv("MRMAE_DATA", str(real_data))
     monkeypatch.chdir(tmp_path)
-    for command in ("extract-teacher-features", "pretrain", "knn"):
-        run(command, "imagenette_tiny.yaml")
+    for command in (name for name in OmegaConf.load(FOLDER / file) if name in CLASSES):
+        run(command, file)
 
 
 def test_the_tiny_ablation(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,14 @@ from stages.benchmark_extract import BenchmarkExtractConfig
 from stages.benchmark_pretrain import BenchmarkPretrainConfig
 from stages.benchmark_student import BenchmarkStudentConfig
 from stages.demo import DemoConfig
+from stages.export import ExportConfig
 from stages.extract_teacher_features import ExtractConfig
 from stages.finetune import FinetuneConfig
 from stages.knn import KnnConfig
 from stages.linear_probe import LinearProbeConfig
 from stages.plan import PlanConfig
 from stages.pretrain import PretrainConfig
+from stages.visualize import VisualizeConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -31,6 +33,8 @@ CONFIGS: dict[str, type[Config]] = {
     "finetune": FinetuneConfig,
     "knn": KnnConfig,
     "linear-probe": LinearProbeConfig,
+    "visualize": VisualizeConfig,
+    "export": ExportConfig,
     "demo": DemoConfig,
     "plan": PlanConfig,
     "ablate": AblateConfig,

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from stages import extract_teacher_features
+from stages import extract_teacher_features, finetune, pretrain
 from stages.extract_teacher_features import ExtractConfig
 from stages.pretrain import PretrainConfig
 
@@ -67,3 +68,49 @@ def make_cache(image_tree: Path, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+ENCODER = {key: value for key, value in MICRO.items() if not key.startswith("decoder_")}
+PLAIN = {"rand_augment": None, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "smoothing": 0.0, "hflip": 0.0}
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that differ in colour: learnable in seconds."""
+    root = tmp_path_factory.mktemp("colours")
+    for number in range(36):
+        label, rest = number % 3, number * 5
+        folder = root / ("val" if number >= 24 else "train") / ("red", "green", "blue")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixel = tuple(200 - rest % 60 if channel == label else 30 + rest % 40 for channel in range(3))
+        Image.new("RGB", (64, 64), pixel).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def student_run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-trained micro student."""
+    root = tmp_path_factory.mktemp("student")
+    extract_teacher_features.run(extract_config(colours / "train", root / "cache", cache__max_nmse=1.0))
+    data = {"path": str(colours / "train"), "workers": 0}
+    pretrain.run(pretrain_config(root / "student", data=data, cache={"path": str(root / "cache")}))
+    return root / "student"
+
+
+def sets(colours: Path) -> dict[str, Any]:
+    return {name: {"path": str(colours / folder), "workers": 0} for name, folder in (("data", "train"), ("val", "val"))}
+
+
+def finetune_config(colours: Path, output: Path, **changes: Any) -> finetune.FinetuneConfig:
+    keys = {
+        **sets(colours),
+        "output": str(output),
+        "image_size": 64,
+        "augment": PLAIN,
+        "optim": {"lr": 3e-3, "warmup_epochs": 0},
+        "drop_path": 0.0,
+        "batch_size": 8,
+        "max_steps": 30,
+        "tensorboard": False,
+    }
+    return finetune.FinetuneConfig.model_validate({**keys, **changes})

@@ -6,61 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CheckpointError, ConfigError, DataError
-from stages import extract_teacher_features, finetune, knn, linear_probe, pretrain
-from tests.test_stages.conftest import MICRO, TEACHER, extract_config, pretrain_config
-
-ENCODER = {key: value for key, value in MICRO.items() if not key.startswith("decoder_")}
-PLAIN = {"rand_augment": None, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "smoothing": 0.0, "hflip": 0.0}
+from stages import finetune, knn, linear_probe, pretrain
+from tests.test_stages.conftest import ENCODER, MICRO, TEACHER, finetune_config, pretrain_config, sets
 
 
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes that differ in colour: learnable in seconds."""
-    root = tmp_path_factory.mktemp("colours")
-    for number in range(36):
-        label, rest = number % 3, number * 5
-        folder = root / ("val" if number >= 24 else "train") / ("red", "green", "blue")[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixel = tuple(200 - rest % 60 if channel == label else 30 + rest % 40 for channel in range(3))
-        Image.new("RGB", (64, 64), pixel).save(folder / f"{number}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pre-trained micro student."""
-    root = tmp_path_factory.mktemp("run")
-    extract_teacher_features.run(extract_config(colours / "train", root / "cache", cache__max_nmse=1.0))
-    data = {"path": str(colours / "train"), "workers": 0}
-    pretrain.run(pretrain_config(root / "student", data=data, cache={"path": str(root / "cache")}))
-    return root / "student"
-
-
-def sets(colours: Path) -> dict[str, Any]:
-    return {name: {"path": str(colours / folder), "workers": 0} for name, folder in (("data", "train"), ("val", "val"))}
-
-
-def finetune_config(colours: Path, output: Path, **changes: Any) -> finetune.FinetuneConfig:
-    keys = {
-        **sets(colours),
-        "output": str(output),
-        "image_size": 64,
-        "augment": PLAIN,
-        "optim": {"lr": 3e-3, "warmup_epochs": 0},
-        "drop_path": 0.0,
-        "batch_size": 8,
-        "max_steps": 30,
-        "tensorboard": False,
-    }
-    return finetune.FinetuneConfig.model_validate({**keys, **changes})
-
-
-def test_finetune_from_a_run_learns_and_keeps_the_best(colours: Path, run: Path, tmp_path: Path) -> None:
-    facts = finetune.run(finetune_config(colours, tmp_path / "out", init=str(run)))
+def test_finetune_from_a_run_learns_and_keeps_the_best(colours: Path, student_run: Path, tmp_path: Path) -> None:
+    facts = finetune.run(finetune_config(colours, tmp_path / "out", init=str(student_run)))
     assert facts["top1"] > 0.9
     assert facts["top5"] == 1.0
     record = json.loads((tmp_path / "out/checkpoints/best/checkpoint.json").read_text())
@@ -114,8 +68,8 @@ def test_an_average_is_what_is_measured_and_kept(colours: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("subject", ["init", "student", "teacher", "pixels"])
-def test_knn_and_probe_take_every_subject(colours: Path, run: Path, tmp_path: Path, subject: str) -> None:
-    value: Any = {"init": str(run), "student": MICRO, "teacher": TEACHER, "pixels": True}[subject]
+def test_knn_and_probe_take_every_subject(colours: Path, student_run: Path, tmp_path: Path, subject: str) -> None:
+    value: Any = {"init": str(student_run), "student": MICRO, "teacher": TEACHER, "pixels": True}[subject]
     keys = {**sets(colours), "image_size": 64, subject: value, "output": str(tmp_path)}
     near = knn.run(knn.KnnConfig.model_validate({**keys, "k": 3}))
     # LARS moves the weights by a share of their length: so few steps want large rates.
@@ -128,12 +82,31 @@ def test_knn_and_probe_take_every_subject(colours: Path, run: Path, tmp_path: Pa
     assert written["linear_probe"]["top1"] == probe["top1"]
 
 
+def test_the_second_command_reads_what_the_first_one_kept(
+    colours: Path, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {**sets(colours), "init": str(student_run), "output": str(tmp_path), "k": 3}
+    first = knn.run(knn.KnnConfig.model_validate(keys))
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("pipeline.frozen.extract_features", refuse)
+    assert knn.run(knn.KnnConfig.model_validate(keys)) == first
+    probe = {key: value for key, value in keys.items() if key != "k"}
+    linear_probe.run(linear_probe.LinearProbeConfig.model_validate({**probe, "epochs": 1}))
+    for changes in ({"crop": 0.5}, {"init": None, "student": MICRO}, {"data": {**keys["data"], "limit": 9}}):
+        with pytest.raises(AssertionError, match="computed again"):
+            knn.run(knn.KnnConfig.model_validate({**keys, **changes}))
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_init_takes_a_lone_file_by_the_reference_codes_names(
-    colours: Path, run: Path, tmp_path: Path, suffix: str
+    colours: Path, student_run: Path, tmp_path: Path, suffix: str
 ) -> None:
     """As people hold public checkpoints: without a description, so `student` has to say what it is."""
-    state = load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
+    state = load_file(max((student_run / "checkpoints").iterdir()) / "model.safetensors")
     public = {name: value for name, value in state.items() if not name.startswith("mimic")}
     assert {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "decoder_pred.bias"} <= set(public)
     file = tmp_path / f"public{suffix}"
@@ -142,14 +115,14 @@ def test_init_takes_a_lone_file_by_the_reference_codes_names(
     else:
         save_file(public, file)
     keys = {**sets(colours), "image_size": 64, "init": str(file)}
-    known = knn.run(knn.KnnConfig.model_validate({**sets(colours), "image_size": 64, "init": str(run)}))
+    known = knn.run(knn.KnnConfig.model_validate({**sets(colours), "image_size": 64, "init": str(student_run)}))
     assert knn.run(knn.KnnConfig.model_validate({**keys, "student": MICRO})) == known
     with pytest.raises(ConfigError, match="doesn't say what it is"):
         knn.run(knn.KnnConfig.model_validate(keys))
     assert finetune.run(finetune_config(colours, tmp_path / "tuned", init=str(file), student=ENCODER))["top1"] > 0.9
     data = {"path": str(colours / "train"), "workers": 0}
     pretrain.run(
-        pretrain_config(tmp_path / "more", data=data, cache={"path": str(run.parent / "cache")}, init=str(file))
+        pretrain_config(tmp_path / "more", data=data, cache={"path": str(student_run.parent / "cache")}, init=str(file))
     )
 
 
@@ -163,10 +136,10 @@ def test_init_takes_a_lone_file_by_the_reference_codes_names(
     ],
 )
 def test_finetune_refuses_what_does_not_fit(
-    colours: Path, run: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+    colours: Path, student_run: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        finetune.run(finetune_config(colours, tmp_path / "out", **{"init": str(run), **changes}))
+        finetune.run(finetune_config(colours, tmp_path / "out", **{"init": str(student_run), **changes}))
 
 
 def test_classes_must_agree(colours: Path, image_tree: Path, tmp_path: Path) -> None:
@@ -174,14 +147,14 @@ def test_classes_must_agree(colours: Path, image_tree: Path, tmp_path: Path) -> 
     keys = sets(colours)
     with pytest.raises(DataError, match="different classes"):
         finetune.run(finetune_config(colours, tmp_path / "a", student=ENCODER, val={"path": str(image_tree)}))
-    with pytest.raises(DataError, match="holds 0 class"):
+    with pytest.raises(DataError, match="no class folders"):
         finetune.run(finetune_config(colours, tmp_path / "b", student=ENCODER, data=flat, val=flat))
     with pytest.raises(DataError, match="different classes"):
         knn.run(knn.KnnConfig.model_validate({**keys, "val": {"path": str(image_tree)}, "student": MICRO}))
 
 
-def test_one_subject_at_a_time(colours: Path, run: Path) -> None:
+def test_one_subject_at_a_time(colours: Path, student_run: Path) -> None:
     with pytest.raises(ValueError, match="give one of init"):
-        knn.KnnConfig.model_validate({**sets(colours), "init": str(run), "pixels": True})
+        knn.KnnConfig.model_validate({**sets(colours), "init": str(student_run), "pixels": True})
     with pytest.raises(ConfigError, match="give init=CHECKPOINT"):
         knn.run(knn.KnnConfig.model_validate(sets(colours)))

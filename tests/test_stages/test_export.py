@@ -1,0 +1,131 @@
+"""export: what timm and ONNX Runtime make of it, without this project; and a ConvViT's two files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+import stages.export
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.models import Classifier, Student, build_classifier, build_student, save_weights
+from stages.export import ExportConfig
+
+SIZES = {"image_size": [64, 64], "dim": 48, "depth": 2, "num_heads": 3}
+DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "objective": "mae"}
+TIMM_ALONE = """
+import sys, timm, torch
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+images = torch.load(sys.argv[2], weights_only=True)
+with torch.inference_mode():
+    tokens = model.fc_norm(model.forward_features(images)[:, model.num_prefix_tokens:])
+    torch.save({"tokens": tokens, "output": model(images)}, sys.argv[3])
+assert not {"pipeline", "stages", "cli"} & set(sys.modules)
+config = timm.data.resolve_data_config({}, model=model)
+assert tuple(config["mean"]) == (0.485, 0.456, 0.406) and config["input_size"] == (3, 64, 64), config
+"""
+
+
+def checkpoint(folder: Path, kind: str, name: str) -> Student | Classifier:
+    torch.manual_seed(0)
+    model: Student | Classifier
+    if kind == "student":
+        model = build_student(name, **SIZES, **DECODER)
+    else:
+        model = build_classifier(name, 7, pool=kind, **SIZES)
+        torch.nn.init.normal_(model.head.weight)
+    for parameter in model.parameters():  # norms and tokens at their start would hide a mix-up
+        torch.nn.init.normal_(parameter.data, std=0.2) if parameter.ndim == 1 else None
+    folder.mkdir(parents=True)
+    save_weights(model, folder)
+    return model.eval()
+
+
+def tokens_of(model: Student | Classifier, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return (model if isinstance(model, Classifier) else model.encoder).forward_tokens(images)
+
+
+@pytest.mark.parametrize("kind", ["student", "mean", "cls"])
+def test_timm_alone_gives_the_same_features(tmp_path: Path, kind: str) -> None:
+    model = checkpoint(tmp_path / "run", kind, "mrmae_vit_tiny_patch16")
+    facts = stages.export.run(ExportConfig(init=tmp_path / "run", output=tmp_path / "out"))
+    images = torch.randn(2, 3, 64, 64)
+    torch.save(images, tmp_path / "images.pt")
+    command = [sys.executable, "-c", TIMM_ALONE, *(str(tmp_path / name) for name in ("out", "images.pt", "seen.pt"))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen, ours = torch.load(tmp_path / "seen.pt", weights_only=True), tokens_of(model, images)
+    assert float(F.cosine_similarity(seen["tokens"], ours, dim=-1).min()) >= 0.99999
+    torch.testing.assert_close(seen["tokens"], ours)
+    with torch.inference_mode():  # logits of a classifier; of a student the mean of its tokens: what k-NN reads
+        expected = model(images) if isinstance(model, Classifier) else ours.mean(1)
+    torch.testing.assert_close(seen["output"], expected)
+    assert facts["cosine"] >= 0.99999
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("kind", ["student", "mean"])
+def test_convvit_is_two_files_that_explain_themselves(tmp_path: Path, kind: str) -> None:
+    model = checkpoint(tmp_path / "run", kind, "mrmae_convvit_small_patch16")
+    facts = stages.export.run(ExportConfig(init=tmp_path / "run", output=tmp_path / "out"))
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert (said["grid"], said["dim"], said["num_classes"]) == ([4, 4], 48, 0 if kind == "student" else 7)
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"]) == said
+        names = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118 - a method of safetensors
+    assert {"patch_embed1", "blocks1", "blocks3", "pos_embed"} <= names
+    assert names & {"head", "decoder_embed", "mask_token"} == ({"head"} if kind == "mean" else set())
+    assert facts["cosine"] >= 0.99999
+    if kind == "student":  # and it starts other stages, as a lone file
+        from pipeline.assembly import load_encoder
+        from pipeline.models.config import StudentConfig
+
+        again = load_encoder(
+            tmp_path / "out/model.safetensors", StudentConfig.model_validate({**said["student"], "image_size": 64})
+        )
+        images = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(tokens_of(again.eval(), images), tokens_of(model, images))
+
+
+@pytest.mark.parametrize("name", ["mrmae_vit_tiny_patch16", "mrmae_convvit_small_patch16"])
+def test_onnx_runtime_gives_the_same_features_at_any_batch_size(tmp_path: Path, name: str) -> None:
+    model = checkpoint(tmp_path / "run", "mean", name)
+    facts = stages.export.run(ExportConfig(init=tmp_path / "run", output=tmp_path / "out", onnx=True))
+    assert facts["onnx_cosine"] >= 0.99999
+    session = onnxruntime.InferenceSession(str(tmp_path / "out/model.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 64, 64)
+        tokens, logits = session.run(["tokens", "logits"], {"images": images.numpy()})
+        np.testing.assert_allclose(tokens, tokens_of(model, images), atol=1e-4)
+        np.testing.assert_allclose(logits, model(images).detach(), atol=1e-4)
+
+
+def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path / "run", "student", "mrmae_vit_tiny_patch16")
+
+    def export(**changes: Any) -> None:
+        stages.export.run(
+            ExportConfig.model_validate({"init": tmp_path / "run", "output": tmp_path / "out", **changes})
+        )
+
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export(init=tmp_path / "absent")
+    with pytest.raises(ConfigError, match="is there already"):
+        export(output=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.export, "_FAITHFUL", 1.1)
+        with pytest.raises(CheckpointError, match="the exported features differ"):
+            export()
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"pip install 'mrmae\[onnx\]'"):
+            export(onnx=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

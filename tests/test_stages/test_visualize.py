@@ -1,0 +1,91 @@
+"""visualize: every kind of checkpoint, image and teacher gives a picture of what is there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from stages import finetune, pretrain, visualize
+from stages.visualize import VisualizeConfig
+from tests.test_stages.conftest import ENCODER, TEACHER, finetune_config, pretrain_config
+
+
+def config(init: Path, output: Path, **changes: Any) -> VisualizeConfig:
+    return VisualizeConfig.model_validate({"init": str(init), "output": str(output), "count": 2, **changes})
+
+
+def columns(facts: dict[str, Any]) -> str:
+    return " | ".join(name.split(" (")[0] for name in facts["columns"])
+
+
+WHOLE = (
+    "input | masked input | reconstruction | teacher's attention | student's attention | teacher's features | "
+    "student's features"
+)
+
+
+def test_from_the_cache_it_learned_from(student_run: Path, colours: Path, tmp_path: Path) -> None:
+    data = {"path": str(colours / "train"), "workers": 0}
+    cache = {"path": str(student_run.parent / "cache")}
+    facts = visualize.run(config(student_run, tmp_path / "a.png", data=data, cache=cache))
+    assert columns(facts) == WHOLE
+    assert "drawn by attention" in facts["columns"][1]
+    with Image.open(facts["picture"]) as picture:
+        assert picture.width > 2 * picture.height  # seven columns, two rows
+
+
+def test_a_webdataset_cache_brings_its_images(cache: Path, image_tree: Path, tmp_path: Path) -> None:
+    data = {"path": str(image_tree), "workers": 0}
+    pretrain.run(pretrain_config(tmp_path / "run", data=data, cache={"path": str(cache)}, max_steps=1))
+    keys = {} if cache.name == "webdataset" else {"data": data}
+    facts = visualize.run(
+        config(tmp_path / "run", tmp_path / "a.png", cache={"path": str(cache)}, samples=[3, 1], **keys)
+    )
+    assert columns(facts) == WHOLE
+
+
+def test_image_files_and_a_live_teacher(student_run: Path, colours: Path, tmp_path: Path) -> None:
+    files = [str(file) for file in sorted(colours.glob("val/*/*.png"))[:2]]
+    facts = visualize.run(config(student_run, tmp_path / "a.png", images=files, teacher=TEACHER, focus="top-k"))
+    assert columns(facts) == WHOLE
+    alone = visualize.run(config(student_run, tmp_path / "b.png", images=files))
+    assert columns(alone) == "input | masked input | reconstruction | student's attention | student's features"
+    assert "drawn at random" in alone["columns"][1]
+
+
+def test_a_classifier_reconstructs_nothing(colours: Path, tmp_path: Path) -> None:
+    finetune.run(finetune_config(colours, tmp_path / "run", student=ENCODER, max_steps=1))
+    facts = visualize.run(
+        VisualizeConfig.model_validate({"init": str(tmp_path / "run"), "data": {"path": str(colours / "val")}})
+    )
+    assert columns(facts) == "input | student's attention | student's features"
+    assert "mean query" in facts["columns"][1]
+    assert facts["picture"] == str(tmp_path / "run/visualize.png")  # a run folder keeps its own pictures
+
+
+def test_what_is_refused(student_run: Path, colours: Path, image_tree: Path, tmp_path: Path) -> None:
+    data, cache = {"path": str(colours / "train")}, {"path": str(student_run.parent / "cache")}
+    (tmp_path / "torn.jpg").write_bytes(b"no image")
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"images": ["/absent.jpg"]}, DataError, "/absent.jpg: No such file"),
+        ({"images": [str(tmp_path / "torn.jpg")]}, DataError, "torn.jpg: not a readable image"),
+        ({"data": data, "samples": [99]}, ConfigError, "samples=99: there are samples 0 to 23"),
+        ({"data": data, "focus": "sampled"}, ConfigError, "focus=sampled needs a teacher with attention"),
+        ({"data": {"path": str(image_tree)}, "cache": cache}, ConfigError, "the cache was not made of"),
+        ({"data": data, "init": "/absent"}, CheckpointError, "/absent does not exist"),
+        (
+            {"data": data, "init": str(max((student_run / "checkpoints").iterdir())), "output": None},
+            ConfigError,
+            "give output",
+        ),
+    ]
+    for changes, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            visualize.run(
+                VisualizeConfig.model_validate({"init": str(student_run), "output": str(tmp_path / "x.png"), **changes})
+            )
+    for keys in ({}, {"images": ["a.jpg"], "data": data}, {"cache": cache, "data": data, "teacher": TEACHER}):
+        with pytest.raises(ValueError, match=r"give either images|brings its own teacher"):
+            VisualizeConfig.model_validate({"init": "x", **keys})
