@@ -41,7 +41,7 @@ from pipeline.evaluation.records import write_record
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
 from pipeline.models.config import StudentConfig
 from pipeline.processes import processes
-from pipeline.progress import track
+from pipeline.progress import Progress
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
@@ -239,14 +239,15 @@ def _accuracies(
     """Top-1 and top-5 of each model and, if they are several, of the mean of their logits, over all processes."""
     here = processes()
     hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=here.device)
-    batches = evaluation_batches(val, size, crop, workers, here.process_index, here.num_processes)
-    for batch in track(batches, -(-len(val) // (128 * here.num_processes)), "evaluate", "batch"):
-        moved = batch.to(here.device)
-        logits = [model(normalise(moved.images)).float() for model in models]
-        rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
-        for row, scores in enumerate(rows):
-            shares = topk_accuracy(scores, moved.labels, (1, 5))
-            count = len(moved.labels)
-            hits[row] += torch.tensor([shares["top1"] * count, shares["top5"] * count, count], device=here.device)
-    total = reduce(hits, "sum")
-    return [{"top1": float(row[0] / row[2]), "top5": float(row[1] / row[2])} for row in total]
+    total = -(-len(val) // (128 * here.num_processes))
+    with Progress(total, "evaluate", "batch", show=here.is_main_process) as progress:
+        for batch in evaluation_batches(val, size, crop, workers, here.process_index, here.num_processes):
+            moved = batch.to(here.device)
+            logits = [model(normalise(moved.images)).float() for model in models]
+            rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
+            for row, scores in enumerate(rows):
+                shares, count = topk_accuracy(scores, moved.labels, (1, 5)), len(moved.labels)
+                hits[row] += torch.tensor([shares["top1"] * count, shares["top5"] * count, count], device=here.device)
+            progress.advance()
+    sums = reduce(hits, "sum")
+    return [{"top1": float(row[0] / row[2]), "top5": float(row[1] / row[2])} for row in sums]

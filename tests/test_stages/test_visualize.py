@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.models import build_student, save_weights
 from stages import finetune, pretrain, visualize
 from stages.visualize import VisualizeConfig
 from tests.test_stages.conftest import ENCODER, TEACHER, finetune_config, pretrain_config
@@ -63,6 +64,17 @@ def test_a_classifier_reconstructs_nothing(colours: Path, tmp_path: Path) -> Non
     assert columns(facts) == "input | student's attention | student's features"
     assert "mean query" in facts["columns"][1]
     assert facts["picture"] == str(tmp_path / "run/visualize.png")  # a run folder keeps its own pictures
+
+
+def test_a_student_without_a_class_token_is_asked_for_its_mean_query(colours: Path, tmp_path: Path) -> None:
+    sizes = {"image_size": 64, "dim": 48, "depth": 1, "num_heads": 3}
+    decoder = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+    (tmp_path / "start").mkdir()
+    save_weights(build_student("mrmae_convvit_small_patch16", **sizes, **decoder, objective="mae"), tmp_path / "start")
+    facts = visualize.run(config(tmp_path / "start", tmp_path / "a.png", data={"path": str(colours / "val")}))
+    assert columns(facts) == "input | masked input | reconstruction | student's attention | student's features"
+    assert facts["columns"][3] == "student's attention (mean query)"
+    assert facts["pixel_loss"] > 0
 
 
 def test_what_is_refused(student_run: Path, colours: Path, image_tree: Path, tmp_path: Path) -> None:
