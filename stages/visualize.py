@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from pipeline.assembly import load_encoder, load_teacher
 from pipeline.cache import open_cache
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, decode, open_images
-from pipeline.data.labelled import LabelledDataset
 from pipeline.data.loader import PretrainDataset
 from pipeline.data.views import ViewConfig, center_view, render, to_chw, view_of_epoch
 from pipeline.errors import ConfigError, DataError
@@ -158,14 +157,14 @@ def _cached(config: VisualizeConfig, size: int) -> Shown:
 def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
     """Central crops of image files or of a data set, looked at by a live teacher if one is named."""
     if config.images:
-        images = torch.from_numpy(np.stack([_read(path, config.crop, size) for path in config.images]))
         names = [path.name for path in config.images]
+        files = [_read(path) for path in config.images]
     else:
         assert config.data is not None
         source = open_images(config.data.path, config.data.limit)
         chosen = _chosen(config, list(range(len(source))), len(source))
-        images = LabelledDataset(source, size, crop=config.crop).__getitems__([(0, index) for index in chosen]).images
-        names = [source.key(index) for index in chosen]
+        names, files = [source.key(index) for index in chosen], [source.read(index) for index in chosen]
+    images = to_chw([_crop(name, file, config.crop, size) for name, file in zip(names, files, strict=True)])
     if config.teacher is None:
         return Shown(images, names, None)
     teacher = load_teacher(config.teacher, device)
@@ -180,14 +179,19 @@ def _chosen(config: VisualizeConfig, available: list[int], length: int) -> list[
     return list(config.samples) or [available[place * len(available) // count] for place in range(count)]
 
 
-def _read(path: Path, crop: float, size: int) -> NDArray[np.uint8]:
+def _read(path: Path) -> bytes:
     try:
-        image = decode(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"images: {path}: {error.strerror or error}") from error
+
+
+def _crop(name: str, file: bytes, crop: float, size: int) -> Image.Image:
+    try:
+        image = decode(file)
     except DataError as error:
-        raise DataError(f"images: {path}: {error}") from error
-    return to_chw(render(image, center_view(image.height, image.width, crop), size))
+        raise DataError(f"image {name}: {error}") from error
+    return render(image, center_view(image.height, image.width, crop), size)
 
 
 def _output(config: VisualizeConfig) -> Path:

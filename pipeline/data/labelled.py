@@ -62,9 +62,7 @@ def open_labelled(key: str, data: DataConfig) -> ImageSource:
         raise DataError(f"{key}={data.path} holds images but no class folders: give a folder of one folder a class")
     if {"train", "val"} <= set(source.classes):
         raise DataError(f"{key}={data.path} holds train/ and val/: leave val.path out, or give the two as paths")
-    if (source.labels < 0).any():
-        unlabelled = source.key(int(np.argmin(source.labels)))
-        raise DataError(f"{unlabelled} has no class: give a class-folder tree, or tars with KEY.cls beside KEY.jpg")
+    _check_labelled(source)
     return source
 
 
@@ -90,6 +88,12 @@ def match_classes(val: ImageSource, classes: tuple[str, ...], num_classes: int, 
             f"{num_classes - 1} only; give validation images of the same classes"
         )
     return val
+
+
+def _check_labelled(source: ImageSource) -> None:
+    if (source.labels < 0).any():
+        unlabelled = source.key(int(np.argmin(source.labels)))
+        raise DataError(f"{unlabelled} has no class: give a class-folder tree, or tars with KEY.cls beside KEY.jpg")
 
 
 def _split_folder(data: DataConfig) -> tuple[DataConfig, DataConfig]:
@@ -120,6 +124,9 @@ class LabelledDataset:
     """Training views when `views` is given (a random resized crop, a flip, then `augment`), else central crops.
 
     `crop` is the central square's share of the shorter side: 0.875 is 224 out of 256, 1.0 suits images cut already.
+
+    Raises:
+        DataError: an image of the source has no class.
     """
 
     def __init__(
@@ -131,6 +138,7 @@ class LabelledDataset:
         views: ViewConfig | None = None,
         augment: Augment | None = None,
     ) -> None:
+        _check_labelled(source)
         self.source, self.image_size, self.crop = source, image_size, crop
         self.views, self.augment = views, augment
 
