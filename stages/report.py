@@ -114,7 +114,7 @@ def _overview(root: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Ta
                 _number(last.get("memory_gib")),
             ]
         )
-    columns = ["run", "steps", "epochs", "last loss", "images/s (median)", "waiting for data", "trained for", "memory, GiB"]
+    columns = ["run", "steps", "epochs", "last loss", "images/s (median)", "waiting", "trained for", "memory, GiB"]
     return Table("Training", columns, rows, "No training in this folder.")
 
 

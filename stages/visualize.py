@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
@@ -164,7 +164,8 @@ def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
         source = open_images(config.data.path, config.data.limit)
         chosen = _chosen(config, list(range(len(source))), len(source))
         names, files = [source.key(index) for index in chosen], [source.read(index) for index in chosen]
-    images = to_chw([_crop(name, file, config.crop, size) for name, file in zip(names, files, strict=True)])
+    crops = [_crop(name, file, config.crop, size) for name, file in zip(names, files, strict=True)]
+    images = to_chw(np.stack(crops))
     if config.teacher is None:
         return Shown(images, names, None)
     teacher = load_teacher(config.teacher, device)
@@ -186,12 +187,12 @@ def _read(path: Path) -> bytes:
         raise DataError(f"images: {path}: {error.strerror or error}") from error
 
 
-def _crop(name: str, file: bytes, crop: float, size: int) -> Image.Image:
+def _crop(name: str, file: bytes, crop: float, size: int) -> NDArray[np.uint8]:
     try:
         image = decode(file)
     except DataError as error:
         raise DataError(f"image {name}: {error}") from error
-    return render(image, center_view(image.height, image.width, crop), size)
+    return np.asarray(render(image, center_view(image.height, image.width, crop), size))
 
 
 def _output(config: VisualizeConfig) -> Path:
