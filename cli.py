@@ -177,6 +177,22 @@ def finetune(config: Path | None, overrides: tuple[str, ...], evaluation: bool) 
         _print_facts(run(load_config(FinetuneConfig, config, overrides, "finetune")))
 
 
+@main.command("detect")
+@configured
+@click.option("--eval", "eval_only", is_flag=True, help="Score the run's newest checkpoint, or checkpoint=PATH.")
+def detect(config: Path | None, overrides: tuple[str, ...], eval_only: bool) -> None:
+    """Train Mask R-CNN on a pre-trained checkpoint (init=RUN), or from scratch (student.name=...).
+
+    Reads annotated images in COCO's format (data.train.images, data.train.annotations, the same for data.val). Writes
+    to output as finetune does, and checkpoints/best by box AP; --eval writes evaluation.json, predictions.json and,
+    with pictures=N, predictions.png. Prints box and mask AP. Costs many times a fine-tuning: see docs/detection.md.
+    """
+    from pipeline.config import load_config
+    from stages.detect import DetectConfig, run
+
+    _print_facts(run(load_config(DetectConfig, config, overrides, "detect"), eval_only=eval_only))
+
+
 @main.command("linear-probe")
 @configured
 def linear_probe(config: Path | None, overrides: tuple[str, ...]) -> None:

@@ -32,8 +32,8 @@ C = TypeVar("C", bound=Config)
 
 # A file with one of these at its root describes a chain; no command has a key of such a name.
 _SECTIONS = frozenset(
-    {"extract-teacher-features", "pretrain", "finetune", "knn", "linear-probe", "visualize", "export", "demo", "plan"}
-    | {"ablate"}
+    {"extract-teacher-features", "pretrain", "finetune", "detect", "knn", "linear-probe", "visualize", "export"}
+    | {"demo", "plan", "ablate"}
 )
 
 

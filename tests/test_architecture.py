@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMPOSING = {"demo"}  # stages that are made of other stages
 CONFIG = {"config", "errors", "processes", "progress"}  # modules of pipeline/ that any wing may use
-WINGS = {"data", "teachers", "cache", "models", "training", "evaluation"}
+WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection"}
 
 
 def imports_of(file: Path) -> set[str]:
@@ -52,6 +52,12 @@ def test_stages_do_not_import_each_other(file: Path) -> None:
 def test_wings_that_stand_alone(wing: str) -> None:
     for file in files(f"pipeline/{wing}"):
         assert wings_of(file) <= {wing}, file
+
+
+def test_detection_knows_only_data() -> None:
+    """Images and random numbers; the encoder is handed to it."""
+    for file in files("pipeline/detection"):
+        assert wings_of(file) <= {"detection", "data"}, file
 
 
 def test_the_cache_knows_only_errors() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.masking import gather_tokens, scatter_tokens, visible_map, visible_pixels
-from pipeline.models.patches import conv_in_cells, patchify, sincos_positions
+from pipeline.models.patches import as_map, conv_in_cells, patchify, sincos_positions
 from pipeline.models.vit import EncoderOutput, LayerNorm, apply, drop_rates, initialise, run_blocks, transformer
 
 
@@ -91,6 +91,20 @@ class ConvViT(nn.Module):
         """Every patch token of unmasked images [B, 3, H, W], LayerNormed without parameters: [B, L, D]."""
         return self._norm_tokens(self.forward_blocks(images)[0])
 
+    @property
+    def map_dims(self) -> tuple[int, ...]:
+        """Channels of each map of `forward_maps`."""
+        return self.patch_embed2.proj.in_channels, self.patch_embed3.proj.in_channels, self.dim
+
+    def forward_maps(self, images: Tensor) -> list[Tensor]:
+        """The stages' outputs, not normed, of unmasked images [B, 3, H, W]: maps [B, C, f*h, f*w], f = 4, 2, 1."""
+        maps, x = [], images
+        for stage in ("1", "2"):
+            x = self._stage_dense(stage, x, None)
+            maps.append(x)
+        x, _ = self._transformer(_tokens(self.patch_embed3(x)), None)
+        return [*maps, as_map(x, self.grid)]
+
     def _norm_tokens(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (self.dim,), eps=1e-6)
 
@@ -123,13 +137,18 @@ class ConvViT(nn.Module):
     def _stages_dense(self, images: Tensor, ids_keep: Tensor | None, decode: bool) -> tuple[Tensor, list[Tensor]]:
         x, outputs = images, []
         for stage, factor in (("1", 4), ("2", 2)):
-            x = getattr(self, f"patch_embed{stage}")(x)  # [B, C, f*h, f*w]
             mask = None if ids_keep is None else visible_map(ids_keep, self.grid, factor)
-            for block in getattr(self, f"blocks{stage}"):
-                x = apply(block, x, mask, checkpointing=self.gradient_checkpointing)
+            x = self._stage_dense(stage, x, mask)
             if decode:
                 outputs.append(_tokens(getattr(self, f"stage{stage}_output_decode")(x)))
         return _tokens(self.patch_embed3(x)), outputs
+
+    def _stage_dense(self, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One convolution stage on whole maps: [B, C, s*H, s*W] to [B, C', H, W]."""
+        x = getattr(self, f"patch_embed{stage}")(x)
+        for block in getattr(self, f"blocks{stage}"):
+            x = apply(block, x, mask, checkpointing=self.gradient_checkpointing)
+        return x
 
 
 class Conv2d(nn.Conv2d):

@@ -21,6 +21,11 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     return cells.reshape(B, channels, grid[0] * patch, grid[1] * patch)
 
 
+def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens [B, h*w, D], row by row, as a map [B, D, h, w]."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)
+
+
 def conv_in_cells(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Apply a convolution whose stride is its kernel to cells alone: no window of it ever crosses a cell's border.
 

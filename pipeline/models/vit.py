@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.masking import gather_tokens
-from pipeline.models.patches import conv_in_cells, patchify, sincos_positions
+from pipeline.models.patches import as_map, conv_in_cells, patchify, sincos_positions
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -95,6 +95,15 @@ class ViT(nn.Module):
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Every patch token of unmasked images [B, 3, H, W], through `norm`: [B, L, D]."""
         return self.forward(images).tokens
+
+    @property
+    def map_dims(self) -> tuple[int, ...]:
+        """Channels of each map of `forward_maps`."""
+        return (self.dim,)
+
+    def forward_maps(self, images: Tensor) -> list[Tensor]:
+        """The last block's output, not normed, of unmasked images [B, 3, H, W] as one map [B, D, h, w]."""
+        return [as_map(self.forward_blocks(images)[0][:, 1:], self.grid)]
 
 
 class PatchEmbed(nn.Module):

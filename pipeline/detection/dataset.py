@@ -1,0 +1,96 @@
+"""Batches of annotated images for a detector: jittered by (seed, epoch, index) alone, or fitted for evaluation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.data.images import decode
+from pipeline.data.loader import Request, load
+from pipeline.detection.coco import CocoImages
+from pipeline.detection.placement import JitterConfig, draw_placement, fit, place, render
+from pipeline.errors import DataError
+
+
+@dataclass
+class DetectionBatch:
+    """One micro-batch.
+
+    Attributes:
+        images: uint8 [B, 3, S, S], each in the top left corner of its canvas.
+        sizes: (height, width) of what is image on each canvas.
+        original_sizes: of the files.
+        targets: boxes float32 [N, 4] (x1, y1, x2, y2) in canvas pixels, labels int64 [N] and masks uint8 [N, S, S] for
+            each image; empty in evaluation.
+        indices: of the images.
+    """
+
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    original_sizes: list[tuple[int, int]]
+    targets: list[dict[str, Tensor]]
+    indices: list[int]
+
+    def to(self, device: torch.device) -> "DetectionBatch":
+        moved = [{key: value.to(device, non_blocking=True) for key, value in one.items()} for one in self.targets]
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=moved)
+
+    def pin_memory(self) -> "DetectionBatch":
+        pinned = [{key: value.pin_memory() for key, value in one.items()} for one in self.targets]
+        return replace(self, images=self.images.pin_memory(), targets=pinned)
+
+
+class DetectionDataset:
+    """With `jitter` training canvases and their targets, else canvases to detect on.
+
+    Args:
+        canvas: S, pixels.
+        seed: of the jitter.
+    """
+
+    def __init__(self, coco: CocoImages, canvas: int, *, jitter: JitterConfig | None = None, seed: int = 0) -> None:
+        self.coco, self.canvas, self.jitter, self.seed = coco, canvas, jitter, seed
+
+    def __getitems__(self, requests: list[Request]) -> DetectionBatch:
+        canvases, sizes, targets = [], [], []
+        for epoch, index in requests:
+            image = self._image(index)
+            side = {"height": image.height, "width": image.width}
+            if self.jitter is None:
+                placement = fit(**side, canvas=self.canvas)
+            else:
+                placement = draw_placement(self.jitter, self.seed, index, epoch, **side, canvas=self.canvas)
+                boxes, labels, masks = place(self.coco.instances(index), placement, self.canvas, **side)
+                arrays = {"boxes": boxes, "labels": labels, "masks": masks}
+                targets.append({key: torch.from_numpy(value) for key, value in arrays.items()})
+            canvases.append(render(image, placement, self.canvas))
+            sizes.append(placement.size)
+        indices = [index for _, index in requests]
+        originals = [self.coco.size(index) for index in indices]
+        return DetectionBatch(torch.from_numpy(np.stack(canvases)), sizes, originals, targets, indices)
+
+    def _image(self, index: int) -> Image.Image:
+        name = self.coco.name(index)
+        try:
+            image = decode(self.coco.read(index))
+        except DataError as error:
+            raise DataError(f"image {name}: {error}; repair it or take it away") from error
+        if (image.height, image.width) != self.coco.size(index):
+            height, width = self.coco.size(index)
+            raise DataError(
+                f"image {name} has {image.width} × {image.height} pixels, its annotation says {width} × {height}: "
+                "its boxes would not fit; restore the image or mend the annotation file"
+            )
+        return image
+
+
+def evaluation_batches(
+    coco: CocoImages, canvas: int, workers: int, rank: int = 0, processes: int = 1, batch: int = 8
+) -> Iterator[DetectionBatch]:
+    """Every `processes`-th image from `rank` on, in order, the last batch as short as it is."""
+    mine = range(rank, len(coco), processes)
+    requests = [[(0, index) for index in mine[at : at + batch]] for at in range(0, len(mine), batch)]
+    return load(DetectionDataset(coco, canvas), requests, workers)

@@ -1,0 +1,92 @@
+"""Boxes, masks and names drawn onto images, one PNG for a person to look at."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.data.images import decode
+from pipeline.detection.coco import CocoImages
+from pipeline.detection.placement import as_mask
+
+matplotlib.use("Agg")
+
+_COLOURS = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and what is said to be on it.
+
+    Attributes:
+        image: uint8 [H, W, 3].
+        boxes: [N, 4] (x1, y1, x2, y2) pixels.
+        labels: int [N], which choose the colours.
+        names: N texts.
+        masks: [N, H, W], non-zero inside.
+    """
+
+    image: NDArray[np.uint8]
+    boxes: NDArray[Any]
+    labels: NDArray[Any]
+    names: list[str]
+    masks: NDArray[Any]
+
+
+def annotated_scene(coco: CocoImages, index: int) -> Scene:
+    """An image with its annotations, crowds left out."""
+    instances, (height, width) = coco.instances(index), coco.size(index)
+    masks = [as_mask(segment, height, width) for segment in instances.segments]
+    names = [coco.categories[label - 1][1] for label in instances.labels]
+    image = np.asarray(decode(coco.read(index)))
+    stacked = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+    return Scene(image, instances.boxes, instances.labels, names, stacked)
+
+
+def detected_scene(coco: CocoImages, index: int, found: Mapping[str, Tensor], min_score: float) -> Scene:
+    """An image with a detector's findings (`Detector.detect`) of at least that score."""
+    sure = (found["scores"] >= min_score).cpu()
+    kept = {key: value.cpu()[sure].numpy() for key, value in found.items()}
+    names = [
+        f"{coco.categories[label - 1][1]} {score:.2f}"
+        for label, score in zip(kept["labels"], kept["scores"], strict=True)
+    ]
+    return Scene(np.asarray(decode(coco.read(index))), kept["boxes"], kept["labels"], names, kept["masks"])
+
+
+def draw_scenes(path: Path, columns: Mapping[str, Sequence[Scene]], title: str) -> Path:
+    """Write a grid of pictures: one titled column for each entry, one row for each of its scenes."""
+    rows = max(len(scenes) for scenes in columns.values())
+    figure = Figure(figsize=(5 * len(columns), 4 * rows + 0.6), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (name, scenes) in enumerate(columns.items()):
+        axes[0, column].set_title(name)
+        for row in range(rows):
+            axes[row, column].set_axis_off()
+            if row < len(scenes):
+                _draw(axes[row, column], scenes[row])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _draw(axis: Axes, scene: Scene) -> None:
+    pixels = scene.image.astype(np.float32) / 255
+    colours = [np.array(_COLOURS[label % len(_COLOURS)]) for label in scene.labels]
+    for mask, colour in zip(scene.masks, colours, strict=True):
+        inside = mask.astype(bool)
+        pixels[inside] = 0.5 * pixels[inside] + 0.5 * colour
+    axis.imshow(pixels)
+    for (x1, y1, x2, y2), name, colour in zip(scene.boxes, scene.names, colours, strict=True):
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
+        label = {"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.8}
+        axis.text(x1, y1, name, fontsize=7, va="bottom", color="black", bbox=label, clip_on=True)

@@ -1,0 +1,216 @@
+"""`mrmae detect`: Mask R-CNN on a pre-trained encoder, on COCO-format data; box and mask AP.
+
+    mrmae detect init=runs/convvit data.train.images=coco/train2017 \
+        data.train.annotations=coco/annotations/instances_train2017.json data.val.images=coco/val2017 \
+        data.val.annotations=coco/annotations/instances_val2017.json output=runs/convvit-coco
+    mrmae detect --eval data.val.images=... data.val.annotations=... output=runs/convvit-coco pictures=8
+
+The defaults are ConvMAE's recipe of 25 epochs where it is published; docs/detection.md says what is ours.
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.assembly import build_detector, load_detector, normalise
+from pipeline.config import Config, PathField
+from pipeline.data.loader import StepSampler, load
+from pipeline.data.order import EpochOrder
+from pipeline.detection import (
+    CocoConfig,
+    CocoImages,
+    DetectionBatch,
+    DetectionDataset,
+    Detector,
+    DetectorConfig,
+    JitterConfig,
+    annotated_scene,
+    as_results,
+    average_precision,
+    detected_scene,
+    draw_scenes,
+    evaluation_batches,
+    open_coco,
+)
+from pipeline.errors import ConfigError, DataError
+from pipeline.models import read_weights
+from pipeline.models.config import StudentConfig
+from pipeline.processes import processes
+from pipeline.progress import track
+from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.training.engine import fit
+from pipeline.training.optim import OptimConfig
+from pipeline.training.run import Run, RunConfig, StepPlan
+
+log = logging.getLogger(__name__)
+
+
+class DetectionDataConfig(Config):
+    """Which annotated images."""
+
+    train: CocoConfig | None = None  # needed to train
+    val: CocoConfig
+    workers: int = Field(2, ge=0, le=256)  # decoding processes per training process
+
+
+class DetectConfig(RunConfig):
+    """Everything `detect` takes."""
+
+    epochs: int = Field(25, ge=1)
+    batch_size: int = Field(32, ge=1)
+    data: DetectionDataConfig
+    init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
+    student: StudentConfig | None = None  # needed from scratch and for a lone weights file
+    image_size: int = Field(1024, ge=32, le=4096)  # side of the canvas that images lie on, a multiple of two patches
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    detector: DetectorConfig = DetectorConfig()
+    jitter: JitterConfig = JitterConfig()
+    optim: OptimConfig = OptimConfig(
+        blr=6.4e-4, warmup_epochs=0.125, weight_decay=0.1, betas=(0.9, 0.999), layer_decay=0.7
+    )
+    eval_every: int = Field(1, ge=1)  # epochs
+    checkpoint: PathField | None = None  # --eval: what to score; default: the newest one in output
+    pictures: int = Field(0, ge=0)  # --eval: draw so many validation images beside their annotations
+    picture_score: float = Field(0.5, ge=0, le=1)  # detections below are not drawn
+
+
+def run(config: DetectConfig, *, eval_only: bool = False) -> dict[str, Any]:
+    """Train, or score a checkpoint; returns box and mask AP."""
+    return _evaluate_only(config) if eval_only else _train(config)
+
+
+def _train(config: DetectConfig) -> dict[str, Any]:
+    train, val = _open_both(config.data)
+    torch.manual_seed(config.seed)
+    model, layers = _build(config, train)
+    identity = {"stage": "detect", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
+    run = Run(config, {**identity, "data": train.digest, "jitter": config.jitter.model_dump(mode="json")})
+    plan = StepPlan.of(len(train), config, run.processes)
+    dataset = DetectionDataset(train, config.image_size, jitter=config.jitter, seed=config.seed)
+    order = EpochOrder(np.arange(len(train)), config.seed)
+
+    def batches(start_step: int) -> Any:
+        sampler = StepSampler(
+            order, plan.batch_size, plan.accum_iter, run.rank, run.processes, start_step, plan.total_steps
+        )
+        return load(dataset, sampler, config.data.workers)
+
+    def evaluate(model: nn.Module, _step: int) -> dict[str, float]:
+        assert isinstance(model, Detector)
+        batches = evaluation_batches(val, config.image_size, config.data.workers, run.rank, run.processes)
+        return _score(val, _results(model, val, batches, run.device))
+
+    return fit(
+        run,
+        model,
+        model.spec,
+        _losses,
+        batches,
+        plan,
+        config.optim,
+        layer_ids=layers,
+        evaluate=evaluate,
+        evaluate_every=config.eval_every * plan.steps_per_epoch,
+        best="box_AP",
+        label="detect",
+    )
+
+
+def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
+    group = processes()
+    val = _open(config.data.val)
+    model = load_detector(config.checkpoint or config.output).to(group.device).eval()
+    if model.spec["categories"] != [list(one) for one in val.categories]:
+        raise DataError("data.val has other categories than the detector was trained on: give matching annotations")
+    canvas = model.spec["encoder"]["image_size"]
+    batches = evaluation_batches(val, canvas, config.data.workers, group.process_index, group.num_processes)
+    in_bf16 = config.precision == "bf16" or (config.precision == "auto" and group.device.type == "cuda")
+    with torch.inference_mode(), torch.autocast(group.device.type, torch.bfloat16, enabled=in_bf16):
+        steps = -(-len(val) // (8 * group.num_processes))
+        results = _results(model, val, track(batches, steps, "detect", "batch"), group.device)
+        figures = _score(val, results)
+        if group.is_main_process:
+            _write(config.output / "predictions.json", results)
+            _write(config.output / "evaluation.json", figures)
+            _draw(config, model, val, group.device)
+    return figures
+
+
+def _open(config: CocoConfig) -> CocoImages:
+    return open_coco(config.images, config.annotations, config.limit)
+
+
+def _open_both(data: DetectionDataConfig) -> tuple[CocoImages, CocoImages]:
+    if data.train is None:
+        raise ConfigError("'data.train' is missing: give data.train.images=... and data.train.annotations=...")
+    train, val = _open(data.train), _open(data.val)
+    if train.categories != val.categories:
+        odd = sorted(set(train.categories) ^ set(val.categories))[:3]
+        raise DataError(f"data.train and data.val have different categories (such as {odd}): give matching annotations")
+    return train, val
+
+
+def _build(config: DetectConfig, train: CocoImages) -> tuple[Detector, dict[str, int]]:
+    state, spec = read_weights(resolve_checkpoint(config.init)) if config.init else (None, None)
+    if config.student is None and spec is None:
+        raise ConfigError("give init=RUN, or student.name=... to train from scratch or from a lone weights file")
+    known = {key: value for key, value in (spec or {}).items() if key in StudentConfig.model_fields}
+    student = config.student or StudentConfig.model_validate(known)
+    encoder = student.encoder_arguments() | {"image_size": config.image_size, "drop_path": config.drop_path}
+    return build_detector(encoder, train.categories, state, **config.detector.model_dump())
+
+
+def _losses(model: nn.Module, batch: DetectionBatch) -> dict[str, Tensor]:
+    losses: dict[str, Tensor] = model(normalise(batch.images), batch.sizes, batch.targets)
+    return losses
+
+
+def _results(
+    model: Detector, coco: CocoImages, batches: Iterable[DetectionBatch], device: torch.device
+) -> list[dict[str, Any]]:
+    """What this process's share of the images shows, gathered from all processes."""
+    results: list[dict[str, Any]] = []
+    for batch in batches:
+        found = model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
+        for index, one in zip(batch.indices, found, strict=True):
+            results += as_results(one, coco, index)
+    gathered: list[dict[str, Any]] = gather_object(results)
+    return gathered
+
+
+def _score(coco: CocoImages, results: list[dict[str, Any]]) -> dict[str, float]:
+    """Computed once, known to every process."""
+    figures = [average_precision(coco, results) if processes().is_main_process else None]
+    scored: dict[str, float] = broadcast_object_list(figures)[0]
+    return scored
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.rename(path)
+
+
+def _draw(config: DetectConfig, model: Detector, val: CocoImages, device: torch.device) -> None:
+    if not config.pictures:
+        return
+    count = min(config.pictures, len(val))
+    chosen = [place * len(val) // count for place in range(count)]
+    batch = DetectionDataset(val, model.spec["encoder"]["image_size"]).__getitems__([(0, index) for index in chosen])
+    found = model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
+    columns = {
+        "annotated": [annotated_scene(val, index) for index in chosen],
+        f"detected, score ≥ {config.picture_score}": [
+            detected_scene(val, index, one, config.picture_score) for index, one in zip(chosen, found, strict=True)
+        ],
+    }
+    draw_scenes(config.output / "predictions.png", columns, f"{config.checkpoint or config.output}")
