@@ -1,0 +1,35 @@
+"""Pictures of annotations and detections."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.detection import CocoImages, annotated_scene, detected_scene, draw_scenes
+
+
+def test_scenes_side_by_side(coco: CocoImages, tmp_path: Path) -> None:
+    annotated = [annotated_scene(coco, index) for index in range(4)]
+    assert [scene.names for scene in annotated] == [["green", "blue", "red"], [], ["blue"], ["red", "green"]]
+    found = {
+        "boxes": torch.tensor([[4.0, 20.0, 34.0, 50.0], [0.0, 0.0, 5.0, 5.0]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.8, 0.2]),
+        "masks": torch.ones(2, 64, 96, dtype=torch.bool),
+    }
+    detected = detected_scene(coco, 0, found, min_score=0.5)
+    assert detected.names == ["green 0.80"]
+    path = draw_scenes(tmp_path / "deep/picture.png", {"annotated": annotated, "detected": [detected]}, "a title")
+    pixels = np.asarray(Image.open(path))
+    assert pixels.shape[0] > 1000
+    assert pixels.std() > 10
+
+
+def test_a_mask_colours_its_pixels(coco: CocoImages, tmp_path: Path) -> None:
+    plain, marked = annotated_scene(coco, 1), annotated_scene(coco, 2)
+    pictures = [
+        np.asarray(Image.open(draw_scenes(tmp_path / f"{i}.png", {"": [scene]}, "")), dtype=float)
+        for i, scene in enumerate((plain, marked))
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() > 50
