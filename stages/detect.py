@@ -46,6 +46,7 @@ from pipeline.models.config import StudentConfig
 from pipeline.processes import processes
 from pipeline.progress import track
 from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, StepPlan
@@ -76,6 +77,7 @@ class DetectConfig(RunConfig):
     optim: OptimConfig = OptimConfig(
         blr=6.4e-4, warmup_epochs=0.125, weight_decay=0.1, betas=(0.9, 0.999), layer_decay=0.7
     )
+    ema: EmaConfig = EmaConfig()  # off unless ema.decay is given
     eval_every: int = Field(1, ge=1)  # epochs
     checkpoint: PathField | None = None  # --eval: what to score; default: the newest one in output
     pictures: int = Field(0, ge=0)  # --eval: draw so many validation images beside their annotations
@@ -92,6 +94,7 @@ def _train(config: DetectConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     model, layers = _build(config, train)
     identity = {"stage": "detect", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
+    identity |= {"ema": config.ema.model_dump() if config.ema.decay else None}
     run = Run(config, {**identity, "data": train.digest, "jitter": config.jitter.model_dump(mode="json")})
     plan = StepPlan.of(len(train), config, run.processes)
     dataset = DetectionDataset(train, config.image_size, jitter=config.jitter, seed=config.seed)
@@ -120,6 +123,7 @@ def _train(config: DetectConfig) -> dict[str, Any]:
         evaluate=evaluate,
         evaluate_every=config.eval_every * plan.steps_per_epoch,
         best="box_AP",
+        ema=config.ema,
         label="detect",
     )
 

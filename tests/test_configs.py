@@ -10,6 +10,7 @@ from PIL import Image
 import cli
 from pipeline.config import Config, load_config
 from stages.ablate import AblateConfig
+from stages.detect import DetectConfig
 from stages.extract_teacher_features import ExtractConfig
 from stages.finetune import FinetuneConfig
 from stages.knn import KnnConfig
@@ -23,6 +24,7 @@ CLASSES: dict[str, type[Config]] = {
     "extract-teacher-features": ExtractConfig,
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
+    "detect": DetectConfig,
     "knn": KnnConfig,
     "linear-probe": LinearProbeConfig,
 }
@@ -33,6 +35,7 @@ SECTIONS = [(file, section) for file in FILES for section in OmegaConf.load(file
 @pytest.mark.parametrize(("file", "section"), SECTIONS, ids=lambda value: getattr(value, "stem", value))
 def test_every_section_is_valid(file: Path, section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGENET", "/images")
+    monkeypatch.setenv("COCO", "/coco")
     load_config(CLASSES[section], file, section=section)
 
 

@@ -16,6 +16,7 @@ from stages.benchmark_extract import BenchmarkExtractConfig
 from stages.benchmark_pretrain import BenchmarkPretrainConfig
 from stages.benchmark_student import BenchmarkStudentConfig
 from stages.demo import DemoConfig
+from stages.detect import DetectConfig
 from stages.export import ExportConfig
 from stages.extract_teacher_features import ExtractConfig
 from stages.finetune import FinetuneConfig
@@ -31,6 +32,7 @@ CONFIGS: dict[str, type[Config]] = {
     "extract-teacher-features": ExtractConfig,
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
+    "detect": DetectConfig,
     "knn": KnnConfig,
     "linear-probe": LinearProbeConfig,
     "visualize": VisualizeConfig,

@@ -179,6 +179,17 @@ def test_layer_decay_reaches_the_encoder(annotated: dict[str, Any], tmp_path: Pa
     assert not [name for name in names.values() if "norm" in name and name not in undecayed]
 
 
+def test_an_average_of_the_weights_is_what_is_scored(annotated: dict[str, Any], tmp_path: Path) -> None:
+    config = detect_config(annotated, tmp_path / "out", ema={"decay": 0.5})
+    trained = detect.run(config)
+    last = tmp_path / "out/checkpoints/step-00000004"
+    average, final = (load_file(last / f"{name}.safetensors") for name in ("model", "trained"))
+    name = "rcnn.roi_heads.box_predictor.cls_score.weight"
+    assert not torch.equal(average[name], final[name])
+    scored = detect.run(config, eval_only=True)
+    assert scored == {key: trained[key] for key in scored}
+
+
 def test_bf16(annotated: dict[str, Any], tmp_path: Path) -> None:
     AcceleratorState._reset_state(True)  # precision is chosen once a process
     try:

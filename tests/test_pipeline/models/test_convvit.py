@@ -108,3 +108,14 @@ def test_drop_path_counts_all_three_stages() -> None:
     conv = [block.drop_path.drop_prob for block in (*encoder.blocks1, *encoder.blocks2)]
     last = [block.drop_path1.drop_prob for block in encoder.blocks3]
     assert conv + last == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_the_maps_are_the_three_stages_outputs() -> None:
+    """The finest two, decoded, are what the dense path adds to the last block's output before its norm."""
+    encoder, images = build().eval(), torch.randn(2, 3, 24, 40)
+    one, two, last = encoder.forward_maps(images)
+    assert [m.shape for m in (one, two, last)] == [
+        (2, dim, 3 * f, 5 * f) for dim, f in zip(encoder.map_dims, (4, 2, 1), strict=True)
+    ]
+    added = encoder.stage1_output_decode(one) + encoder.stage2_output_decode(two) + last
+    torch.testing.assert_close(encoder.norm(added.flatten(2).transpose(1, 2)), encoder(images).latent)

@@ -33,6 +33,13 @@ def test_unmasked_tokens_equal_timms(vit: ViT, reference: VisionTransformer) -> 
     assert torch.equal(vit.forward_tokens(images), output.tokens)
 
 
+def test_the_map_is_the_last_blocks_output(vit: ViT) -> None:
+    images = torch.randn(2, 3, 24, 40)
+    (output,) = vit.forward_maps(images)
+    assert output.shape == (2, *vit.map_dims, 3, 5)
+    torch.testing.assert_close(output[:, :, 2, 1], vit.forward_blocks(images)[0][:, 1 + 2 * 5 + 1])
+
+
 def test_masked_tokens_equal_timms_blocks_on_the_visible_patches(vit: ViT, reference: VisionTransformer) -> None:
     images, ids = torch.randn(2, 3, 24, 40), torch.rand(2, 15).argsort(1)[:, :6]
     patches = reference.patch_embed(images) + reference.pos_embed[:, 1:]
