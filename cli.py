@@ -364,6 +364,19 @@ for _name, _about in _BENCHMARKS.items():
     _add_benchmark(_name, _about)
 
 
+@benchmark.command("detector")
+@configured
+def benchmark_detector(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Training steps of Mask R-CNN on a student: seconds, multiply-adds and, on a GPU, memory.
+
+    Reads and writes nothing. Costs minutes on a CPU.
+    """
+    from pipeline.config import load_config
+    from stages.benchmark_detector import BenchmarkDetectorConfig, run
+
+    click.echo(json.dumps(run(load_config(BenchmarkDetectorConfig, config, overrides, "benchmark")), indent=1))
+
+
 @main.command("demo")
 @configured
 def demo(config: Path | None, overrides: tuple[str, ...]) -> None:

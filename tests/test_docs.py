@@ -12,6 +12,7 @@ from pipeline.config import Config
 from stages.ablate import AblateConfig
 from stages.benchmark_cache import BenchmarkCacheConfig
 from stages.benchmark_decode import BenchmarkDecodeConfig
+from stages.benchmark_detector import BenchmarkDetectorConfig
 from stages.benchmark_extract import BenchmarkExtractConfig
 from stages.benchmark_pretrain import BenchmarkPretrainConfig
 from stages.benchmark_student import BenchmarkStudentConfig
@@ -45,6 +46,7 @@ CONFIGS: dict[str, type[Config]] = {
     "benchmark extract": BenchmarkExtractConfig,
     "benchmark pretrain": BenchmarkPretrainConfig,
     "benchmark student": BenchmarkStudentConfig,
+    "benchmark detector": BenchmarkDetectorConfig,
 }
 
 
