@@ -211,10 +211,10 @@ def _draw(config: DetectConfig, model: Detector, val: CocoImages, device: torch.
     chosen = [place * len(val) // count for place in range(count)]
     batch = DetectionDataset(val, model.spec["encoder"]["image_size"]).__getitems__([(0, index) for index in chosen])
     found = model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
-    columns = {
-        "annotated": [annotated_scene(val, index) for index in chosen],
-        f"detected, score ≥ {config.picture_score}": [
-            detected_scene(val, index, one, config.picture_score) for index, one in zip(chosen, found, strict=True)
-        ],
-    }
+    annotated = [annotated_scene(val, index) for index in chosen]
+    detected = [
+        detected_scene(scene.image, one, val.categories, config.picture_score)
+        for scene, one in zip(annotated, found, strict=True)
+    ]
+    columns = {"annotated": annotated, f"detected, score ≥ {config.picture_score}": detected}
     draw_scenes(config.output / "predictions.png", columns, f"{config.checkpoint or config.output}")

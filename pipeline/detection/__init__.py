@@ -2,7 +2,7 @@
 
 from pipeline.detection.backbone import Backbone, Encoder
 from pipeline.detection.coco import CocoConfig, CocoImages, open_coco
-from pipeline.detection.dataset import DetectionBatch, DetectionDataset, evaluation_batches
+from pipeline.detection.dataset import DetectionBatch, DetectionDataset, canvases, evaluation_batches
 from pipeline.detection.detector import Detector, DetectorConfig
 from pipeline.detection.pictures import annotated_scene, detected_scene, draw_scenes
 from pipeline.detection.placement import JitterConfig
@@ -21,6 +21,7 @@ __all__ = [
     "annotated_scene",
     "as_results",
     "average_precision",
+    "canvases",
     "detected_scene",
     "draw_scenes",
     "evaluation_batches",

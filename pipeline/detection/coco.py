@@ -124,7 +124,7 @@ class CocoImages:
         """What can be learnt from an image: no crowds, nothing degenerate; an image may have none."""
         rows = np.arange(self.first[index], self.first[index + 1])
         rows = rows[~self.crowd[rows] & ~self.degenerate[rows]]
-        boxes = _inside(self.boxes[rows], self.sizes[index])
+        boxes = _inside(self.boxes[rows], self.sizes[index : index + 1])
         return Instances(boxes, self.labels[rows], [self._segment(row) for row in rows])
 
     def to_coco(self) -> dict[str, Any]:
@@ -183,12 +183,14 @@ def open_coco(folder: Path, annotations: Path, limit: int | None = None) -> Coco
 
 @dataclass(frozen=True)
 class _Row:
-    """One checked annotation."""
+    """One checked annotation, without the objects that it was read from."""
 
-    record: _Annotation
+    id: int
     label: int
+    box: list[float]
+    area: float
+    crowd: bool
     segment: bytes  # JSON
-    degenerate: bool
 
 
 def _rows(
@@ -203,11 +205,10 @@ def _rows(
         if problem:
             raise DataError(f"{file}: annotation {record.id}: {problem}; mend it or take it away")
         seen.add(record.id)
-        image = images[record.image_id]
-        segment = _usable(record.segmentation)
-        area = np.prod(np.diff(_inside(np.array([record.bbox]), (image.height, image.width)).reshape(2, 2), axis=0))
-        rows[image.id].append(
-            _Row(record, labels[record.category_id], json.dumps(segment).encode(), not segment or not area > 0)
+        area = record.bbox[2] * record.bbox[3] if record.area is None else record.area
+        segment = json.dumps(_usable(record.segmentation)).encode()
+        rows[record.image_id].append(
+            _Row(record.id, labels[record.category_id], record.bbox, area, bool(record.iscrowd), segment)
         )
     return rows
 
@@ -237,10 +238,10 @@ def _usable(segmentation: _Rle | list[list[float]]) -> Any:
     return [polygon for polygon in segmentation if len(polygon) >= 2 * _POINTS]
 
 
-def _inside(boxes: NDArray[np.float64], size: Any) -> NDArray[np.float64]:
-    """[N, 4] left, top, width, height → x1, y1, x2, y2, cut at the edges of the image."""
+def _inside(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[N, 4] left, top, width, height → x1, y1, x2, y2, cut at the edges of images of `sizes` [N or 1, 2]."""
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    limits = np.array([size[1], size[0], size[1], size[0]])
+    limits = sizes[:, [1, 0, 1, 0]]
     clipped: NDArray[np.float64] = np.clip(corners, 0, limits)
     return clipped
 
@@ -253,28 +254,29 @@ def _gather(
     digest: str,
 ) -> CocoImages:
     chosen = [row for image in images for row in rows[image.id]]
-    records = [row.record for row in chosen]
-    degenerate = np.array([row.degenerate for row in chosen], dtype=np.bool_)
+    counts = [len(rows[image.id]) for image in images]
+    sizes = np.array([[image.height, image.width] for image in images], dtype=np.int64)
+    boxes = np.array([row.box for row in chosen], dtype=np.float64).reshape(-1, 4)
+    inside = _inside(boxes, np.repeat(sizes, counts, axis=0))
+    empty = np.array([row.segment == b"[]" for row in chosen], dtype=np.bool_)
+    degenerate = empty | (inside[:, 2:] <= inside[:, :2]).any(1)
     if degenerate.any():
-        first = records[int(degenerate.argmax())].id
         log.warning(
             "%s: %d annotations have no area inside their image (the first is %d): none is trained on",
-            folder, degenerate.sum(), first,
+            folder, degenerate.sum(), chosen[int(degenerate.argmax())].id,
         )  # fmt: skip
-    boxes = np.array([record.bbox for record in records], dtype=np.float64).reshape(-1, 4)
-    areas = [record.bbox[2] * record.bbox[3] if record.area is None else record.area for record in records]
     return CocoImages(
         folder=folder,
         files=np.array([image.file_name.encode() for image in images]),
         ids=np.array([image.id for image in images], dtype=np.int64),
-        sizes=np.array([[image.height, image.width] for image in images], dtype=np.int64),
+        sizes=sizes,
         categories=tuple((id_, categories[id_].name) for id_ in sorted(categories)),
-        first=np.cumsum([0, *(len(rows[image.id]) for image in images)], dtype=np.int64),
-        annotation_ids=np.array([record.id for record in records], dtype=np.int64),
+        first=np.cumsum([0, *counts], dtype=np.int64),
+        annotation_ids=np.array([row.id for row in chosen], dtype=np.int64),
         labels=np.array([row.label for row in chosen], dtype=np.int64),
         boxes=boxes,
-        areas=np.array(areas, dtype=np.float64),
-        crowd=np.array([record.iscrowd for record in records], dtype=np.bool_),
+        areas=np.array([row.area for row in chosen], dtype=np.float64),
+        crowd=np.array([row.crowd for row in chosen], dtype=np.bool_),
         degenerate=degenerate,
         segments=np.frombuffer(b"".join(row.segment for row in chosen), dtype=np.uint8),
         segment_ends=np.cumsum([len(row.segment) for row in chosen], dtype=np.int64),

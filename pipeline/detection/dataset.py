@@ -1,6 +1,6 @@
 """Batches of annotated images for a detector: jittered by (seed, epoch, index) alone, or fitted for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -85,6 +85,15 @@ class DetectionDataset:
                 "its boxes would not fit; restore the image or mend the annotation file"
             )
         return image
+
+
+def canvases(images: Sequence[Image.Image], canvas: int) -> DetectionBatch:
+    """Any RGB images, without annotations, as a batch to detect on."""
+    placements = [fit(image.height, image.width, canvas) for image in images]
+    pixels = [render(image, placement, canvas) for image, placement in zip(images, placements, strict=True)]
+    originals = [(image.height, image.width) for image in images]
+    sizes = [placement.size for placement in placements]
+    return DetectionBatch(torch.from_numpy(np.stack(pixels)), sizes, originals, [], list(range(len(images))))
 
 
 def evaluation_batches(

@@ -51,15 +51,20 @@ def annotated_scene(coco: CocoImages, index: int) -> Scene:
     return Scene(image, instances.boxes, instances.labels, names, stacked)
 
 
-def detected_scene(coco: CocoImages, index: int, found: Mapping[str, Tensor], min_score: float) -> Scene:
-    """An image with a detector's findings (`Detector.detect`) of at least that score."""
+def detected_scene(
+    image: NDArray[np.uint8], found: Mapping[str, Tensor], categories: Sequence[tuple[int, str]], min_score: float
+) -> Scene:
+    """An image [H, W, 3] with a detector's findings (`Detector.detect`) of at least that score.
+
+    Args:
+        categories: (id, name) by label, from 1.
+    """
     sure = (found["scores"] >= min_score).cpu()
     kept = {key: value.cpu()[sure].numpy() for key, value in found.items()}
     names = [
-        f"{coco.categories[label - 1][1]} {score:.2f}"
-        for label, score in zip(kept["labels"], kept["scores"], strict=True)
+        f"{categories[label - 1][1]} {score:.2f}" for label, score in zip(kept["labels"], kept["scores"], strict=True)
     ]
-    return Scene(np.asarray(decode(coco.read(index))), kept["boxes"], kept["labels"], names, kept["masks"])
+    return Scene(image, kept["boxes"], kept["labels"], names, kept["masks"])
 
 
 def draw_scenes(path: Path, columns: Mapping[str, Sequence[Scene]], title: str) -> Path:

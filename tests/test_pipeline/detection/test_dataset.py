@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.detection import CocoImages, DetectionDataset, JitterConfig, evaluation_batches, open_coco
+from pipeline.detection import CocoImages, DetectionDataset, JitterConfig, canvases, evaluation_batches, open_coco
 from pipeline.errors import DataError
 from tests.coco import HEIGHT, WIDTH, scene_annotations, write_coco
 
@@ -39,6 +39,15 @@ def test_processes_share_the_validation_images_out(coco: CocoImages) -> None:
     (batch,) = evaluation_batches(coco, 64, 0)
     assert batch.original_sizes == [(HEIGHT, WIDTH)] * 4
     assert not batch.targets
+
+
+def test_images_without_annotations(coco: CocoImages) -> None:
+    image = Image.open(coco.folder / coco.name(0)).convert("RGB")
+    (annotated,) = evaluation_batches(coco, 64, 0)
+    bare = canvases([image, image.rotate(90, expand=True)], 64)
+    assert torch.equal(bare.images[0], annotated.images[0])
+    assert bare.sizes == [(43, 64), (64, 43)]
+    assert bare.original_sizes == [(HEIGHT, WIDTH), (WIDTH, HEIGHT)]
 
 
 def test_an_image_of_another_size_than_annotated(tmp_path: Path) -> None:

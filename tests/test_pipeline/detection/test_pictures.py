@@ -18,7 +18,7 @@ def test_scenes_side_by_side(coco: CocoImages, tmp_path: Path) -> None:
         "scores": torch.tensor([0.8, 0.2]),
         "masks": torch.ones(2, 64, 96, dtype=torch.bool),
     }
-    detected = detected_scene(coco, 0, found, min_score=0.5)
+    detected = detected_scene(annotated[0].image, found, coco.categories, min_score=0.5)
     assert detected.names == ["green 0.80"]
     path = draw_scenes(tmp_path / "deep/picture.png", {"annotated": annotated, "detected": [detected]}, "a title")
     pixels = np.asarray(Image.open(path))
