@@ -341,6 +341,9 @@ _BENCHMARKS = {
     "student": """Training steps of students; for ConvViT the sparse convolution stages against the dense ones.
 
     Reads and writes nothing. Costs minutes on a CPU.""",
+    "detector": """Training steps of Mask R-CNN on a student: seconds, multiply-adds and, on a GPU, memory.
+
+    Reads and writes nothing. Costs minutes on a CPU.""",
     "pretrain": """Steps of MAE, of MR-MAE from a cache and of MR-MAE with a live teacher, by turns; loader, step.
 
     Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.""",
@@ -362,19 +365,6 @@ def _add_benchmark(name: str, about: str) -> None:
 
 for _name, _about in _BENCHMARKS.items():
     _add_benchmark(_name, _about)
-
-
-@benchmark.command("detector")
-@configured
-def benchmark_detector(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Training steps of Mask R-CNN on a student: seconds, multiply-adds and, on a GPU, memory.
-
-    Reads and writes nothing. Costs minutes on a CPU.
-    """
-    from pipeline.config import load_config
-    from stages.benchmark_detector import BenchmarkDetectorConfig, run
-
-    click.echo(json.dumps(run(load_config(BenchmarkDetectorConfig, config, overrides, "benchmark")), indent=1))
 
 
 @main.command("demo")
