@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pipeline.detection.windows import Windows, attend_in_windows, quarter_ends
 from pipeline.errors import ConfigError
-from pipeline.models import Classifier
+from pipeline.models import Classifier, build_classifier
 
 Build = Callable[..., Classifier]
 
@@ -47,11 +47,8 @@ def test_windows_as_large_as_the_image_change_nothing(
     torch.testing.assert_close(cut, plain, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mrmae_vit_base_patch16", "mrmae_convvit_base_patch16"])
 def test_the_same_at_base_size(name: str) -> None:
-    from pipeline.models import build_classifier
-
     model = build_classifier(name, 10, image_size=224).eval()
     images = torch.randn(1, 3, 224, 224)
     plain, cut = tokens(model, images), tokens(windowed(model, 14), images)
