@@ -286,7 +286,7 @@ def test_the_tiny_config_runs(real_data: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_sixteen_photos_are_learnt_by_heart(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """520 steps, 6 minutes of one core: box AP50 of 0.8 or more on the images trained on."""
+    """800 steps, 10 minutes of one core: box AP50 of 0.8 or more on the images trained on."""
     monkeypatch.setenv("MRMAE_DATA", str(real_data))
     figures = tiny(tmp_path / "out")
     assert figures["box_AP50"] >= 0.8
