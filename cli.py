@@ -184,7 +184,7 @@ def detect(config: Path | None, overrides: tuple[str, ...], eval_only: bool) -> 
     """Train Mask R-CNN on a pre-trained checkpoint (init=RUN), or from scratch (student.name=...).
 
     Reads annotated images in COCO's format (data.train.images, data.train.annotations, the same for data.val). Writes
-    to output as finetune does, and checkpoints/best by box AP; --eval writes evaluation.json, predictions.json and,
+    to output as finetune does, and checkpoints/best by box AP; --eval writes metrics.json, predictions.json and,
     with pictures=N, predictions.png. Prints box and mask AP. Costs many times a fine-tuning: see docs/detection.md.
     """
     from pipeline.config import load_config

@@ -41,6 +41,7 @@ from pipeline.detection import (
     open_coco,
 )
 from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation.records import write_record
 from pipeline.models import read_weights
 from pipeline.models.config import StudentConfig
 from pipeline.processes import processes
@@ -143,7 +144,7 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
         figures = _score(val, results)
         if group.is_main_process:
             _write(config.output / "predictions.json", results)
-            _write(config.output / "evaluation.json", figures)
+            write_record(config.output, "detect", figures)
             _draw(config, model, val, group.device)
     return figures
 

@@ -4,7 +4,8 @@
     mrmae visualize init=runs/photos images=[cat.jpg,dog.jpg] teacher.spec=dino_vitb16 output=pictures.png
 
 Columns, as far as the checkpoint and the teacher have them: input, masked input, reconstruction, the teacher's and the
-student's attention, and the principal components of the teacher's and the student's patch features as colours.
+student's attention, and the principal components of the teacher's and the student's patch features as colours. Of a
+`detect` run: the images with the boxes, masks and names that the detector puts on them.
 """
 
 from pathlib import Path
@@ -13,23 +14,27 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
-from pipeline.assembly import load_encoder, load_teacher
+from pipeline.assembly import load_detector, load_encoder, load_teacher, normalise
 from pipeline.cache import open_cache
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, decode, open_images
 from pipeline.data.loader import PretrainDataset
 from pipeline.data.views import ViewConfig, center_view, render, to_chw, view_of_epoch
+from pipeline.detection.dataset import canvases
+from pipeline.detection.pictures import detected_scene, draw_scenes
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, overlay, pca_maps
 from pipeline.inspection import Look, choose_patches, look, reconstruct
-from pipeline.models import Classifier, Student
+from pipeline.models import Classifier, Student, read_weights
 from pipeline.models.config import StudentConfig
 from pipeline.processes import processes
 from pipeline.teachers import build_teacher
 from pipeline.teachers.config import TeacherConfig
+from pipeline.training.checkpoint import resolve_checkpoint
 
 
 class CacheInput(Config):
@@ -52,6 +57,7 @@ class VisualizeConfig(Config):
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     focus: Literal["sampled", "top-k", "random"] | None = None  # default: sampled by the teacher's attention, if any
     crop: float = Field(1.0, gt=0, le=1)  # central share of images that no cache gives a view of
+    min_score: float = Field(0.5, ge=0, le=1)  # of what a detector shows
     seed: int = Field(0, ge=0)
     output: PathField | None = None  # the PNG; default: visualize.png in the run folder `init`
 
@@ -75,6 +81,8 @@ class Shown(NamedTuple):
 def run(config: VisualizeConfig) -> dict[str, Any]:
     """Draw; returns where the picture lies and what it shows."""
     device = processes().device
+    if _is_detector(config.init):
+        return _detections(config, device)
     model = load_encoder(config.init, config.student).to(device).eval()
     encoder = model if isinstance(model, Classifier) else model.encoder
     shown = _cached(config, encoder.image_size[0]) if config.cache else _given(config, encoder.image_size[0], device)
@@ -101,6 +109,31 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
     title = "    ".join(seen.name for seen in looks.values() if seen)
     picture = draw_grid(_output(config), columns, title, shown.names)
     return {"picture": str(picture), "columns": [" ".join(name.split()) for name in columns], **result}
+
+
+def _is_detector(init: Path) -> bool:
+    checkpoint = resolve_checkpoint(init)
+    return checkpoint.is_dir() and (read_weights(checkpoint)[1] or {}).get("kind") == "detector"
+
+
+@torch.inference_mode()
+def _detections(config: VisualizeConfig, device: torch.device) -> dict[str, Any]:
+    """Boxes, masks and names that a detector puts on whole images."""
+    if config.cache or config.teacher:
+        raise ConfigError(f"init={config.init} is a detector: leave cache and teacher out")
+    model = load_detector(config.init).to(device).eval()
+    names, files = _files(config)
+    images = [_decode(name, file) for name, file in zip(names, files, strict=True)]
+    batch = canvases(images, model.spec["encoder"]["image_size"])
+    found = model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
+    categories = [(number, name) for number, name in model.spec["categories"]]
+    scenes = [
+        detected_scene(np.asarray(image), one, categories, config.min_score)
+        for image, one in zip(images, found, strict=True)
+    ]
+    column = f"detected, score ≥ {config.min_score}"
+    picture = draw_scenes(_output(config), {column: scenes}, str(config.init))
+    return {"picture": str(picture), "columns": [column], "instances": sum(len(scene.names) for scene in scenes)}
 
 
 def _reconstruction(
@@ -156,20 +189,23 @@ def _cached(config: VisualizeConfig, size: int) -> Shown:
 
 def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
     """Central crops of image files or of a data set, looked at by a live teacher if one is named."""
-    if config.images:
-        names = [path.name for path in config.images]
-        files = [_read(path) for path in config.images]
-    else:
-        assert config.data is not None
-        source = open_images(config.data.path, config.data.limit)
-        chosen = _chosen(config, list(range(len(source))), len(source))
-        names, files = [source.key(index) for index in chosen], [source.read(index) for index in chosen]
+    names, files = _files(config)
     crops = [_crop(name, file, config.crop, size) for name, file in zip(names, files, strict=True)]
     images = to_chw(np.stack(crops))
     if config.teacher is None:
         return Shown(images, names, None)
     teacher = load_teacher(config.teacher, device)
     return Shown(images, names, look(teacher, images.to(device), f"teacher: {teacher.name}"))
+
+
+def _files(config: VisualizeConfig) -> tuple[list[str], list[bytes]]:
+    """What the images are called, and their bytes."""
+    if config.images:
+        return [path.name for path in config.images], [_read(path) for path in config.images]
+    assert config.data is not None
+    source = open_images(config.data.path, config.data.limit)
+    chosen = _chosen(config, list(range(len(source))), len(source))
+    return [source.key(index) for index in chosen], [source.read(index) for index in chosen]
 
 
 def _chosen(config: VisualizeConfig, available: list[int], length: int) -> list[int]:
@@ -188,11 +224,15 @@ def _read(path: Path) -> bytes:
 
 
 def _crop(name: str, file: bytes, crop: float, size: int) -> NDArray[np.uint8]:
+    image = _decode(name, file)
+    return np.asarray(render(image, center_view(image.height, image.width, crop), size))
+
+
+def _decode(name: str, file: bytes) -> Image.Image:
     try:
-        image = decode(file)
+        return decode(file)
     except DataError as error:
         raise DataError(f"image {name}: {error}") from error
-    return np.asarray(render(image, center_view(image.height, image.width, crop), size))
 
 
 def _output(config: VisualizeConfig) -> Path:

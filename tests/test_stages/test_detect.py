@@ -89,7 +89,7 @@ def test_scoring_a_run_again_gives_the_same_and_equals_pycocotools(annotated: di
     trained = detect.run(config)
     scored = detect.run(config, eval_only=True)
     assert scored == {key: trained[key] for key in scored}
-    assert scored == json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert scored == json.loads((tmp_path / "out/metrics.json").read_text())["detect"]
     results = json.loads((tmp_path / "out/predictions.json").read_text())
     assert {one["category_id"] for one in results} <= {3, 7, 90}
     for kind, iou_type, unwanted in (("box", "bbox", "segmentation"), ("mask", "segm", "bbox")):
@@ -264,13 +264,27 @@ def test_a_malformed_annotation_is_one_line_on_the_command_line(tmp_path: Path) 
     assert len(result.output.strip().splitlines()) == 1
 
 
+def test_visualize_draws_what_a_detector_finds(annotated: dict[str, Any], tmp_path: Path) -> None:
+    detect.run(detect_config(annotated, tmp_path / "out", max_steps=60, jitter={"scale": [1.0, 1.0]}))
+    keys = {"init": str(tmp_path / "out"), "data": {"path": annotated["images"]}, "count": 3}
+    pictures = {}
+    for score in (0.0, 1.0):
+        output = tmp_path / f"{score}.png"
+        facts = visualize.run(visualize.VisualizeConfig.model_validate({**keys, "min_score": score, "output": output}))
+        pictures[score] = facts["instances"], output.read_bytes()
+    assert pictures[0.0][0] > pictures[1.0][0] == 0
+    assert pictures[0.0][1] != pictures[1.0][1]
+    with pytest.raises(ConfigError, match="is a detector: leave cache and teacher out"):
+        visualize.run(visualize.VisualizeConfig.model_validate({**keys, "teacher": {"spec": "dino_vits16"}}))
+
+
 def tiny(output: Path, *more: str) -> dict[str, Any]:
     """The chain of configs/coco_tiny.yaml through the command line, and what --eval wrote."""
     common = ["--config", str(CONFIG), f"output={output}", "tensorboard=false", *more]
     for flags in ([], ["--eval", "pictures=2"]):
         result = CliRunner().invoke(cli.main, ["detect", *flags, *common])
         assert result.exit_code == 0, result.output
-    written: dict[str, Any] = json.loads((output / "evaluation.json").read_text())
+    written: dict[str, Any] = json.loads((output / "metrics.json").read_text())["detect"]
     return written
 
 
