@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import cli
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.training.interruption import Interrupted
-from stages import detect, finetune, pretrain
+from stages import detect, finetune, pretrain, visualize
 from stages.detect import DetectConfig
 from tests.coco import scene_annotations, write_coco
 from tests.test_stages.conftest import pretrain_config
