@@ -95,6 +95,7 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
         image_size=description["image_size"],
         tokens=description["tokens"],
         layers=description["layers"],
+        compile=description.get("compile", False),
     )
     teacher = load_teacher(config, device, getattr(torch, description["dtype"]))
     if teacher.weights_sha256 != description["weights_sha256"]:

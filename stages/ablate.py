@@ -19,17 +19,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import matplotlib
+import xxhash
 from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, model_validator
 
 from pipeline.config import Config, PathField
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.training.interruption import Interrupted
+from pipeline.training.interruption import Interrupted, Interruption
 
 matplotlib.use("Agg")
+
+INTERRUPTED = 130  # exit code of a command that was stopped and has saved
 
 Measure = Literal["knn", "linear-probe", "finetune"]
 
@@ -96,12 +100,13 @@ def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda li
 
 def _extract(config: AblateConfig, file: Path, name: str, say: Callable[[str], None]) -> None:
     path = config.output / "caches" / name
-    log = config.output / "caches" / f"{name}.log"
-    done = config.output / "caches" / f"{name}.json"
-    if not done.exists():
+    record = config.output / "caches" / f"{name}.json"
+    step, keys = "extract-teacher-features", [*config.caches[name], f"cache.path={path}"]
+    what = _what(file, step, keys)
+    if not _is_done(_read(record), step, what, record):
         say(f"cache {name}")
-        seconds = _command("extract-teacher-features", file, [*config.caches[name], f"cache.path={path}"], log)
-        done.write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
+        seconds = _command(step, file, keys, config.output / "caches" / f"{name}.log")
+        _note(record, step, {"what": what, "seconds": seconds})
 
 
 def _run_one(
@@ -111,15 +116,15 @@ def _run_one(
     variant, folder = config.variants[name], config.output / "runs" / name / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "done.json"
-    done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     for step, keys in _steps(config, variant, folder, seed):
-        if step in done:
+        what = _what(file, step, keys)
+        if _is_done(_read(record), step, what, record):
             continue
         say(f"{name}, seed {seed}: {step}")
         seconds = _command(step, file, keys, folder / "commands.log")
         figure = None if step == "pretrain" else _figure(step, folder)
-        done[step] = {"seconds": seconds, "top1": figure}
-        record.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        _note(record, step, {"what": what, "seconds": seconds, "top1": figure})
+    done = _read(record)
     wanted = {step: entry for step, entry in done.items() if step == "pretrain" or step in config.measures}
     figures = {step: entry["top1"] for step, entry in wanted.items() if entry["top1"] is not None}
     return figures, sum(entry["seconds"] for entry in wanted.values())
@@ -138,19 +143,54 @@ def _steps(config: AblateConfig, variant: VariantConfig, folder: Path, seed: int
         yield measure, [*start, f"seed={seed}", f"output={output}"]
 
 
+def _what(file: Path, step: str, keys: list[str]) -> str:
+    """What a command was asked, resolved: it tells whether an edited file asks for something else."""
+    root = cast(DictConfig, OmegaConf.load(file))
+    root[step] = OmegaConf.merge(root[step], OmegaConf.from_dotlist(keys))
+    return xxhash.xxh3_128_hexdigest(OmegaConf.to_yaml(root[step], resolve=True).encode())
+
+
+def _read(record: Path) -> dict[str, Any]:
+    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
+
+
+def _note(record: Path, step: str, entry: dict[str, Any]) -> None:
+    partial = record.with_name(f".{record.name}.partial")
+    partial.write_text(json.dumps({**_read(record), step: entry}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(record)
+
+
+def _is_done(done: Mapping[str, Any], step: str, what: str, record: Path) -> bool:
+    if step in done and done[step]["what"] != what:
+        raise ConfigError(
+            f"{record.parent} holds {step} with other keys than now: choose another ablate.output, or remove that "
+            "folder"
+        )
+    return step in done
+
+
 def _command(name: str, file: Path, keys: list[str], log: Path) -> float:
-    """Run one command in a process of its own; seconds. Its output goes to the log, after the command itself."""
+    """Run one command in a process of its own; seconds. Its output goes to the log, after the command itself.
+
+    Stopped, it waits until the command has saved: ctrl-C reaches both, a SIGTERM is passed on.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [name, "--config", str(file), *keys]
     began = time.perf_counter()
-    with log.open("a", encoding="utf-8") as stream:
+    with log.open("a", encoding="utf-8") as stream, Interruption() as interruption:
         stream.write("$ mrmae " + " ".join(arguments) + "\n")
         stream.flush()
         command = [sys.executable, "-m", "cli", *arguments]
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)  # noqa: S603 - our own command, no shell
-    if done.returncode in (130, -2, -15):
+        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
+        passed_on = False
+        while child.poll() is None:
+            time.sleep(0.1)
+            if interruption.requested and not passed_on:
+                child.terminate()
+                passed_on = True
+    if interruption.requested or child.returncode == INTERRUPTED:
         raise Interrupted(f"{name} was stopped; the same command goes on from there")
-    if done.returncode:
+    if child.returncode:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
         raise PipelineError(f"{name} failed: {last} (all of it in {log})")
     return time.perf_counter() - began

@@ -149,6 +149,8 @@ class _Bench:
         """Seconds of the network alone for as many views as the stage takes."""
         model: Any = self.teacher.model
         forward: Callable[[Tensor], Any] = getattr(model, "forward_tokens", model)  # our encoders', or the library's
+        if self.teacher.compiled:
+            forward = torch.compile(forward)
         autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
         pixels = self.teacher.prepare(self.views)
         with torch.no_grad(), autocast:

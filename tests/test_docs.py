@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import click
@@ -81,4 +82,21 @@ def test_commands_exist_and_know_their_keys(document: str, line: str) -> None:
     assert config is not None or not keys
     for key in keys:
         assert config is not None
-        assert key.partition(".")[0] in config.model_fields, f"{document}: {words[0]} has no key {key}"
+        assert knows(config, key.split(".")), f"{document}: {words[0]} has no key {key}"
+
+
+def knows(config: type[Config], parts: list[str]) -> bool:
+    """Whether a.b.c is a key of the config; names of the user's own, as in `caches.NAME.path`, may be anything."""
+    if parts[0] not in config.model_fields:
+        return False
+    section, rest = section_of(config, parts[0]), parts[1:]
+    if typing.get_origin(config.model_fields[parts[0]].annotation) is dict:
+        rest = rest[1:]
+    return not rest or section is None or knows(section, rest)
+
+
+def section_of(config: type[Config], name: str) -> type[Config] | None:
+    """The config class that a field holds, if it holds one."""
+    annotation = config.model_fields[name].annotation
+    candidates = (annotation, *typing.get_args(annotation))
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Config)), None)

@@ -70,7 +70,8 @@ def match_images(caches: Mapping[str, CacheReader], source: ImageSource) -> None
         if cache.header.dataset.digest != digest:
             raise CacheError(
                 f"cache {name} was made of {cache.header.count} images at {cache.header.dataset.source}, not of these "
-                f"{len(source)} at {source.root}: give the same data.path and data.limit, or extract again"
+                f"{len(source)} at {source.root}: give the same data.path and data.limit, restore files whose names or "
+                "sizes have changed, or extract again"
             )
         here = preprocessing(cache.header.view_policy.image_size, "zarr")
         if not cache.stores_images and cache.header.preprocessing != here:
@@ -102,13 +103,18 @@ def check_records(
     draws = raw_bits(2 * count, Stream.CHECK, seed)
     for which, view in draws.reshape(count, 2):
         index, number = int(samples[int(which) % len(samples)]), int(view) % views.count
-        data = None if source is None else source.read(index)
-        for name, cache in caches.items():
-            record = cache.read(index, number)
+        records = {name: cache.read(index, number) for name, cache in caches.items()}
+        for name, record in records.items():
             if record.image is not None:
                 _check_stored(name, record, views.image_size)
-            if data is not None:
-                _check_source(name, record, data, draw_view(views, index, number, *_sides(data)))
+        if source is not None:
+            data = source.read(index)
+            for name, record in records.items():
+                _check_source(name, record, data)
+            image = decode(data)
+            view = draw_view(views, index, number, image.height, image.width)
+            for name, record in records.items():
+                _check_view(name, record, view)
     against = "their stored images" if source is None else "the live images (hash, box and flip)"
     return f"{count} random records of {', '.join(caches)}: checksums, and {against}"
 
@@ -120,18 +126,16 @@ def _check_stored(name: str, record: Record, size: int) -> None:
         raise CacheError(f"cache {name}: the image of {record.key} has {image.width}x{image.height} pixels, not {size}")
 
 
-def _check_source(name: str, record: Record, data: bytes, view: View) -> None:
+def _check_source(name: str, record: Record, data: bytes) -> None:
     if record.source_hash != hash_source(data):
         raise CacheError(
             f"image {record.key} is not the one that cache {name} was made of: restore it, or extract again"
         )
+
+
+def _check_view(name: str, record: Record, view: View) -> None:
     if tuple(record.box.tolist()) != view.box or record.hflip != view.hflip:
         raise CacheError(
             f"cache {name}: the view of {record.key} is {record.box.tolist()}, its policy draws {list(view.box)}: the "
             "cache was made by another version of this program; extract again"
         )
-
-
-def _sides(data: bytes) -> tuple[int, int]:
-    image = decode(data)
-    return image.height, image.width

@@ -184,6 +184,9 @@ def _is_turned(data: bytes) -> bool:
     """Whether EXIF or XMP ask for a rotation. Most files have neither, and looking is cheaper than parsing."""
     at = 2
     while data[at : at + 2] != b"\xff\xe1":  # APP1, where both live, before the scan begins
+        if data[at : at + 2] == b"\xff\xff":  # markers may be padded
+            at += 1
+            continue
         if data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] == b"\xda":
             return False
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")

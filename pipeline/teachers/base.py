@@ -112,6 +112,7 @@ class Teacher(nn.Module):
         self.tokens, self.layers, self.dtype = tokens, layers, dtype
         self.register_buffer("pixel_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.compiled = compile
         self._trace = torch.compile(backbone.trace) if compile else backbone.trace
         self._digest: str | None = None
         self.train(False).requires_grad_(False)
@@ -228,7 +229,7 @@ class Teacher(nn.Module):
             "mean": list(self.mean),
             "std": list(self.std),
             "libraries": library_versions(backbone.library),
-        }
+        } | ({"compile": True} if self.compiled else {})
 
     @property
     def weights_sha256(self) -> str:
@@ -273,14 +274,15 @@ def look_together(teachers: Sequence[Teacher], views: Tensor, heads: bool = Fals
 
 
 def share_backbones(teachers: Sequence[Teacher]) -> int:
-    """Let teachers of the same weights and input hold one backbone; return how many forwards remain for a batch.
+    """Let teachers of one network, weights and input hold one backbone; return how many forwards remain for a batch.
 
-    Frees the copies: two token choices of one ViT then cost one forward and one set of weights.
+    Frees the copies: two token choices of one ViT then cost one forward and one set of weights. Equal weights are not
+    enough: another activation, as CLIP's QuickGELU, has no parameters, so the specs must be equal too.
     """
     first: dict[tuple[object, ...], Teacher] = {}
     for teacher in teachers:
-        backbone = teacher.backbone
-        key = (teacher.weights_sha256, type(backbone), teacher.device, teacher.image_size, teacher.mean, teacher.std)
+        how = (teacher.spec, teacher.weights_sha256, teacher.compiled, teacher.device)
+        key = (*how, teacher.image_size, teacher.mean, teacher.std)
         original = first.setdefault(key, teacher)
         teacher.backbone, teacher._trace = original.backbone, original._trace
     return len({(id(teacher.backbone), teacher.dtype) for teacher in teachers})

@@ -85,14 +85,18 @@ def fit(
             last = done == plan.total_steps
             if done % run.config.log_every == 0 or last or done == 1:
                 loop.log(done)
-            if evaluate and (last or (evaluate_every and done % evaluate_every == 0)):
-                loop.evaluate(done, evaluate)
+            look = evaluate is not None and (last or bool(evaluate_every and done % evaluate_every == 0))
             stop = loop.any_process(interruption.requested)
-            if done % run.config.checkpoint_every == 0 or last or stop:
+            # Before an evaluation, which may take longer than the grace that a stopped job is given.
+            if done % run.config.checkpoint_every == 0 or last or stop or look:
                 loop.save(done)
             if stop and not last:
                 loop.close()
                 raise Interrupted(f"stopped at step {done} of {plan.total_steps} with a checkpoint; run again to go on")
+            if evaluate and look:
+                loop.evaluate(done, evaluate)
+                if last:
+                    loop.save(done)  # once more, with what it found
     loop.close()
     return loop.latest
 
@@ -180,7 +184,8 @@ class _Loop:
 
         def run() -> dict[str, Tensor]:
             self._seed(step, 0)
-            with self.run.accelerator.autocast():
+            # Eager: compiled under another context than the step's, it would be compiled for the step once more.
+            with torch.compiler.set_stance("force_eager"), self.run.accelerator.autocast():
                 return losses(self.plain_model, batch)
 
         began = time.perf_counter()
@@ -221,8 +226,10 @@ class _Loop:
 
     def evaluate(self, done: int, evaluate: Callable[[nn.Module, int], dict[str, float]]) -> None:
         began = time.perf_counter()
+        self._check_finite(done, weights=True)  # nothing else may become the best
         self.result.eval()
-        with torch.inference_mode(), self.run.accelerator.autocast():
+        # Not inference mode: tensors born in it, as a moved model's buffers, could take no part in training.
+        with torch.no_grad(), self.run.accelerator.autocast():
             values = evaluate(self.result, done)
         self._write(done, values)
         if self.best and values.get(self.best, float("-inf")) > self.best_value:
@@ -310,12 +317,32 @@ def restore(
 
 
 def _ahead(batches: Iterable[B], device: torch.device) -> Iterator[B]:
-    """Copy each batch while the one before it is being trained on."""
-    waiting: B | None = None
+    """Copy each batch while the one before it is being trained on: on CUDA, by a stream of its own."""
+    waiting: tuple[B, Callable[[], None]] | None = None
+    start = _copier(device)
     for batch in batches:
-        moved = batch.to(device)
+        moved = start(batch)
         if waiting is not None:
-            yield waiting
+            waiting[1]()
+            yield waiting[0]
         waiting = moved
     if waiting is not None:
-        yield waiting
+        waiting[1]()
+        yield waiting[0]
+
+
+def _copier(device: torch.device) -> Callable[[B], tuple[B, Callable[[], None]]]:
+    """batch → (its copy on the device, what lets the training stream wait for it)."""
+    if device.type != "cuda":
+        return lambda batch: (batch.to(device), lambda: None)
+    stream, training = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def start(batch: B) -> tuple[B, Callable[[], None]]:
+        # The room of the last batch but one is free for this copy when the steps launched so far are done.
+        stream.wait_stream(training)
+        with torch.cuda.stream(stream):
+            moved = batch.to(device)
+            arrived = stream.record_event()
+        return moved, lambda: training.wait_event(arrived)
+
+    return start

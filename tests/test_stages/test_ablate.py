@@ -2,6 +2,11 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +14,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.training.interruption import Interrupted
 from stages import ablate
 from stages.ablate import AblateConfig
 from tests.test_stages.conftest import MICRO, TEACHER
@@ -61,6 +67,32 @@ def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None
     said.clear()
     assert ablate.run(config, file, said.append) == table
     assert said == []
+    write_config(tmp_path, image_tree, caches={"one": ["views.count=2"]})
+    with pytest.raises(ConfigError, match="holds extract-teacher-features with other keys than now"):
+        ablate.run(load_config(AblateConfig, file, section="ablate"), file, said.append)
+
+
+def test_a_command_that_is_stopped_may_save_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ctrl-C or SIGTERM waits for the command, which needs a second here."""
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import signal, sys, time, pathlib\n"
+        "def save(*_):\n    time.sleep(1)\n    pathlib.Path('saved').write_text('')\n    sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').write_text('')\ntime.sleep(60)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **keys: popen([command[0], str(child)], **keys))
+
+    def stop() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(Interrupted, match="pretrain was stopped"):
+        ablate._command("pretrain", tmp_path / "chain.yaml", [], tmp_path / "log")
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_command_that_fails_is_named_with_its_log(image_tree: Path, tmp_path: Path) -> None:

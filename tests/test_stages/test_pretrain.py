@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from pipeline.cache import open_cache
 from pipeline.data import caches
-from pipeline.errors import CacheError, CheckpointError, ConfigError, TrainingError
+from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError, TrainingError
 from stages import knn, pretrain
 from tests.test_stages.conftest import MICRO, TEACHER, pretrain_config
 
@@ -280,9 +280,8 @@ def test_cached_equals_online_for_masked_rows_and_channel_statistics(
     assert dict(losses(tmp_path / "online")) == pytest.approx(dict(losses(tmp_path / "cached")), rel=1e-2)
 
 
-def test_two_live_teachers_and_no_attention(image_tree: Path, tmp_path: Path) -> None:
+def test_two_live_teachers(image_tree: Path, tmp_path: Path) -> None:
     data = {"path": str(image_tree), "workers": 0}
-    blind = {"spec": "timm:vit_base_patch16_clip_quickgelu_224", "weights": "random", "image_size": 64}
     teachers = {"a": TEACHER, "b": {**TEACHER, "tokens": "block"}}
     common = {"data": data, "views": {"image_size": 64}}
     pretrain.run(pretrain_config(tmp_path / "run", teachers=teachers, **common))
@@ -290,7 +289,22 @@ def test_two_live_teachers_and_no_attention(image_tree: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="holds a run with teachers="):
         pretrain.run(pretrain_config(tmp_path / "run", teachers={"a": TEACHER, "b": TEACHER}, **common))
     with pytest.raises(ValueError, match=r"give one of cache\.path"):
-        pretrain_config(tmp_path / "run", teachers=teachers, teacher=blind, **common)
+        pretrain_config(tmp_path / "run", teachers=teachers, teacher=TEACHER, **common)
+
+
+def test_a_teacher_without_attention_wants_a_random_focus(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    """A ViT that pools by the mean, cached and live."""
+    blind = {"spec": "timm:vit_base_patch16_siglip_gap_224", "weights": "random", "image_size": 64}
+    data = {"path": str(image_tree), "workers": 0}
+    path = make_cache("blind", teacher=blind)
+    assert open_cache(path).header.attention == "none"
+    ways = {"cached": {"cache": {"path": str(path)}}, "live": {"teacher": blind, "views": {"image_size": 64}}}
+    for name, way in ways.items():
+        with pytest.raises(ConfigError, match="no attention to focus by"):
+            pretrain.run(pretrain_config(tmp_path / name, data=data, **way))
+        focus = {"mask": {"focus": "random"}, "max_steps": 2}
+        pretrain.run(pretrain_config(tmp_path / name, data=data, **way, **focus))
+        assert "mimic_loss" in rows(tmp_path / name)[-1]
 
 
 def test_neighbours_are_watched_and_the_best_checkpoint_kept(
@@ -322,3 +336,27 @@ def test_each_losss_pull_is_measured_and_changes_nothing(make_cache: Make, image
     assert measured == [1, 3, 5]
     assert all(row["grad_norm/pixel_loss"] > 0 for row in rows(tmp_path / "measured") if row["step"] in measured)
     assert not any("grad_norm/mimic_loss" in row for row in rows(tmp_path / "plain"))
+
+
+def test_weights_that_are_not_finite_never_become_the_best(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    labelled = {"path": str(image_tree), "workers": 0}
+    config = pretrain_config(
+        tmp_path / "run", knn={"data": labelled, "val": labelled, "every": 1}, log_every=100, epochs=3, max_steps=None,
+        optim={"lr": 1e30, "warmup_epochs": 0}, grad_norms_every=0, **inputs(make_cache(), image_tree),
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="non-finite"):
+        pretrain.run(config)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_unlabelled_images_to_watch_are_refused_before_the_first_step(
+    make_cache: Make, image_tree: Path, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, file in enumerate(sorted(image_tree.rglob("*.jpg"))[:4]):
+        (flat / f"{number}.jpg").write_bytes(file.read_bytes())
+    knn_of = {"data": {"path": str(flat)}, "val": {"path": str(flat)}}
+    with pytest.raises(DataError, match="has no class"):
+        pretrain.run(pretrain_config(tmp_path / "run", knn=knn_of, **inputs(make_cache(), image_tree)))
+    assert not (tmp_path / "run/metrics.jsonl").read_text()

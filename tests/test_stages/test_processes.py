@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,22 +54,29 @@ def test_two_processes_extract_the_same_bytes_as_one(image_tree: Path, tmp_path:
 
 def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(image_tree: Path, tmp_path: Path) -> None:
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache"))
-    common = {"data": {"path": str(image_tree), "workers": 0}, "cache": {"path": str(tmp_path / "cache")}}
+    labelled = {"path": str(image_tree), "workers": 0}
+    common: dict[str, Any] = {"data": labelled, "cache": {"path": str(tmp_path / "cache")}}
+    common["knn"] = {"data": labelled, "val": labelled, "every": 1, "k": 1}
     pretrain.run(pretrain_config(tmp_path / "one", checkpoint_every=3, keep_checkpoints=5, **common))
     micro = ", ".join(f"{key}: {value}" for key, value in MICRO.items())
     arguments = [
         "pretrain", f"data={{path: {image_tree}, workers: 0}}", f"cache.path={tmp_path}/cache", f"student={{{micro}}}",
         "optim={lr: 1e-3, warmup_epochs: 0}", "batch_size=8", "max_steps=6", "log_every=1", "tensorboard=false",
         f"output={tmp_path}/two", "checkpoint_every=3", "keep_checkpoints=5",
+        f"knn={{data: {{path: {image_tree}, workers: 0}}, val: {{path: {image_tree}, workers: 0}}, every: 1, k: 1}}",
     ]  # fmt: skip
     done = torchrun(2, *arguments)
     assert done.returncode == 0, done.stderr
 
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+    rows = {
+        run: [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("one", "two")
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # sums in another order, nothing else
+    }
+    losses = {run: [row["loss"] for row in of_run if "loss" in row] for run, of_run in rows.items()}
+    assert len(losses["one"]) == 6
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)  # sums in another order, nothing else
+    watched = {run: [row["knn_top1"] for row in of_run if "knn_top1" in row] for run, of_run in rows.items()}
+    assert watched["two"] == watched["one"] == [1.0, 1.0]  # every image is its own neighbour, in whichever share
 
     last = tmp_path / "two/checkpoints/step-00000006"
     for file in last.iterdir():

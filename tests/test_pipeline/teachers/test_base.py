@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pipeline.errors import TeacherError
-from pipeline.teachers import Teacher, look_together, resize_views, share_backbones
+from pipeline.teachers import Teacher, build_teacher, look_together, resize_views, share_backbones
 from pipeline.teachers.timm_vit import TimmBackbone
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -167,3 +167,15 @@ def test_compiled_forward_says_the_same(
     plain, compiled = teacher()(views(32)), teacher(compile=True)(views(32))
     torch.testing.assert_close(compiled.tokens, plain.tokens)
     torch.testing.assert_close(compiled.attention, plain.attention)
+
+
+def test_equal_weights_of_another_activation_are_not_shared(views: Callable[..., Tensor]) -> None:
+    """QuickGELU has no parameters: the digest of the weights can't tell."""
+    names = ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224")
+    plain, quick = (build_teacher(f"timm:{name}", weights="random", image_size=32) for name in names)
+    assert plain.weights_sha256 == quick.weights_sha256
+    alone = [teacher(views(32)).tokens for teacher in (plain, quick)]
+    assert share_backbones([plain, quick]) == 2
+    together = [out.tokens for out in look_together([plain, quick], views(32))]
+    assert not torch.equal(alone[0], alone[1])
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
