@@ -18,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
 import webdataset
+from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -42,7 +43,7 @@ from pipeline.cache import (
     verify,
 )
 from pipeline.cache.files import Descriptor, file_of, hash_file, sync_folder
-from pipeline.cache.webdataset_store import index_of
+from pipeline.cache.tar_view import index_of
 from pipeline.config import Config, PathField
 from pipeline.errors import CacheError
 
@@ -123,7 +124,7 @@ def _bare_reads(reader: CacheReader, indices: list[int]) -> Callable[[], None]:
     def bare() -> None:
         for record in places:
             for file, size, offset in record:
-                google_crc32c.value(os.pread(file.number, size, offset))
+                crc32c(os.pread(file.number, size, offset))
 
     return bare
 
@@ -292,5 +293,5 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "crc32c": google_crc32c.implementation,
+        "crc32c": f"awscrt {version('awscrt')}",
     }

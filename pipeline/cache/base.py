@@ -4,20 +4,20 @@ A store knows how a shard lies on the disk and nothing else; `CacheWriter` and `
 checks and the LRU of open shards, the same for every store.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from struct import Struct
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
-from google_crc32c import extend
+from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from pipeline.cache.files import FileEntry
-from pipeline.errors import CacheDamage
 
 TAIL = Struct("<4iBQ")  # box (top, left, height, width), hflip, source hash: as a record's checksum covers them
+TAILS: np.dtype[Any] = np.dtype([("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")])  # the same for numpy
 _HEAD = Struct("<QI")  # sample index, view
 
 
@@ -43,14 +43,19 @@ class ShardData:
     def record(self, row: int, view: int) -> "Raw":
         """One record on its way to the disk, its checksum still 0."""
         images = None if self.images is None else self.images[row]
+        tokens = self.tokens[row, view]
+        scale = None if self.scale is None else self.scale[row, view]
+        attention = None if self.attention is None else self.attention[row, view]
+        image = None if images is None else images[view]
         return Raw(
             key=self.keys[row].encode(),
             tail=TAIL.pack(*self.box[row, view].tolist(), int(self.hflip[row, view]), int(self.source_hash[row])),
             crc32c=0,
-            tokens=self.tokens[row, view],
-            scale=None if self.scale is None else self.scale[row, view],
-            attention=None if self.attention is None else self.attention[row, view],
-            image=None if images is None else images[view],
+            tokens=tokens,
+            scale=scale,
+            attention=attention,
+            image=image,
+            body=[part for part in (tokens, scale, attention, image) if part is not None],
         )
 
 
@@ -64,6 +69,7 @@ class Raw(NamedTuple):
     scale: NDArray[np.float16] | None  # [L]
     attention: NDArray[np.float16] | None  # [L] or [H, L]
     image: bytes | None
+    body: Sequence[Any]  # buffers that make up tokens‖scale‖attention‖image, as the checksum covers them
 
 
 class Record:
@@ -75,11 +81,13 @@ class Record:
 
     __slots__ = ("_key", "_tail", "attention", "image", "index", "scale", "tokens", "view")
 
-    def __init__(self, index: int, view: int, raw: Raw) -> None:
+    def __init__(self, index: int, view: int, raw: Raw, tokens: NDArray[Any], scale: Any, attention: Any) -> None:
         self.index = index
         self.view = view
-        self.tokens: NDArray[Any]
-        self._key, self._tail, _, self.tokens, self.scale, self.attention, self.image = raw
+        self.tokens = tokens
+        self.scale: NDArray[np.float16] | None = scale
+        self.attention: NDArray[np.float16] | None = attention
+        self._key, self._tail, self.image = raw.key, raw.tail, raw.image
 
     @property
     def key(self) -> str:
@@ -108,17 +116,17 @@ class Seal:
     """
 
     def __init__(self, fingerprint: str) -> None:
-        self._start: int = extend(0, bytes.fromhex(fingerprint))
+        self._start: int = crc32c(bytes.fromhex(fingerprint))
+
+    def head(self, index: int, view: int, key: bytes, tail: bytes) -> int:
+        """The checksum as far as it goes before the body."""
+        crc: int = crc32c(_HEAD.pack(index, view) + key + tail, self._start)
+        return crc
 
     def __call__(self, index: int, view: int, raw: Raw) -> int:
-        key, tail, _, tokens, scale, attention, image = raw
-        crc: int = extend(extend(self._start, _HEAD.pack(index, view) + key + tail), tokens)
-        if scale is not None:
-            crc = extend(crc, scale)
-        if attention is not None:
-            crc = extend(crc, attention)
-        if image is not None:
-            crc = extend(crc, image)
+        crc: int = crc32c(_HEAD.pack(index, view) + raw.key + raw.tail, self._start)
+        for part in raw.body:
+            crc = crc32c(part, crc)
         return crc
 
 
@@ -127,11 +135,30 @@ def hash_source(content: bytes) -> int:
     return xxhash.xxh3_64_intdigest(content)
 
 
+@dataclass(slots=True)
+class Scan:
+    """What a scan of one view of one shard found: records whose checksum is right, and what is wrong with others.
+
+    `rows` ascending; the arrays run in parallel with it.
+    """
+
+    rows: list[int]
+    keys: list[bytes]  # n, UTF-8
+    tails: NDArray[Any]  # [n] of TAILS
+    scale: NDArray[np.float16] | None  # [n, L]
+    attention: NDArray[np.float16] | None  # [n, L] or [n, H, L]
+    infinite: list[int] = field(default_factory=list)  # rows with tokens that are not finite
+    damaged: dict[int, str] = field(default_factory=dict)  # row → what is wrong with its record
+
+
 class OpenView(Protocol):
     """One view of one shard, open for reading; `row` counts from the shard's first sample."""
 
-    def read(self, row: int) -> Raw:
-        """One record, unchecked. Raises CacheDamage where it can't even be found."""
+    def read(self, row: int, keep: bool = True) -> Raw:
+        """One record, unchecked; without `keep`, its arrays and body are overwritten by this thread's next read.
+
+        Raises CacheDamage where the record can't even be found.
+        """
         ...
 
     def key(self, row: int) -> str:
@@ -162,12 +189,11 @@ class Store(Protocol):
         ...
 
     def scan(
-        self, shard: int, view: int, rows: list[int], seen: dict[str, FileEntry], fresh: bool = False
-    ) -> Iterator[tuple[int, Raw | CacheDamage]]:
-        """Read every byte of one view once, for verification.
+        self, shard: int, view: int, rows: list[int], seal: Seal, seen: dict[str, FileEntry], fresh: bool = False
+    ) -> Scan:
+        """Read every byte of one view once and check the records of `rows`, ascending.
 
-        Yields (row, record or what keeps it from being found) for each of `rows`, ascending; the next one overwrites
-        its tokens. Puts the measure of each file that could be read whole into `seen`. `fresh` distrusts sidecars.
+        Puts the measure of each file that could be read whole into `seen`. `fresh` distrusts sidecars.
         Raises CacheDamage when nothing of the view can be read.
         """
         ...

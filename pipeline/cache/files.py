@@ -10,20 +10,24 @@ import fcntl
 import glob
 import os
 import secrets
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from os import preadv
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import google_crc32c
+import numpy as np
 import xxhash
+from awscrt.checksums import crc32c
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import CacheDamage, CacheError
 
 PARTIAL = ".partial"
 CHECKSUM_BYTES = 4
+BLOCK = 1 << 20  # bytes that are walked more than once while the CPU's cache holds them
+_PIECES = 512  # of one write; the kernel takes 1,024
+_PAGE = 4096
 
 
 class FileEntry(BaseModel):
@@ -48,13 +52,13 @@ def write_file(path: Path, parts: Iterable[Any], *, exclusive: bool = False) -> 
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     hasher, size = xxhash.xxh3_128(), 0
     try:
-        with partial.open("wb", buffering=1 << 20) as file:
+        with partial.open("wb", buffering=0) as file:
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the writer is alive
-            for part in parts:
-                size += file.write(part)
-                hasher.update(part)
-            file.flush()
+            for batch in _batches(parts):
+                for piece in batch:
+                    hasher.update(piece)
+                size += _write_all(file.fileno(), batch)
             os.fsync(file.fileno())
             if exclusive:
                 path.hardlink_to(partial)  # a rename would replace, a link refuses
@@ -64,6 +68,41 @@ def write_file(path: Path, parts: Iterable[Any], *, exclusive: bool = False) -> 
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
     return FileEntry(bytes=size, xxh3_128=hasher.hexdigest())
+
+
+def _batches(parts: Iterable[Any]) -> Iterator[list[memoryview]]:
+    """The bytes of `parts` in pieces, gathered so that a batch is hashed and written while the CPU's cache holds it."""
+    batch: list[memoryview] = []
+    held = 0
+    for part in parts:
+        content = memoryview(part)
+        content = content.cast("B") if content.nbytes else content[:0]
+        for start in range(0, content.nbytes, BLOCK):
+            piece = content[start : start + BLOCK]
+            if batch and (held + len(piece) > BLOCK or len(batch) == _PIECES):
+                yield batch
+                batch, held = [], 0
+            batch.append(piece)
+            held += len(piece)
+    if batch:
+        yield batch
+
+
+def _write_all(descriptor: int, batch: list[memoryview]) -> int:
+    """Write every piece and return their length; usually in one call."""
+    total, written = sum(map(len, batch)), os.writev(descriptor, batch)
+    if written < total:  # a signal, or a disk about to be full
+        rest = memoryview(b"".join(batch))
+        while written < total:
+            written += os.write(descriptor, rest[written:])
+    return total
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    """Uninitialised memory, [size], from a page's start on: copies into odd places run at down to half the speed."""
+    room = np.empty(size + _PAGE, np.uint8)
+    start = -room.ctypes.data % _PAGE
+    return room[start : start + size]
 
 
 def file_of(root: Path, relative: str) -> Path:
@@ -148,15 +187,25 @@ class Descriptor:
         try:
             got = preadv(self.number, (buffer,), offset)
         except OSError as error:
-            raise CacheDamage(f"{self.path.name} can't be read at byte {offset}: {error.strerror}") from error
+            raise CacheDamage(self._unreadable(offset, error)) from error
         if got != buffer.nbytes:
             self._read_rest(buffer, offset, got)
+
+    def read_some(self, buffer: memoryview, offset: int) -> int:
+        """Put what comes from `offset` into `buffer`; returns how many bytes, 0 at the end of the file."""
+        try:
+            return os.preadv(self.number, (buffer,), offset)
+        except OSError as error:
+            raise CacheDamage(self._unreadable(offset, error)) from error
+
+    def _unreadable(self, offset: int, error: OSError) -> str:
+        return f"{self.path.name} can't be read at byte {offset}: {error.strerror}"
 
     def _read_rest(self, buffer: Any, offset: int, got: int) -> None:
         """A signal or a network file system may cut a read short; only a read of nothing is the end of the file."""
         view = memoryview(buffer).cast("B")
         while got < len(view):
-            more = os.preadv(self.number, (view[got:],), offset + got)
+            more = self.read_some(view[got:], offset + got)
             if more == 0:
                 raise CacheDamage(f"{self.path.name} ends at byte {offset + got}, within a record")
             got += more
@@ -169,14 +218,14 @@ def read_table(path: Path, expected: int | None = None) -> bytes:
         CacheDamage: missing, of another length than `expected` bytes of payload, or the checksum differs.
     """
     content = read_whole(path)
-    cut_table(path, content, expected)
+    cut_table(path.name, content, expected)
     return check_table(path, content)
 
 
-def cut_table(path: Path, content: bytes, expected: int | None) -> bytes:
+def cut_table(name: str, content: bytes, expected: int | None = None) -> bytes:
     """`content` without the checksum at its end, unchecked; CacheDamage when its length isn't the expected one."""
     if expected is not None and len(content) != expected + CHECKSUM_BYTES:
-        raise CacheDamage(f"{path.name} has {len(content)} bytes instead of {expected + CHECKSUM_BYTES}")
+        raise CacheDamage(f"{name} has {len(content)} bytes instead of {expected + CHECKSUM_BYTES}")
     return content[:-CHECKSUM_BYTES]
 
 
@@ -189,26 +238,21 @@ def check_table(path: Path, content: bytes) -> bytes:
 
 
 def read_whole(path: Path) -> bytes:
-    """The bytes of a small file; CacheDamage when it is missing, CacheError when it can't be opened."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CacheDamage(f"{path.name} is missing") from error
-    except OSError as error:
-        raise CacheError(f"{path}: {_reason(error)}") from error
+    """The bytes of a small file; CacheDamage when it is missing or can't be read, CacheError when not opened."""
+    return Descriptor(path).read_from(0)
 
 
 def checksum(payload: bytes) -> bytes:
     """crc32c as it stands at the end of a file."""
-    return int(google_crc32c.value(payload)).to_bytes(CHECKSUM_BYTES, "little")
+    return int(crc32c(payload)).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def hash_file(path: Path, block: int = 1 << 20) -> FileEntry:
-    """Measure a file as a commit record states it; CacheDamage when it is missing."""
+def hash_file(path: Path) -> FileEntry:
+    """Measure a file as a commit record states it; CacheDamage when it is missing or can't be read."""
     descriptor = Descriptor(path)
     hasher, offset = xxhash.xxh3_128(), 0
-    buffer = memoryview(bytearray(max(1, min(block, descriptor.size()))))
-    while got := os.preadv(descriptor.number, (buffer,), offset):
+    buffer = aligned(max(1, min(BLOCK, descriptor.size()))).data
+    while got := descriptor.read_some(buffer, offset):
         hasher.update(buffer[:got])
         offset += got
     return FileEntry(bytes=offset, xxh3_128=hasher.hexdigest())
@@ -219,21 +263,21 @@ V = TypeVar("V")
 
 
 class Lru(Generic[K, V]):
-    """The `capacity` most recently used values; others are made again when asked for."""
+    """The `capacity` most recently used values; others are made again when asked for.
+
+    A dict keeps the order in which keys were put in. Threads may share one: at worst a value is made twice.
+    """
 
     def __init__(self, capacity: int, make: Callable[[K], V]) -> None:
         self._capacity, self._make = capacity, make
-        self._values: OrderedDict[K, V] = OrderedDict()
+        self._values: dict[K, V] = {}
 
     def __call__(self, key: K) -> V:
-        value = self._values.get(key)
+        values = self._values
+        value = values.pop(key, None)
         if value is None:
-            value = self._values[key] = self._make(key)
-            while len(self._values) > self._capacity:
-                self._values.popitem(last=False)
-        else:
-            self._values.move_to_end(key)
+            value = self._make(key)
+            while len(values) >= self._capacity:
+                values.pop(next(iter(values)), None)
+        values[key] = value
         return value
-
-    def clear(self) -> None:
-        self._values.clear()

@@ -73,24 +73,28 @@ class CacheReader:
             CacheDamage: the bytes are not those that were written; names shard, sample and view.
             CacheError: out of range, not extracted yet, or a tombstone.
         """
-        shard, row = self._locate(index, view)
+        if index in self.tombstones or not 0 <= index < self._count or not 0 <= view < self._views:
+            self._refuse(index, view)
+        shard, row = divmod(index, self._size)
         try:
-            raw = self._open((shard, view)).read(row)
+            raw = self._open((shard, view)).read(row, rows is None)
             if self._seal(index, view, raw) != raw.crc32c:
                 raise CacheDamage("its checksum differs")
         except CacheDamage as error:
             raise CacheDamage(self._damage(shard, index, view, error)) from error
-        record = Record(index, view, raw)
+        tokens, scale, attention = raw.tokens, raw.scale, raw.attention
         if rows is not None:
-            record.tokens = record.tokens.take(rows, 0)
-            record.scale = None if record.scale is None else record.scale.take(rows)
+            tokens = tokens.take(rows, 0)
+            scale = None if scale is None else scale.take(rows)
+            attention = None if attention is None else attention.copy()
         if dequantise:
-            record.tokens = self.header.quantiser.dequantise(record.tokens, record.scale)
-        return record
+            tokens = self.header.quantiser.dequantise(tokens, scale)
+        return Record(index, view, raw, tokens, scale, attention)
 
     def key(self, index: int) -> str:
         """The sample's key in the dataset, without reading or checking its record."""
-        shard, row = self._locate(index, 0)
+        self._refuse(index, 0)
+        shard, row = divmod(index, self._size)
         try:
             return self._open((shard, 0)).key(row)
         except CacheDamage as error:
@@ -106,7 +110,8 @@ class CacheReader:
         """Shards that extraction has still to finish."""
         return np.flatnonzero(~self._committed).tolist()
 
-    def _locate(self, index: int, view: int) -> tuple[int, int]:
+    def _refuse(self, index: int, view: int) -> None:
+        """CacheError for a place outside, or a tombstone."""
         if not 0 <= index < self._count or not 0 <= view < self._views:
             raise CacheError(
                 f"sample {index}, view {view}: {self.path} holds {len(self)} samples with {self._views} views each"
@@ -115,7 +120,6 @@ class CacheReader:
             raise CacheError(
                 f"sample {index} is a tombstone ({self.tombstones[index]}); take samples from live_indices()"
             )
-        return divmod(index, self._size)
 
     def _open_view(self, place: tuple[int, int]) -> OpenView:
         shard, view = place

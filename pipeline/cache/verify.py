@@ -8,14 +8,16 @@
 The teacher and the images are handed in; this wing imports neither.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pipeline.cache.base import Raw, Record, Seal, Store, hash_source
+from pipeline.cache.base import Scan, Seal, Store, hash_source
 from pipeline.cache.commits import FOLDER, Commit, commit_path, read_commit
 from pipeline.cache.deep import Reextract, compare
 from pipeline.cache.files import PARTIAL, FileEntry, file_of, hash_file
@@ -119,9 +121,8 @@ class _Verifier:
         known = {f for shard in range(self._header.shards) for f in self._store.files(shard)}
         known |= {f"{FOLDER}/{commit_path(self._path, shard).name}" for shard in range(self._header.shards)} | {FILE}
         known |= {f for shard in (None, *range(self._header.shards)) for f in self._store.derived(shard)}
-        for found in self._path.rglob("*"):
-            name = found.relative_to(self._path).as_posix()
-            if found.is_dir() or name in known:
+        for name in _files(self._path):
+            if name in known:
                 continue
             if name.endswith(PARTIAL):
                 self._report.note(
@@ -156,13 +157,14 @@ class _Verifier:
         if set(commit.files) != expected:
             self._report.add("commit", f"shard {shard}: its commit record lists other files", shard=shard)
         for file in sorted(expected & set(commit.files)):
-            path = file_of(self._path, file)
-            problem = "is missing"
-            if path.is_file():
-                size = path.stat().st_size
+            try:
+                size = os.stat(f"{self._path}/{file}").st_size
                 problem = f"has {size} bytes instead of {commit.files[file].bytes}"
                 if size == commit.files[file].bytes:
                     continue
+            except OSError as error:
+                gone = isinstance(error, FileNotFoundError)
+                problem = "is missing" if gone else f"can't be looked at: {error.strerror}"
             broken.add(file)
             self._report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
         return broken
@@ -181,13 +183,19 @@ class _Verifier:
             if findings and not stale and self._check_sidecars(shard, thorough=True):
                 findings = list(self._scan(shard, view, commit, seen, fresh=True))
             self._report.findings += findings
-        for file, entry in commit.files.items():
-            if file not in broken and self._measure(file, seen) != entry:
-                message = f"shard {shard}: {file} is not what was written (its xxh3-128 differs)"
-                self._report.add("file", message, shard=shard, file=file)
+        self._check_hashes(shard, commit, broken, seen)
 
-    def _measure(self, file: str, seen: dict[str, FileEntry]) -> FileEntry:
-        return seen[file] if file in seen else hash_file(file_of(self._path, file))
+    def _check_hashes(self, shard: int, commit: Commit, broken: set[str], seen: dict[str, FileEntry]) -> None:
+        for file, entry in commit.files.items():
+            if file in broken:
+                continue
+            problem = "is not what was written (its xxh3-128 differs)"
+            try:
+                if (seen[file] if file in seen else hash_file(file_of(self._path, file))) == entry:
+                    continue
+            except CacheDamage as error:
+                problem = f"can't be checked: {error}"
+            self._report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
 
     def _scan(
         self, shard: int, view: int, commit: Commit, seen: dict[str, FileEntry], fresh: bool
@@ -196,91 +204,60 @@ class _Verifier:
         span = self._header.shard_range(shard)
         dead = {stone.index for stone in commit.tombstones}
         rows = [row for row, index in enumerate(span) if index not in dead]
-        values, damaged = _ViewValues(self._header), 0
         try:
-            for row, raw in self._store.scan(shard, view, rows, seen, fresh):
-                problem = self._record_problem(span[row], view, raw)
-                if problem is None and isinstance(raw, Raw):
-                    values.add(row, raw)
-                    continue
-                damaged += 1
-                if damaged <= _NAMED:
-                    message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
-                    yield Finding("record", message, shard=shard, sample=span[row], view=view)
+            scan = self._store.scan(shard, view, rows, self._seal, seen, fresh)
         except CacheDamage as error:
             yield Finding("file", f"shard {shard}, view {view}: {error}", shard=shard, view=view)
-        self._report.counts["records"] += len(values.rows)
-        if damaged > _NAMED:
-            message = f"shard {shard}, view {view}: {damaged - _NAMED} more damaged samples"
+            return
+        self._report.counts["records"] += len(scan.rows)
+        for row, problem in islice(scan.damaged.items(), _NAMED):
+            message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
+            yield Finding("record", message, shard=shard, sample=span[row], view=view)
+        if len(scan.damaged) > _NAMED:
+            message = f"shard {shard}, view {view}: {len(scan.damaged) - _NAMED} more damaged samples"
             yield Finding("record", message, shard=shard, view=view)
-        for row, problem in values.problems():
+        for row, problem in _impossible(scan):
             message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
             yield Finding("values", message, shard=shard, sample=span[row], view=view)
-
-    def _record_problem(self, index: int, view: int, raw: Raw | CacheDamage) -> str | None:
-        if isinstance(raw, CacheDamage):
-            return str(raw)
-        if self._seal(index, view, raw) != raw.crc32c:
-            return "its checksum differs"
         if self._source is not None and view == 0:
-            self._join(self._source, Record(index, view, raw))
-        return None
+            for row, key, source_hash in zip(scan.rows, scan.keys, scan.tails["source_hash"].tolist(), strict=True):
+                self._join(self._source, span[row], key.decode(), source_hash)
 
-    def _join(self, source: Source, record: Record) -> None:
+    def _join(self, source: Source, index: int, key: str, source_hash: int) -> None:
         """Compare a sound record with the image that it was made of."""
-        index, problem = record.index, None
-        if source.key(index) != record.key:
-            problem = f"the cache was made of '{record.key}', the dataset now has '{source.key(index)}' there"
+        problem = None
+        if source.key(index) != key:
+            problem = f"the cache was made of '{key}', the dataset now has '{source.key(index)}' there"
         else:
             try:
-                if hash_source(source.read(index)) != record.source_hash:
-                    problem = f"image '{record.key}' has changed since it was extracted"
+                if hash_source(source.read(index)) != source_hash:
+                    problem = f"image '{key}' has changed since it was extracted"
             except (OSError, PipelineError) as error:
-                problem = f"image '{record.key}' can't be read any more: {error}"
+                problem = f"image '{key}' can't be read any more: {error}"
         if problem is not None:
             shard = index // self._header.samples_per_shard
             self._report.add("source", f"shard {shard}, sample {index}: {problem}", shard=shard, sample=index)
 
 
-class _ViewValues:
-    """Collects the small values of one view, to check them all at once: numpy pays per call."""
+def _files(root: Path) -> Iterator[str]:
+    """Every file under `root`, its path relative to it, with slashes."""
+    for folder, _, names in os.walk(root):
+        prefix = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
+        yield from (prefix + name for name in names)
 
-    def __init__(self, header: CacheHeader) -> None:
-        self.rows: list[int] = []
-        self._tails: list[bytes] = []
-        self._scale: list[Any] = []
-        self._attention: list[Any] = []
-        self._floats = header.quantiser.dtype.kind == "f"
-        self._infinite: list[int] = []
 
-    def add(self, row: int, raw: Raw) -> None:
-        self.rows.append(row)
-        self._tails.append(raw.tail)
-        self._scale.append(raw.scale)
-        self._attention.append(raw.attention)
-        if self._floats and not np.isfinite(raw.tokens).all():
-            self._infinite.append(row)
-
-    def problems(self) -> Iterator[tuple[int, str]]:
-        """(row, what can't be) of records whose checksum is right and whose content still isn't."""
-        n = len(self.rows)
-        if n == 0:
-            return
-        yield from ((row, "tokens are not finite") for row in self._infinite)
-        if self._scale[0] is not None:
-            scale = np.stack(self._scale).astype(np.float32)
-            good = np.isfinite(scale) & (scale > 0)
-            yield from self._named((~good).any(1), "scales are not finite and positive")
-        if self._attention[0] is not None:
-            attention = np.stack(self._attention).astype(np.float32)
-            sums = np.where((attention >= 0).all(-1), attention.sum(-1), np.nan).reshape(n, -1)
-            wrong = ~(np.abs(sums - 1) <= _SUM_TOLERANCE)
-            yield from self._named(wrong.any(1), "attention does not sum to 1")
-        tails = np.frombuffer(b"".join(self._tails), [("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")])
-        boxes = np.concatenate([tails["box"][:, :2] < 0, tails["box"][:, 2:] < 1], 1)
-        yield from self._named(boxes.any(1), "the box is empty or outside the image")
-        yield from self._named(tails["hflip"] > 1, "hflip is neither 0 nor 1")
-
-    def _named(self, wrong: Any, problem: str) -> Iterator[tuple[int, str]]:
-        """The first few rows where `wrong`, bool [n], holds."""
-        return ((self.rows[at], problem) for at in np.flatnonzero(wrong)[:_NAMED].tolist())
+def _impossible(scan: Scan) -> Iterator[tuple[int, str]]:
+    """(row, what can't be) of records whose checksum is right and whose content isn't; the first few of a kind."""
+    wrong: dict[str, Any] = {"tokens are not finite": np.isin(scan.rows, scan.infinite)}
+    if scan.scale is not None:
+        # As integers, float16 from the smallest above 0 to the largest are 1 to 0x7BFF.
+        wrong["scales are not finite and positive"] = (scan.scale.view(np.uint16) - np.uint16(1)).max(1) >= 0x7BFF
+    if scan.attention is not None:
+        attention = scan.attention.astype(np.float32)
+        good = (attention >= 0).all(-1) & (np.abs(attention.sum(-1) - 1) <= _SUM_TOLERANCE)
+        wrong["attention does not sum to 1"] = ~good.all(tuple(range(1, good.ndim)))  # over heads, if there are
+    box, hflip = scan.tails["box"], scan.tails["hflip"]
+    wrong["the box is empty or outside the image"] = (box[:, :2] < 0).any(1) | (box[:, 2:] < 1).any(1)
+    wrong["hflip is neither 0 nor 1"] = hflip > 1
+    for problem, rows in wrong.items():
+        yield from ((scan.rows[at], problem) for at in np.flatnonzero(rows)[:_NAMED].tolist())

@@ -7,14 +7,12 @@ tokens use zarr's sharding instead, one inner chunk a record, at the price of a 
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numcodecs
 import numpy as np
-import xxhash
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store as ZarrStoreBase
@@ -22,24 +20,23 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, MemoryStore
 
-from pipeline.cache.base import Raw, Seal, ShardData
+from pipeline.cache.base import Scan, Seal, ShardData
 from pipeline.cache.files import (
     FileEntry,
     file_of,
     one_line,
-    read_whole,
     sync_folder,
     write_file,
 )
 from pipeline.cache.manifest import CacheHeader
-from pipeline.cache.zarr_view import ZarrView, array_specs, chunk_file
-from pipeline.errors import CacheDamage, CacheError
+from pipeline.cache.zarr_scan import scan_chunks
+from pipeline.cache.zarr_view import Layout, Rooms, ZarrView, array_specs, chunk_file
+from pipeline.errors import CacheError
 
 T = TypeVar("T")
 
 _KEY_ENCODING: Any = {"name": "default", "separator": "."}  # one flat folder an array: one fsync a shard, not five
 _SHUFFLES: tuple[Any, ...] = ("noshuffle", "shuffle", "bitshuffle")
-_BLOCK_ROWS = 2  # rows that a scan holds at once: they stay in the CPU's cache between hash and checksum
 
 
 def _create_group(store: ZarrStoreBase, header: CacheHeader) -> None:
@@ -61,6 +58,14 @@ def _create_group(store: ZarrStoreBase, header: CacheHeader) -> None:
             dimension_names=dimension_names,
             **layout,
         )
+
+
+@lru_cache(4)
+def _metadata(header: bytes) -> dict[str, bytes]:
+    """Every zarr.json of a cache, as zarr itself writes it."""
+    memory: dict[str, Buffer] = {}
+    _create_group(MemoryStore(memory), CacheHeader.from_bytes(header))
+    return {key: value.to_bytes() for key, value in memory.items()}
 
 
 def _blosc(compression: dict[str, Any]) -> BloscCodec:
@@ -91,7 +96,7 @@ class ZarrStore:
 
     def __init__(self, root: Path, header: CacheHeader) -> None:
         self._root, self._header = root, header
-        self._specs = array_specs(header)
+        self._specs, self._rooms = array_specs(header), Rooms(Layout(header))
         self.descriptors = sum(name in self._specs for name in ("tokens", "scale", "attention"))
 
     def create(self) -> None:
@@ -106,12 +111,9 @@ class ZarrStore:
                     ) from error
             sync_folder(path.parent)
 
-    @cached_property
+    @property
     def _metadata(self) -> dict[str, bytes]:
-        """Every zarr.json, as zarr itself writes it."""
-        memory: dict[str, Buffer] = {}
-        _create_group(MemoryStore(memory), self._header)
-        return {key: value.to_bytes() for key, value in memory.items()}
+        return _metadata(self._header.to_bytes())
 
     def files(self, shard: int) -> list[str]:
         return [
@@ -147,34 +149,12 @@ class ZarrStore:
         return store, arrays
 
     def open_view(self, shard: int, view: int) -> "ZarrView":
-        return ZarrView(self._root, self._header, shard, view)
+        return ZarrView(self._root, self._header, shard, view, self._rooms)
 
     def scan(
-        self, shard: int, view: int, rows: list[int], seen: dict[str, FileEntry], fresh: bool = False
-    ) -> Iterator[tuple[int, Raw | CacheDamage]]:
-        # The files' own checksums are left aside: `seen` shows a damaged file, and each record its own damage.
-        tokens_file, loaded = chunk_file("tokens", shard, view, 4), dict[str, bytes]()
-        for name, (shape, _, _) in self._specs.items():
-            file = chunk_file(name, shard, view, len(shape))
-            if file != tokens_file:
-                loaded[name] = content = read_whole(file_of(self._root, file))
-                seen[file] = FileEntry(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
-        opened = ZarrView(self._root, self._header, shard, view, loaded)
-        if self._header.compression is not None:
-            yield from ((row, _attempt(opened.read, row)) for row in rows)
-            return
-        wanted, hasher, tokens, S = frozenset(rows), xxhash.xxh3_128(), opened.file_rows, self._header.samples_per_shard
-        for start in range(0, S, _BLOCK_ROWS):
-            block = _attempt(tokens.block, start, min(start + _BLOCK_ROWS, S))
-            if not isinstance(block, CacheDamage):
-                hasher.update(block.data)
-            for row in filter(wanted.__contains__, range(start, min(start + _BLOCK_ROWS, S))):
-                if isinstance(block, CacheDamage):
-                    yield row, _attempt(opened.read, row)
-                else:
-                    yield row, opened.read(row, block[row - start])
-        hasher.update(tokens.file.read_from(S * tokens.bytes))
-        seen[tokens_file] = FileEntry(bytes=tokens.file.size(), xxh3_128=hasher.hexdigest())
+        self, shard: int, view: int, rows: list[int], seal: Seal, seen: dict[str, FileEntry], fresh: bool = False
+    ) -> Scan:
+        return scan_chunks(self._root, self._header, shard, view, rows, seal, seen)
 
     def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
         problems = {}
@@ -213,10 +193,3 @@ def _checksums(span: range, data: ShardData, seal: Seal) -> NDArray[np.uint32]:
             for view in range(views):
                 result[row, view] = seal(index, view, data.record(row, view))
     return result
-
-
-def _attempt(read: Callable[..., T], *arguments: Any) -> T | CacheDamage:
-    try:
-        return read(*arguments)
-    except CacheDamage as error:
-        return error

@@ -1,5 +1,6 @@
 """Reading the zarr store's chunk files raw: a chunk is the plain array and its crc32c, so a record is one `pread`."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,10 @@ import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.base import TAIL, Raw
-from pipeline.cache.files import CHECKSUM_BYTES, Descriptor, check_table, cut_table, file_of, read_table
+from pipeline.cache.base import TAIL, TAILS, Raw
+from pipeline.cache.files import CHECKSUM_BYTES, Descriptor, aligned, check_table, file_of, read_table
 from pipeline.cache.manifest import CacheHeader
 from pipeline.errors import CacheDamage
-
-_TAILS: np.dtype[Any] = np.dtype(
-    [("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")]
-)  # rows of the struct TAIL
 
 
 def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
@@ -42,95 +39,92 @@ def chunk_file(name: str, shard: int, view: int, dimensions: int) -> str:
     return f"{name}/c." + ".".join(map(str, where))
 
 
+class Layout:
+    """Tokens, scale and attention of one record side by side, as its checksum covers them."""
+
+    def __init__(self, header: CacheHeader) -> None:
+        half, L = np.dtype("<f2"), header.tokens
+        kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {"tokens": (header.quantiser.dtype, (L, header.dim))}
+        if header.quantiser.has_scale:
+            kinds["scale"] = (half, (L,))
+        if header.attention_shape is not None:
+            kinds["attention"] = (half, header.attention_shape)
+        self.names, self.bytes = tuple(kinds), 0
+        self.places: dict[str, tuple[tuple[int, ...], np.dtype[Any], int, int]] = {}  # shape, dtype, start, stop
+        for name, (dtype, shape) in kinds.items():
+            size = int(np.prod(shape)) * dtype.itemsize
+            self.places[name] = (shape, dtype, self.bytes, self.bytes + size)
+            self.bytes += size
+
+
+class Room:
+    """Memory for one record, laid out so."""
+
+    __slots__ = ("attention", "body", "parts", "scale", "tokens")
+
+    def __init__(self, layout: Layout) -> None:
+        content = aligned(layout.bytes)
+        arrays = {name: np.ndarray(shape, dtype, content, at) for name, (shape, dtype, at, _) in layout.places.items()}
+        self.tokens: NDArray[Any] = arrays["tokens"]
+        self.scale, self.attention = arrays.get("scale"), arrays.get("attention")
+        self.parts = [content[start:stop] for _, _, start, stop in layout.places.values()]
+        self.body = (content,)
+
+
+class Rooms(threading.local):
+    """One room for each thread, used again for every record that isn't kept: the CPU's cache still holds it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.own = Room(layout)
+
+
 class ZarrView:
-    """One view of one shard: the large arrays as open files, the small ones in memory (about 100 bytes a sample).
+    """One view of one shard: the large arrays as open files, the small ones in memory (about 100 bytes a sample)."""
 
-    `loaded` gives the whole content of the small files and of `scale` and `attention`, for a scan that has read them;
-    their own checksums aren't looked at then.
-    """
+    def __init__(self, root: Path, header: CacheHeader, shard: int, view: int, rooms: Rooms) -> None:
+        paths = {
+            name: file_of(root, chunk_file(name, shard, view, len(shape)))
+            for name, (shape, _, _) in array_specs(header).items()
+        }
+        S = header.samples_per_shard
+        self._rooms = rooms
+        self._packed = None if header.compression is None else PackedRows(paths["tokens"], S)
+        plain = rooms.layout.names if self._packed is None else rooms.layout.names[1:]
+        self._reads = [Descriptor(paths[name]).read_into for name in plain]
+        tables = {name: read_table(paths[name], size) for name, size in table_sizes(S).items()}
+        self._tails = tails_of(tables).tobytes()
+        self._crc = memoryview(np.frombuffer(tables["crc32c"], "<u4").astype(np.uint32).tobytes()).cast("I")
+        self._keys = parse_strings(read_table(paths["key"]), S, paths["key"].name)
 
-    def __init__(
-        self, root: Path, header: CacheHeader, shard: int, view: int, loaded: dict[str, bytes] | None = None
-    ) -> None:
-        specs, S = array_specs(header), header.samples_per_shard
-
-        def path(name: str) -> Path:
-            return file_of(root, chunk_file(name, shard, view, len(specs[name][0])))
-
-        def content(name: str, size: int | None = None) -> bytes:
-            return read_table(path(name), size) if loaded is None else cut_table(path(name), loaded[name], size)
-
-        def table(name: str, dtype: str, *shape: int) -> NDArray[Any]:
-            size = S * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
-            return np.frombuffer(content(name, size), dtype).reshape(S, *shape)
-
-        def rows(name: str, shape: tuple[int, ...] | None) -> "_FileRows | NDArray[Any] | None":
-            if name not in specs or shape is None:
-                return None
-            return _FileRows(path(name), np.dtype("<f2"), shape) if loaded is None else table(name, "<f2", *shape)
-
-        tokens, dtype, shape = path("tokens"), header.quantiser.dtype, (header.tokens, header.dim)
-        packed = header.compression is not None
-        self._tokens = _PackedRows(tokens, dtype, shape, S) if packed else _FileRows(tokens, dtype, shape)
-        self._scale = rows("scale", (header.tokens,))
-        self._attention = rows("attention", header.attention_shape)
-        tails = np.empty(S, _TAILS)
-        tails["box"] = table("box", "<i4", 4)
-        tails["hflip"] = table("hflip", "u1")
-        tails["source_hash"] = table("source_hash", "<u8")
-        self._tails = tails.tobytes()
-        self._crc = memoryview(table("crc32c", "<u4").astype(np.uint32).tobytes()).cast("I")
-        self._keys = _parse_strings(content("key"), S, path("key").name)
-
-    def read(self, row: int, tokens: NDArray[Any] | None = None) -> Raw:
-        """One record; `tokens` if the caller has read them already."""
+    def read(self, row: int, keep: bool = True) -> Raw:
+        room = Room(self._rooms.layout) if keep else self._rooms.own
+        parts = room.parts
+        if self._packed is not None:
+            self._packed.read_into(room.tokens, row)
+            parts = parts[1:]
+        for read_into, part in zip(self._reads, parts, strict=True):
+            read_into(part, row * part.nbytes)
         return Raw(
             self._keys[row],
             self._tails[row * TAIL.size : (row + 1) * TAIL.size],
             self._crc[row],
-            self._tokens[row] if tokens is None else tokens,
-            None if self._scale is None else self._scale[row],
-            None if self._attention is None else self._attention[row],
+            room.tokens,
+            room.scale,
+            room.attention,
             None,
+            room.body,
         )
 
     def key(self, row: int) -> str:
         return self._keys[row].decode()
 
-    @property
-    def file_rows(self) -> "_FileRows":
-        """The tokens file, uncompressed."""
-        assert isinstance(self._tokens, _FileRows)
-        return self._tokens
 
-
-class _FileRows:
-    """A chunk file as it is, indexed by row without being loaded: the array, then its crc32c."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        self.file, self._dtype, self._shape = Descriptor(path), dtype, shape
-        self.bytes = int(np.prod(shape)) * dtype.itemsize  # of one row
-        self._block = np.empty((0, *shape), dtype)
-
-    def __getitem__(self, row: int) -> NDArray[Any]:
-        values = np.empty(self._shape, self._dtype)
-        self.file.read_into(values, row * self.bytes)
-        return values
-
-    def block(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows start to stop, [n, ...]; the next block overwrites them."""
-        if len(self._block) < stop - start:
-            self._block = np.empty((stop - start, *self._shape), self._dtype)
-        block = self._block[: stop - start]
-        self.file.read_into(block, start * self.bytes)
-        return block
-
-
-class _PackedRows:
+class PackedRows:
     """Tokens in zarr's sharding codec: inner chunks, one a record, then an index of (offset, length) and its crc32c."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, int], rows: int) -> None:
-        self._file, self._dtype, self._shape = Descriptor(path), dtype, shape
+    def __init__(self, path: Path, rows: int) -> None:
+        self._file = Descriptor(path)
         self._end = self._file.size() - rows * 16 - CHECKSUM_BYTES
         if self._end < 0:
             raise CacheDamage(f"{path.name} is shorter than its index")
@@ -138,21 +132,34 @@ class _PackedRows:
         self._index = np.frombuffer(index, "<u8").reshape(rows, 2)
         self._codec = numcodecs.Blosc()
 
-    def __getitem__(self, row: int) -> NDArray[Any]:
+    def read_into(self, tokens: NDArray[Any], row: int) -> None:
+        """Decompress one record's tokens."""
         offset, length = self._index[row].tolist()
         if not 0 < length <= self._end - offset:
             raise CacheDamage(f"{self._file.path.name}: row {row} lies outside the file")
         packed = np.empty(length, np.uint8)
         self._file.read_into(packed, offset)
-        tokens = np.empty(self._shape, self._dtype)
         try:
             self._codec.decode(packed, tokens)
         except (RuntimeError, ValueError) as error:
             raise CacheDamage(f"{self._file.path.name}: row {row} doesn't decompress") from error
-        return tokens
 
 
-def _parse_strings(payload: bytes, count: int, name: str) -> list[bytes]:
+def table_sizes(rows: int) -> dict[str, int]:
+    """Bytes of the small chunks that go into memory, without their checksums."""
+    return {"box": 16 * rows, "hflip": rows, "source_hash": 8 * rows, "crc32c": 4 * rows}
+
+
+def tails_of(tables: dict[str, bytes]) -> NDArray[Any]:
+    """Box, hflip and source hash of every row, as records' checksums cover them: [S] of TAILS."""
+    tails = np.empty(len(tables["hflip"]), TAILS)
+    tails["box"] = np.frombuffer(tables["box"], "<i4").reshape(-1, 4)
+    tails["hflip"] = np.frombuffer(tables["hflip"], "u1")
+    tails["source_hash"] = np.frombuffer(tables["source_hash"], "<u8")
+    return tails
+
+
+def parse_strings(payload: bytes, count: int, name: str) -> list[bytes]:
     """The strings of a vlen-utf8 chunk: their count, then (length, bytes) each; numbers are uint32."""
     # No key holds a NUL, so lengths under 256 show as three of them: splitting there is ten times faster.
     quick = payload[4:].split(b"\0\0\0")

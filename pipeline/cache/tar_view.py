@@ -1,0 +1,246 @@
+"""Reading the webdataset store's tars: where records lie in them, and one record by one `pread`."""
+
+import json
+import struct
+import threading
+from pathlib import Path
+from tarfile import BLOCKSIZE, RECORDSIZE, TarError, TarInfo
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic_core import from_json
+
+from pipeline.cache.base import TAIL, Raw
+from pipeline.cache.files import BLOCK, Descriptor, aligned
+from pipeline.cache.manifest import CacheHeader
+from pipeline.errors import CacheDamage
+
+SUFFIXES = ("jpg", "safetensors", "json")  # members of a sample, in their order
+FIELDS = 4  # of an index row: start of the first member's header, then the byte length of each member
+NONE = -1  # start of a tombstone in the index
+_OUTSIDE = -2  # start of a record that its tar is too short for
+_SAFETENSORS_TYPES = {"int8": "I8", "float16": "F16", "float32": "F32"}
+
+
+class TensorLayout:
+    """Where the tensors of one record lie in its safetensors file: the same for every record of a cache.
+
+    Larger items come first, so that every tensor is aligned; there are no metadata entries.
+    """
+
+    def __init__(self, header: CacheHeader) -> None:
+        half = np.dtype("<f2")
+        self._specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+            "tokens": (header.quantiser.dtype, (header.tokens, header.dim))
+        }
+        if header.quantiser.has_scale:
+            self._specs["scale"] = (half, (header.tokens,))
+        if header.attention_shape is not None:
+            self._specs["attention"] = (half, header.attention_shape)
+        self._starts, entries, offset = dict[str, int](), {}, 0
+        for name in sorted(self._specs, key=lambda name: -self._specs[name][0].itemsize):
+            dtype, shape = self._specs[name]
+            end = offset + int(np.prod(shape)) * dtype.itemsize
+            entries[name] = {
+                "dtype": _SAFETENSORS_TYPES[dtype.name],
+                "shape": list(shape),
+                "data_offsets": [offset, end],
+            }
+            self._starts[name], offset = offset, end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.head = struct.pack("<Q", len(text)) + text
+        self.bytes = len(self.head) + offset
+        self._places = tuple(
+            (self._specs[name][1], self._specs[name][0], len(self.head) + self._starts[name])
+            if name in self._specs
+            else None
+            for name in ("tokens", "scale", "attention")
+        )
+
+        self.sealed = self._sealed(offset)
+        # Scale and attention are neighbours, whatever the item size of tokens.
+        self._halves = [name for name in self._starts if name != "tokens"]
+        first = len(self.head) + self._starts[self._halves[0]] if self._halves else 0
+        self.small = slice(first, first + sum(2 * int(np.prod(self._specs[name][1])) for name in self._halves))
+        self.floats = header.quantiser.dtype.kind == "f"
+
+    def _sealed(self, total: int) -> list[slice]:
+        """Where a checksum finds tokens‖scale‖attention in the file: neighbours in one piece."""
+        ends = {
+            name: min([start for start in self._starts.values() if start > at], default=total)
+            for name, at in self._starts.items()
+        }
+        spans: list[slice] = []
+        for name in (name for name in ("tokens", "scale", "attention") if name in self._starts):
+            start, stop = len(self.head) + self._starts[name], len(self.head) + ends[name]
+            if spans and spans[-1].stop == start:
+                start = spans.pop().start
+            spans.append(slice(start, stop))
+        return spans
+
+    def write(self, raw: Raw) -> list[Any]:
+        """The parts of a record's safetensors file."""
+        arrays = {"tokens": raw.tokens, "scale": raw.scale, "attention": raw.attention}
+        return [self.head, *(np.ascontiguousarray(arrays[name]) for name in self._starts)]
+
+    def stack(self, small: list[bytes]) -> tuple[Any, Any]:
+        """Scale [n, L] and attention [n, (H,) L] of n records whose `small` bytes are given."""
+        width = (self.small.stop - self.small.start) // 2
+        values, arrays, start = np.frombuffer(b"".join(small), "<f2").reshape(len(small), width), {}, 0
+        for name in self._halves:
+            shape = self._specs[name][1]
+            stop = start + int(np.prod(shape))
+            arrays[name], start = values[:, start:stop].reshape(len(small), *shape), stop
+        return arrays.get("scale"), arrays.get("attention")
+
+    def tensors(self, record: NDArray[np.uint8], start: int) -> tuple[Any, Any, Any]:
+        """Tokens, scale and attention as views of the safetensors file that lies at `start` of a record [bytes]."""
+        tokens, scale, attention = self._places
+        assert tokens is not None
+        return (  # the constructor is three times faster than slicing, viewing and reshaping
+            np.ndarray(tokens[0], tokens[1], record, start + tokens[2]),
+            None if scale is None else np.ndarray(scale[0], scale[1], record, start + scale[2]),
+            None if attention is None else np.ndarray(attention[0], attention[1], record, start + attention[2]),
+        )
+
+
+def trailer(offset: int) -> int:
+    """Zero bytes at the end of a tar: two blocks, then as many as fill a record, as tar itself writes."""
+    return 2 * BLOCKSIZE + -(offset + 2 * BLOCKSIZE) % RECORDSIZE
+
+
+def padded(size: Any) -> Any:
+    return size + -size % BLOCKSIZE
+
+
+def index_of(tar: Descriptor, span: range) -> NDArray[np.int64]:
+    """Make the index [n, 4] of a tar again by walking its headers.
+
+    Raises:
+        CacheDamage: something else than the samples of `span` in their order, three members each.
+    """
+    rows = np.full((len(span), FIELDS), NONE, np.int64)
+    header, offset, end = np.empty(BLOCKSIZE, np.uint8), 0, tar.size()
+    while True:
+        tar.read_into(header, offset)
+        if not header.any():
+            break
+        start, sizes, names = offset, [], []
+        for _ in SUFFIXES:
+            tar.read_into(header, offset)
+            name, size = _parse_header(tar.path, header.tobytes(), offset)
+            names.append(name)
+            sizes.append(size)
+            offset += BLOCKSIZE + padded(size)
+        row = int(names[0][:9]) - span.start if names[0][:9].isdecimal() else NONE
+        if not 0 <= row < len(span) or names != [f"{span[row]:09d}.{suffix}" for suffix in SUFFIXES]:
+            raise CacheDamage(f"{tar.path.name}: unexpected members {', '.join(names)} at byte {start}")
+        rows[row] = [start, *sizes]
+    if end != offset + trailer(offset):
+        raise CacheDamage(f"{tar.path.name} ends at byte {end} instead of {offset + trailer(offset)}")
+    return rows
+
+
+def _parse_header(path: Path, header: bytes, offset: int) -> tuple[str, int]:
+    try:
+        info = TarInfo.frombuf(header, "ascii", "strict")
+    except (TarError, ValueError) as error:
+        raise CacheDamage(f"{path.name}: no tar header at byte {offset}") from error
+    if info.size < 0:
+        raise CacheDamage(f"{path.name}: a member of negative size at byte {offset}")
+    return info.name, info.size
+
+
+class Room:
+    """Memory that grows to the largest record and is used again and again: the CPU's cache still holds it."""
+
+    def __init__(self, size: int = BLOCK) -> None:
+        self._content = aligned(size)
+
+    def fill(self, tar: Descriptor, offset: int, size: int) -> NDArray[np.uint8]:
+        """`size` bytes of `tar` from `offset`, until the next call. Raises CacheDamage."""
+        if len(self._content) < size:
+            self._content = aligned(size + size // 4)
+        content = self._content[:size]
+        tar.read_into(content, offset)
+        return content
+
+
+class Rooms(threading.local):
+    """A room for each thread."""
+
+    def __init__(self) -> None:
+        self.own = Room()
+
+
+class TarView:
+    """One tar with its index, open for reading."""
+
+    def __init__(
+        self, tar: Descriptor, rows: NDArray[np.int64], span: range, layout: TensorLayout, rooms: Rooms
+    ) -> None:
+        self.tar, self.span, self.layout, self._rooms = tar, span, layout, rooms
+        self.rows = _within(rows, tar.size())
+        self._fields = memoryview(self.rows.tobytes()).cast("q")  # faster to index than an array
+
+    def read(self, row: int, keep: bool = True) -> Raw:
+        start, jpg, tensors, facts = self._row(row)
+        size = 3 * BLOCKSIZE + padded(jpg) + padded(tensors) + facts
+        content = (Room(size) if keep else self._rooms.own).fill(self.tar, start, size)
+        layout, at = self.layout, 2 * BLOCKSIZE + padded(jpg)
+        if tensors != layout.bytes:
+            raise CacheDamage(self.strange_head(row))
+        self.check_head(row, content[at : at + len(layout.head)])
+        facts_start = at + padded(tensors) + BLOCKSIZE
+        key, tail, crc32c = self.parse_facts(row, content[facts_start : facts_start + facts].tobytes())
+        image = content[BLOCKSIZE : BLOCKSIZE + jpg].tobytes()
+        file = content[at : at + tensors]
+        body = [*(file[part] for part in layout.sealed), image]
+        return Raw(key, tail, crc32c, *layout.tensors(content, at), image, body)
+
+    def key(self, row: int) -> str:
+        start, jpg, tensors, facts = self._row(row)
+        content = np.empty(facts, np.uint8)
+        self.tar.read_into(content, start + 3 * BLOCKSIZE + padded(jpg) + padded(tensors))
+        return self.parse_facts(row, content.tobytes())[0].decode()
+
+    def _row(self, row: int) -> tuple[int, int, int, int]:
+        start, jpg, tensors, facts = self._fields[FIELDS * row : FIELDS * (row + 1)]
+        if start < 0:
+            raise CacheDamage(self.absence(row))
+        return start, jpg, tensors, facts
+
+    def absence(self, row: int) -> str:
+        """Why the tar can't give this row."""
+        if self.rows[row, 0] == _OUTSIDE:
+            return f"{self.tar.path.name} ends before or within {self.span[row]:09d}"
+        return f"{self.tar.path.name} does not hold {self.span[row]:09d}"
+
+    def check_head(self, row: int, head: NDArray[np.uint8]) -> None:
+        """CacheDamage when a safetensors file doesn't begin as every one of this cache does."""
+        if head.tobytes() != self.layout.head:
+            raise CacheDamage(self.strange_head(row))
+
+    def strange_head(self, row: int) -> str:
+        return f"{self.tar.path.name}: the safetensors header of {self.span[row]:09d} differs"
+
+    def parse_facts(self, row: int, content: bytes) -> tuple[bytes, bytes, int]:
+        """A record's JSON → key, TAIL, crc32c."""
+        try:
+            facts = from_json(content)  # four times faster than json
+            tail = TAIL.pack(*facts["box"], facts["hflip"], facts["source_hash"])
+            return facts["key"].encode(), tail, int(facts["crc32c"])
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+            raise CacheDamage(f"{self.tar.path.name}: {self.span[row]:09d}.json is not what was written") from error
+
+
+def _within(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Index rows [n, 4], those that no tar of `size` bytes can hold marked as outside."""
+    sizes = rows[:, 1:]
+    sound = ((sizes >= 0) & (sizes <= size)).all(1) & (rows[:, 0] >= 0) & (rows[:, 0] <= size)
+    ends = rows[:, 0] + 3 * BLOCKSIZE + padded(sizes[:, 0]) + padded(sizes[:, 1]) + sizes[:, 2]
+    result = rows.astype(np.int64)
+    result[~(sound & (ends <= size)) & (rows[:, 0] != NONE), 0] = _OUTSIDE
+    return result
