@@ -10,7 +10,7 @@ import fcntl
 import glob
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import preadv
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -190,6 +190,17 @@ class Descriptor:
             raise CacheDamage(self._unreadable(offset, error)) from error
         if got != buffer.nbytes:
             self._read_rest(buffer, offset, got)
+
+    def read_parts(self, parts: Sequence[Any], size: int, offset: int) -> None:
+        """Fill several buffers of `size` bytes together, one behind the other, or raise CacheDamage."""
+        try:
+            got = preadv(self.number, parts, offset)
+        except OSError as error:
+            raise CacheDamage(self._unreadable(offset, error)) from error
+        if got != size:
+            for part in parts:
+                self.read_into(part, offset)
+                offset += part.nbytes
 
     def read_some(self, buffer: memoryview, offset: int) -> int:
         """Put what comes from `offset` into `buffer`; returns how many bytes, 0 at the end of the file."""

@@ -14,8 +14,8 @@ from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from pipeline.cache.base import TAILS, Scan, Seal
-from pipeline.cache.files import BLOCK, FileEntry, aligned
-from pipeline.cache.tar_view import Room, TarView, padded
+from pipeline.cache.files import BLOCK, Descriptor, FileEntry, aligned
+from pipeline.cache.tar_view import TarView, padded
 from pipeline.errors import CacheDamage
 
 
@@ -52,7 +52,7 @@ def scan_tar(opened: TarView, view: int, rows: list[int], seal: Seal, seen: dict
         keys.append(key)
         tails.append(tail)
         tensors.append(file[layout.small].tobytes())
-        if layout.floats and not np.isfinite(layout.tensors(file, 0)[0]).all():
+        if layout.floats and not np.isfinite(layout.tensors(file)[0]).all():
             infinite.append(row)
     scale, attention = layout.stack(tensors)
     return Scan(kept, keys, np.frombuffer(b"".join(tails), TAILS), scale, attention, infinite, damaged)
@@ -84,7 +84,7 @@ def _records(
     opened: TarView, members: list[_Member], seen: dict[str, FileEntry], name: str, damaged: dict[int, str]
 ) -> Iterator[tuple[_Member, Any]]:
     """Each record's bytes, overwritten by later ones; those that can't be read go into `damaged`."""
-    tar, hasher, room, whole, end = opened.tar, xxhash.xxh3_128(), Room(), True, 0
+    tar, hasher, room, whole, end = opened.tar, xxhash.xxh3_128(), _Block(), True, 0
     for run in _runs(members):
         start, end = run[0].start, run[-1].stop
         try:
@@ -119,7 +119,7 @@ def _runs(members: list[_Member]) -> Iterator[list[_Member]]:
 
 
 def _one_by_one(
-    opened: TarView, run: list[_Member], room: Room, damaged: dict[int, str]
+    opened: TarView, run: list[_Member], room: "_Block", damaged: dict[int, str]
 ) -> Iterator[tuple[_Member, NDArray[np.uint8]]]:
     """The records of a run that can't be read whole."""
     for member in run:
@@ -130,3 +130,18 @@ def _one_by_one(
         else:
             if member.row not in damaged:
                 yield member, record
+
+
+class _Block:
+    """Memory that grows to the largest run."""
+
+    def __init__(self) -> None:
+        self._content = aligned(BLOCK)
+
+    def fill(self, tar: Descriptor, offset: int, size: int) -> NDArray[np.uint8]:
+        """`size` bytes of `tar` from `offset`, until the next call. Raises CacheDamage."""
+        if len(self._content) < size:
+            self._content = aligned(size + size // 4)
+        content = self._content[:size]
+        tar.read_into(content, offset)
+        return content

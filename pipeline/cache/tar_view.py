@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic_core import from_json
 
 from pipeline.cache.base import TAIL, Raw
-from pipeline.cache.files import BLOCK, Descriptor, aligned
+from pipeline.cache.files import Descriptor, aligned
 from pipeline.cache.manifest import CacheHeader
 from pipeline.errors import CacheDamage
 
@@ -52,18 +52,12 @@ class TensorLayout:
         text += b" " * (-len(text) % 8)
         self.head = struct.pack("<Q", len(text)) + text
         self.bytes = len(self.head) + offset
-        self._places = tuple(
-            (self._specs[name][1], self._specs[name][0], len(self.head) + self._starts[name])
-            if name in self._specs
-            else None
-            for name in ("tokens", "scale", "attention")
-        )
-
         self.sealed = self._sealed(offset)
         # Scale and attention are neighbours, whatever the item size of tokens.
         self._halves = [name for name in self._starts if name != "tokens"]
         first = len(self.head) + self._starts[self._halves[0]] if self._halves else 0
         self.small = slice(first, first + sum(2 * int(np.prod(self._specs[name][1])) for name in self._halves))
+        self.facts = padded(self.bytes) + BLOCKSIZE  # from the file's start to the text of the JSON behind it
         self.floats = header.quantiser.dtype.kind == "f"
 
     def _sealed(self, total: int) -> list[slice]:
@@ -95,15 +89,19 @@ class TensorLayout:
             arrays[name], start = values[:, start:stop].reshape(len(small), *shape), stop
         return arrays.get("scale"), arrays.get("attention")
 
-    def tensors(self, record: NDArray[np.uint8], start: int) -> tuple[Any, Any, Any]:
-        """Tokens, scale and attention as views of the safetensors file that lies at `start` of a record [bytes]."""
-        tokens, scale, attention = self._places
-        assert tokens is not None
-        return (  # the constructor is three times faster than slicing, viewing and reshaping
-            np.ndarray(tokens[0], tokens[1], record, start + tokens[2]),
-            None if scale is None else np.ndarray(scale[0], scale[1], record, start + scale[2]),
-            None if attention is None else np.ndarray(attention[0], attention[1], record, start + attention[2]),
+    def tensors(self, file: NDArray[np.uint8]) -> tuple[NDArray[Any], Any, Any]:
+        """Tokens, scale and attention as views of a safetensors file [bytes]."""
+        tokens, *halves = (
+            None
+            if name not in self._specs
+            else np.ndarray(self._specs[name][1], self._specs[name][0], file, self._at(name))
+            for name in ("tokens", "scale", "attention")
         )
+        assert tokens is not None
+        return tokens, halves[0], halves[1]
+
+    def _at(self, name: str) -> int:
+        return len(self.head) + self._starts[name]
 
 
 def trailer(offset: int) -> int:
@@ -154,25 +152,30 @@ def _parse_header(path: Path, header: bytes, offset: int) -> tuple[str, int]:
 
 
 class Room:
-    """Memory that grows to the largest record and is used again and again: the CPU's cache still holds it."""
+    """Memory for one record: its image's member with both headers around it, and what lies behind."""
 
-    def __init__(self, size: int = BLOCK) -> None:
-        self._content = aligned(size)
+    __slots__ = ("attention", "back", "front", "head", "scale", "sealed", "tokens")
 
-    def fill(self, tar: Descriptor, offset: int, size: int) -> NDArray[np.uint8]:
-        """`size` bytes of `tar` from `offset`, until the next call. Raises CacheDamage."""
-        if len(self._content) < size:
-            self._content = aligned(size + size // 4)
-        content = self._content[:size]
-        tar.read_into(content, offset)
-        return content
+    def __init__(self, layout: TensorLayout, front: int = BLOCKSIZE, facts: int = BLOCKSIZE) -> None:
+        self.front = aligned(front)
+        self.back = aligned(layout.facts + facts)
+        self.head = self.back[: len(layout.head)]
+        self.sealed = [self.back[part] for part in layout.sealed]
+        self.tokens, self.scale, self.attention = layout.tensors(self.back)
 
 
 class Rooms(threading.local):
-    """A room for each thread."""
+    """One room for each thread, used again for every record that isn't kept: the CPU's cache still holds it."""
 
-    def __init__(self) -> None:
-        self.own = Room()
+    def __init__(self, layout: TensorLayout) -> None:
+        self._layout = layout
+        self._own = Room(layout)
+
+    def of(self, front: int, facts: int) -> Room:
+        """A room for so many bytes at least."""
+        if len(self._own.front) < front or len(self._own.back) < self._layout.facts + facts:
+            self._own = Room(self._layout, front + front // 4, 2 * facts)
+        return self._own
 
 
 class TarView:
@@ -187,18 +190,15 @@ class TarView:
 
     def read(self, row: int, keep: bool = True) -> Raw:
         start, jpg, tensors, facts = self._row(row)
-        size = 3 * BLOCKSIZE + padded(jpg) + padded(tensors) + facts
-        content = (Room(size) if keep else self._rooms.own).fill(self.tar, start, size)
-        layout, at = self.layout, 2 * BLOCKSIZE + padded(jpg)
+        layout, front = self.layout, 2 * BLOCKSIZE + jpg + -jpg % BLOCKSIZE
         if tensors != layout.bytes:
             raise CacheDamage(self.strange_head(row))
-        self.check_head(row, content[at : at + len(layout.head)])
-        facts_start = at + padded(tensors) + BLOCKSIZE
-        key, tail, crc32c = self.parse_facts(row, content[facts_start : facts_start + facts].tobytes())
-        image = content[BLOCKSIZE : BLOCKSIZE + jpg].tobytes()
-        file = content[at : at + tensors]
-        body = [*(file[part] for part in layout.sealed), image]
-        return Raw(key, tail, crc32c, *layout.tensors(content, at), image, body)
+        room, back = Room(layout, front, facts) if keep else self._rooms.of(front, facts), layout.facts + facts
+        self.tar.read_parts((room.front[:front], room.back[:back]), front + back, start)
+        self.check_head(row, room.head)
+        key, tail, crc32c = self.parse_facts(row, room.back[layout.facts : back].tobytes())
+        image = room.front[BLOCKSIZE : BLOCKSIZE + jpg].tobytes()
+        return Raw(key, tail, crc32c, room.tokens, room.scale, room.attention, image, (*room.sealed, image))
 
     def key(self, row: int) -> str:
         start, jpg, tensors, facts = self._row(row)

@@ -44,7 +44,7 @@ class WebdatasetStore:
 
     def __init__(self, root: Path, header: CacheHeader) -> None:
         self._root, self._header = root, header
-        self._layout, self._rooms = TensorLayout(header), Rooms()
+        self._layout, self._rooms = TensorLayout(header), Rooms(TensorLayout(header))
 
     def create(self) -> None:
         for name in ("shards", "index"):

@@ -67,7 +67,8 @@ class Room:
         arrays = {name: np.ndarray(shape, dtype, content, at) for name, (shape, dtype, at, _) in layout.places.items()}
         self.tokens: NDArray[Any] = arrays["tokens"]
         self.scale, self.attention = arrays.get("scale"), arrays.get("attention")
-        self.parts = [content[start:stop] for _, _, start, stop in layout.places.values()]
+        # For each file: where its bytes go, and how many there are.
+        self.parts = [((content[start:stop],), stop - start) for _, _, start, stop in layout.places.values()]
         self.body = (content,)
 
 
@@ -91,7 +92,7 @@ class ZarrView:
         self._rooms = rooms
         self._packed = None if header.compression is None else PackedRows(paths["tokens"], S)
         plain = rooms.layout.names if self._packed is None else rooms.layout.names[1:]
-        self._reads = [Descriptor(paths[name]).read_into for name in plain]
+        self._files = [Descriptor(paths[name]) for name in plain]
         tables = {name: read_table(paths[name], size) for name, size in table_sizes(S).items()}
         self._tails = tails_of(tables).tobytes()
         self._crc = memoryview(np.frombuffer(tables["crc32c"], "<u4").astype(np.uint32).tobytes()).cast("I")
@@ -103,8 +104,8 @@ class ZarrView:
         if self._packed is not None:
             self._packed.read_into(room.tokens, row)
             parts = parts[1:]
-        for read_into, part in zip(self._reads, parts, strict=True):
-            read_into(part, row * part.nbytes)
+        for file, (part, size) in zip(self._files, parts, strict=True):
+            file.read_parts(part, size, row * size)
         return Raw(
             self._keys[row],
             self._tails[row * TAIL.size : (row + 1) * TAIL.size],
