@@ -44,6 +44,9 @@ def scan_chunks(
     )
 
 
+_DIFFERS = "its checksum differs"
+
+
 class _Chunks:
     """Every chunk of one shard and view but that of tokens, measured and taken apart."""
 
@@ -89,14 +92,23 @@ class _Tokens:
     def _check(self, row: int, tokens: Any) -> None:
         """A record's checksum: before, of, and behind its tokens (bytes)."""
         if crc32c(self._rest[row], crc32c(tokens, self._heads[row])) != self._stated[row]:
-            self.damaged[row] = "its checksum differs"
-        elif self._floats and not np.isfinite(tokens.view(self._dtype)).all():
-            self.infinite.append(row)
+            self.damaged[row] = _DIFFERS
+        elif self._floats:
+            self._look_at(row, [row], tokens)
+
+    def _look_at(self, first: int, rows: list[int], block: NDArray[np.uint8]) -> None:
+        """Float tokens of sound rows must be finite; `block` [bytes] begins with row `first`."""
+        for row in rows:
+            tokens = block[(row - first) * self._size :][: self._size].view(self._dtype)
+            if row not in self.damaged and not np.isfinite(tokens).all():
+                self.infinite.append(row)
 
     def check_file(self, file: Descriptor) -> FileEntry | None:
         """Check every record and measure the file; None when it can't be read whole."""
-        size, count, wanted, check = self._size, self._count, self._wanted, self._check
-        hasher, whole, step = xxhash.xxh3_128(), True, max(1, BLOCK // size)
+        size, count, wanted = self._size, self._count, self._wanted
+        heads, rest, stated = self._heads, self._rest, self._stated
+        hasher, whole, step = xxhash.xxh3_128(), True, -(-BLOCK // size)
+        update = hasher.update
         block = aligned(step * size)
         parts: list[Any] = [block[at * size : (at + 1) * size] for at in range(step)]
         for start in range(0, count, step):
@@ -108,9 +120,11 @@ class _Tokens:
                 self._check_apart(file, [row for row in range(start, stop) if row in wanted], parts[0])
                 continue
             for row, part in zip(range(start, stop), parts, strict=False):
-                hasher.update(part)
-                if row in wanted:
-                    check(row, part)
+                update(part)
+                if row in wanted and crc32c(rest[row], crc32c(part, heads[row])) != stated[row]:
+                    self.damaged[row] = _DIFFERS
+            if self._floats:
+                self._look_at(start, [row for row in range(start, stop) if row in wanted], block)
         if not whole:
             return None
         hasher.update(file.read_from(count * size))
