@@ -5,20 +5,19 @@ array, so one `pread` fetches a record: thousands of times faster than decoding 
 tokens use zarr's sharding instead, one inner chunk a record, at the price of a decompression for each read.
 """
 
-import asyncio
 import json
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numcodecs
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store as ZarrStoreBase
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from pipeline.cache.base import Scan, Seal, ShardData
 from pipeline.cache.files import (
@@ -29,11 +28,10 @@ from pipeline.cache.files import (
     write_file,
 )
 from pipeline.cache.manifest import CacheHeader
+from pipeline.cache.zarr_chunks import blosc, packed_chunk, raw_chunk, text_chunk
 from pipeline.cache.zarr_scan import scan_chunks
 from pipeline.cache.zarr_view import Layout, Rooms, ZarrView, array_specs, chunk_file
 from pipeline.errors import CacheError
-
-T = TypeVar("T")
 
 _KEY_ENCODING: Any = {"name": "default", "separator": "."}  # one flat folder an array: one fsync a shard, not five
 _SHUFFLES: tuple[Any, ...] = ("noshuffle", "shuffle", "bitshuffle")
@@ -45,7 +43,7 @@ def _create_group(store: ZarrStoreBase, header: CacheHeader) -> None:
         chunk = (header.samples_per_shard, *((1,) if len(shape) > 1 else ()), *shape[2:])
         layout: dict[str, Any] = {"chunks": chunk, "compressors": [Crc32cCodec()]}
         if name == "tokens" and header.compression is not None:
-            layout = {"chunks": (1, 1, *shape[2:]), "shards": chunk, "compressors": [_blosc(header.compression)]}
+            layout = {"chunks": (1, 1, *shape[2:]), "shards": chunk, "compressors": [_codec(header.compression)]}
         if dtype != "str":
             layout |= {"serializer": BytesCodec(endian=None if np.dtype(dtype).itemsize == 1 else "little")}
         group.create_array(
@@ -68,25 +66,12 @@ def _metadata(header: bytes) -> dict[str, bytes]:
     return {key: value.to_bytes() for key, value in memory.items()}
 
 
-def _blosc(compression: dict[str, Any]) -> BloscCodec:
+def _codec(compression: dict[str, Any]) -> BloscCodec:
     """zarr's codec for a numcodecs config, with every default made explicit."""
-    try:
-        codec = numcodecs.Blosc(**{key: value for key, value in compression.items() if key != "id"})
-        shuffle = _SHUFFLES[codec.shuffle]
-    except (TypeError, ValueError, IndexError) as error:
-        raise CacheError(f"compression {compression} is no numcodecs config: {error}") from error
-    return BloscCodec(cname=codec.cname, clevel=codec.clevel, shuffle=shuffle, blocksize=codec.blocksize)
-
-
-class _DurableStore(LocalStore):
-    """zarr's LocalStore, except that a chunk is durable before it has its name, and is measured on the way."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.written: dict[str, FileEntry] = {}
-
-    async def set(self, key: str, value: Buffer) -> None:
-        self.written[key] = await asyncio.to_thread(write_file, self.root / key, [value.as_buffer_like()])
+    codec = blosc(compression)
+    return BloscCodec(
+        cname=codec.cname, clevel=codec.clevel, shuffle=_SHUFFLES[codec.shuffle], blocksize=codec.blocksize
+    )
 
 
 class ZarrStore:
@@ -123,30 +108,35 @@ class ZarrStore:
         ]
 
     def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:
-        span, (store, targets) = self._header.shard_range(shard), self._targets
-        arrays: dict[str, Any] = {
-            "tokens": data.tokens,
-            "scale": data.scale,
-            "attention": data.attention,
-            "box": data.box,
-        }
-        arrays |= {"hflip": data.hflip, "source_hash": data.source_hash, "crc32c": _checksums(span, data, seal)}
-        arrays |= {"key": np.array(data.keys, dtype=object)}
-        for name, target in targets.items():
-            target[span.start : span.stop] = arrays[name]
-            sync_folder(self._root / name)
-        return {file: store.written.pop(file) for file in self.files(shard)}
-
-    @cached_property
-    def _targets(self) -> "tuple[_DurableStore, dict[str, zarr.Array[Any]]]":
-        """The arrays, opened for writing once: eight files of metadata for each shard would be a waste."""
-        store = _DurableStore(self._root)
-        group, arrays = zarr.open_group(store, mode="r+", zarr_format=3), {}
+        written: dict[str, FileEntry] = {}
+        sums = np.zeros(data.hflip.shape, np.uint32)  # crc32c of every record; 0 at tombstones
+        for view in range(self._header.views):
+            rows = _sealed(self._header.shard_range(shard), data, view, seal, sums)
+            self._write("tokens", shard, view, rows, written)
+        arrays: dict[str, Any] = {"scale": data.scale, "attention": data.attention, "box": data.box}
+        for name, array in (arrays | {"hflip": data.hflip, "crc32c": sums}).items():
+            for view in range(self._header.views if name in self._specs else 0):
+                self._write(name, shard, view, [np.ascontiguousarray(array[:, view])], written)
+        self._write("source_hash", shard, 0, [data.source_hash], written)
+        text = text_chunk(data.keys, self._header.samples_per_shard)
+        written[chunk_file("key", shard, 0, 1)] = write_file(self._path("key", shard, 0), text)
         for name in self._specs:
-            array = group[name]
-            assert isinstance(array, zarr.Array)
-            arrays[name] = array.with_config({"write_empty_chunks": True})
-        return store, arrays
+            sync_folder(self._root / name)
+        return written
+
+    def _write(self, name: str, shard: int, view: int, rows: Iterable[Any], written: dict[str, FileEntry]) -> None:
+        """One chunk file; `rows` are contiguous arrays that make it up."""
+        shape, dtype, _ = self._specs[name]
+        S, path = self._header.samples_per_shard, self._path(name, shard, view)
+        if name == "tokens" and self._header.compression is not None:
+            parts: Iterable[Any] = packed_chunk(rows, S, blosc(self._header.compression))
+        else:
+            missing = S - len(self._header.shard_range(shard))
+            parts = raw_chunk(rows, missing * int(np.prod(shape[2:], dtype=int)) * np.dtype(dtype).itemsize)
+        written[chunk_file(name, shard, view, len(shape))] = write_file(path, parts)
+
+    def _path(self, name: str, shard: int, view: int) -> Path:
+        return file_of(self._root, chunk_file(name, shard, view, len(self._specs[name][0])))
 
     def open_view(self, shard: int, view: int) -> "ZarrView":
         return ZarrView(self._root, self._header, shard, view, self._rooms)
@@ -184,12 +174,10 @@ def _same_json(found: bytes, expected: bytes) -> bool:
         return False
 
 
-def _checksums(span: range, data: ShardData, seal: Seal) -> NDArray[np.uint32]:
-    """crc32c of every record, [n, V]; 0 at tombstones."""
-    views = data.hflip.shape[1]
-    result = np.zeros((len(span), views), np.uint32)
+def _sealed(span: range, data: ShardData, view: int, seal: Seal, sums: NDArray[np.uint32]) -> Iterator[NDArray[Any]]:
+    """The tokens of each row of one view, whose checksum goes into `sums` [n, V] while the CPU's cache holds them."""
     for row, index in enumerate(span):
+        record = data.record(row, view)
         if index not in data.tombstones:
-            for view in range(views):
-                result[row, view] = seal(index, view, data.record(row, view))
-    return result
+            sums[row, view] = seal(index, view, record)
+        yield record.tokens
