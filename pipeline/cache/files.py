@@ -26,7 +26,6 @@ from pipeline.errors import CacheDamage, CacheError
 PARTIAL = ".partial"
 CHECKSUM_BYTES = 4
 BLOCK = 1 << 20  # bytes that are walked more than once while the CPU's cache holds them
-_PIECES = 512  # of one write; the kernel takes 1,024
 _PAGE = 4096
 
 
@@ -55,10 +54,9 @@ def write_file(path: Path, parts: Iterable[Any], *, exclusive: bool = False) -> 
         with partial.open("wb", buffering=0) as file:
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the writer is alive
-            for batch in _batches(parts):
-                for piece in batch:
-                    hasher.update(piece)
-                size += _write_all(file.fileno(), batch)
+            for block in _blocks(parts):
+                hasher.update(block)
+                size += _write_all(file.fileno(), block)
             os.fsync(file.fileno())
             if exclusive:
                 path.hardlink_to(partial)  # a rename would replace, a link refuses
@@ -70,32 +68,37 @@ def write_file(path: Path, parts: Iterable[Any], *, exclusive: bool = False) -> 
     return FileEntry(bytes=size, xxh3_128=hasher.hexdigest())
 
 
-def _batches(parts: Iterable[Any]) -> Iterator[list[memoryview]]:
-    """The bytes of `parts` in pieces, gathered so that a batch is hashed and written while the CPU's cache holds it."""
-    batch: list[memoryview] = []
+def _blocks(parts: Iterable[Any]) -> Iterator[memoryview]:
+    """The bytes of `parts` in blocks that the CPU's cache holds while they are hashed and written.
+
+    Small parts are gathered: for the kernel, many pieces are dearer than one more copy. The next block overwrites one.
+    """
+    room = aligned(BLOCK).data
     held = 0
     for part in parts:
         content = memoryview(part)
         content = content.cast("B") if content.nbytes else content[:0]
-        for start in range(0, content.nbytes, BLOCK):
-            piece = content[start : start + BLOCK]
-            if batch and (held + len(piece) > BLOCK or len(batch) == _PIECES):
-                yield batch
-                batch, held = [], 0
-            batch.append(piece)
-            held += len(piece)
-    if batch:
-        yield batch
+        if content.nbytes >= BLOCK // 2:
+            if held:
+                yield room[:held]
+                held = 0
+            yield from (content[start : start + BLOCK] for start in range(0, content.nbytes, BLOCK))
+            continue
+        if held + content.nbytes > BLOCK:
+            yield room[:held]
+            held = 0
+        room[held : held + content.nbytes] = content
+        held += content.nbytes
+    if held:
+        yield room[:held]
 
 
-def _write_all(descriptor: int, batch: list[memoryview]) -> int:
-    """Write every piece and return their length; usually in one call."""
-    total, written = sum(map(len, batch)), os.writev(descriptor, batch)
-    if written < total:  # a signal, or a disk about to be full
-        rest = memoryview(b"".join(batch))
-        while written < total:
-            written += os.write(descriptor, rest[written:])
-    return total
+def _write_all(descriptor: int, block: memoryview) -> int:
+    """Write a block, in one call or in as many as the kernel wants; returns its length."""
+    written = 0
+    while written < len(block):
+        written += os.write(descriptor, block[written:])
+    return written
 
 
 def aligned(size: int) -> NDArray[np.uint8]:
