@@ -124,7 +124,7 @@ def extract_teacher_features(
     show_default=True,
     help="Records that --level deep computes again.",
 )
-@click.option("--repair", is_flag=True, help="Extract the damaged shards again, and nothing else.")
+@click.option("--repair", is_flag=True, help="Extract damaged shards again, and those whose lost images decode by now.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def verify_cache(
     path: Path, level: str, data: str | None, weights: str | None, samples: int, repair: bool, as_json: bool

@@ -18,6 +18,10 @@ class DataError(PipelineError):
     """The images: a path that isn't there, an empty folder, a file that doesn't decode."""
 
 
+class StorageError(PipelineError):
+    """A disk doesn't give what it holds, though it may the next time: no fault of the file that was asked for."""
+
+
 class CacheError(PipelineError):
     """The teacher cache can't be used as asked: absent, of another dataset, teacher or grid, or a full disk."""
 

@@ -53,7 +53,11 @@ class Extractor:
         share_backbones(self.teachers)
 
     def describe(
-        self, attention: str, samples_per_shard: int, quantisers: Sequence[dict[str, Any]]
+        self,
+        attention: str,
+        samples_per_shard: int,
+        quantisers: Sequence[dict[str, Any]],
+        compression: dict[str, Any] | None = None,
     ) -> list[CacheHeader]:
         """The headers of the caches that this extractor would write, one a teacher."""
         common = {
@@ -65,6 +69,7 @@ class Extractor:
                 "digest": self.source.digest(),
             },
             "preprocessing": preprocessing(self.views.image_size, self.store),
+            "compression": compression,
             "views": self.views.model_dump(mode="json"),
             "samples_per_shard": min(samples_per_shard, len(self.source)),  # a zarr chunk is padded to its full size
         }

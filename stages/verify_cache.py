@@ -3,6 +3,8 @@
 quick   structure, counts, sizes
 full    every byte and every record, and the source images where they can be found
 deep    also renders some records again and asks the live teacher
+
+--repair extracts what is damaged, and every shard that lost an image which can be read by now.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,10 +22,11 @@ from pipeline.cache import (
     ShardData,
     read_header,
     repair,
+    revivable,
     verify,
 )
 from pipeline.config import Config, PathField
-from pipeline.data.images import ImageSource, open_images
+from pipeline.data.images import ImageSource, decode, open_images
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheDamage, CacheError, DataError
 from pipeline.extraction import Extractor
@@ -38,7 +41,7 @@ class VerifyConfig(Config):
     data: str | None = None  # where the images lie now; default: where they were extracted from
     weights: str | None = None  # of the teacher, for deep and repair
     samples: int = Field(64, ge=1)  # records that deep computes again
-    repair: bool = False
+    repair: bool = False  # extract again what is damaged, or lost images that can be read by now
     workers: int = Field(2, ge=0)
 
 
@@ -77,16 +80,32 @@ def run(config: VerifyConfig) -> Verification:
     source, images = _images(config)
     report = _verify(config, source)
     mended = None
-    if config.repair and not report.sound:
+    revived = _revivable(config, report, source) if config.repair else []
+    if config.repair and (revived or not report.sound):
         header = read_header(config.path)
         extractor = _extractor(config, header, source)
 
         def extract_shard(shard: int) -> ShardData:
             return next(iter(extractor.shards([header], [shard])))[1][0]
 
-        mended = repair(config.path, report, extract_shard)
+        mended = repair(config.path, report, extract_shard, revived)
         report = _verify(config, source)
     return Verification(report, mended, images)
+
+
+def _revivable(config: VerifyConfig, report: Report, source: ImageSource | None) -> list[int]:
+    """Shards whose lost images have been repaired since; none when the images are not the cache's dataset."""
+    if source is None or any(finding.kind in ("header", "dataset") for finding in report.findings):
+        return []
+
+    def can_be_read(index: int) -> bool:
+        try:
+            decode(source.read(index))
+        except DataError:
+            return False
+        return True
+
+    return revivable(config.path, report, can_be_read)
 
 
 def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:

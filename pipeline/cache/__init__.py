@@ -11,15 +11,16 @@ from pipeline.cache.base import Record, ShardData, hash_source
 from pipeline.cache.commits import Commit, Tombstone, read_commit
 from pipeline.cache.deep import Reextract, Reextracted
 from pipeline.cache.fidelity import Fidelity, FidelityFigures
-from pipeline.cache.manifest import CacheHeader, DatasetSection, ViewSection, match_header, read_header
+from pipeline.cache.manifest import BLOSC, CacheHeader, DatasetSection, ViewSection, match_header, read_header
 from pipeline.cache.quantiser import Quantiser
 from pipeline.cache.reader import CacheReader, open_cache
-from pipeline.cache.repair import Repair, repair
+from pipeline.cache.repair import Repair, repair, revivable
 from pipeline.cache.report import Finding, Report
 from pipeline.cache.verify import Source, verify
 from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
 
 __all__ = [
+    "BLOSC",
     "CacheHeader",
     "CacheReader",
     "CacheWriter",
@@ -46,6 +47,7 @@ __all__ = [
     "read_commit",
     "read_header",
     "repair",
+    "revivable",
     "verify",
     "wait_for_cache",
 ]

@@ -17,6 +17,7 @@ from pipeline.cache.quantiser import Quantiser
 from pipeline.errors import CacheDamage, CacheError
 
 FILE = "cache.json"
+BLOSC = {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 1}  # bytes of a kind side by side, then zstd
 
 
 def canonical(value: Any) -> bytes:

@@ -1,10 +1,12 @@
 """Mending what verification found: damaged shards are extracted again, and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cache.base import ShardData
+from pipeline.cache.commits import committed_shards, read_commit
+from pipeline.cache.manifest import read_header
 from pipeline.cache.report import Finding, Report
 from pipeline.cache.writer import open_writer, store_of
 
@@ -21,10 +23,24 @@ class Repair:
     beyond: list[Finding] = field(default_factory=list)  # the header or the images: extract into a new folder
 
 
-def repair(path: Path, report: Report, extract_shard: ExtractShard) -> Repair:
+def revivable(path: Path, report: Report, can_be_read: Callable[[int], bool]) -> list[int]:
+    """Shards, undamaged ones, with a tombstone whose image (by its index) can be read by now; ascending."""
+    header, damaged = read_header(path), set(report.damaged_shards())
+    return [
+        shard
+        for shard in committed_shards(path, header)
+        if shard not in damaged
+        and any(can_be_read(stone.index) for stone in read_commit(path, header, shard).tombstones)
+    ]
+
+
+def repair(path: Path, report: Report, extract_shard: ExtractShard, also: Iterable[int] = ()) -> Repair:
     """Write damaged and missing shards again and rebuild what is derived; then `verify` should find nothing.
 
     A shard's commit is withdrawn before its files are touched: a repair that is killed leaves it unwritten, not torn.
+
+    Args:
+        also: undamaged shards to write again, as `revivable` finds them.
 
     Raises:
         CacheDamage: cache.json itself is damaged. CacheError: the disk is full, ...
@@ -35,7 +51,7 @@ def repair(path: Path, report: Report, extract_shard: ExtractShard) -> Repair:
     for file in report.rebuilt_files():
         store.rebuild(file)
         done.files.append(file)
-    for shard in report.damaged_shards():
+    for shard in sorted({*report.damaged_shards(), *also}):
         data = extract_shard(shard)
         writer.withdraw(shard)
         writer.clean_partial(shard)

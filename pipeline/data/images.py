@@ -7,10 +7,13 @@
 The order is sorted by key and never changes, so index 7 is the same sample in every stage and on every machine.
 """
 
+import errno
 import io
 import os
+import re
 import struct
 import tarfile
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,12 +30,18 @@ from PIL import Image, ImageOps
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 _BOMB_PIXELS = 178_956_970  # Pillow's own refusal: an image that would unpack to half a gigabyte
 
 _ORIENTATION = 0x0112  # EXIF's tag
+
+# A file that is gone, forbidden or none at all stays so; EIO, ESTALE, ETIMEDOUT and the like may pass.
+_LASTING = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+)
+_PAUSES = (0.1, 0.4, 1.6)  # seconds before each further attempt
 
 # What Pillow's decoders raise on bytes that are no image, or only the beginning of one.
 _DECODE_ERRORS = (
@@ -76,15 +85,31 @@ class ImageSource:
         return len(self.classes) or int(self.labels.max(initial=-1)) + 1
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes. Raises DataError if the file is gone."""
-        try:
-            if self.kind != "tar":
-                return (Path(self.root) / self.key(index)).read_bytes()
-            number, offset = self.offsets[index]
-            with open(self.files[number], "rb") as tar:
-                return os.pread(tar.fileno(), int(self.lengths[index]), int(offset))
-        except OSError as error:
-            raise DataError(f"image {self.key(index)}: {error.strerror or error}") from error
+        """The encoded bytes. What fails for a reason that may pass is tried again, for about two seconds.
+
+        Raises:
+            DataError: the file is gone, or may not be read.
+            StorageError: the disk doesn't answer; no reason to hold the image for lost.
+        """
+        for pause in (*_PAUSES, None):
+            try:
+                return self._read(index)
+            except OSError as error:
+                problem = f"image {self.key(index)}: {error.strerror or error}"
+                if error.errno in _LASTING:
+                    raise DataError(problem) from error
+                if pause is None:
+                    times = len(_PAUSES) + 1
+                    raise StorageError(f"{problem}, {times} times: mend the disk or network, then run again") from error
+                time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _read(self, index: int) -> bytes:
+        if self.kind != "tar":
+            return (Path(self.root) / self.key(index)).read_bytes()
+        number, offset = self.offsets[index]
+        with open(self.files[number], "rb") as tar:
+            return os.pread(tar.fileno(), int(self.lengths[index]), int(offset))
 
     def digest(self) -> str:
         """xxh3-128 of the ordered keys and byte lengths: tells whether this is the dataset that a cache was made of."""
@@ -155,7 +180,9 @@ def _decode(data: bytes) -> NDArray[np.uint8] | Image.Image:
                 raise DataError(f"{image.width}x{image.height} pixels are more than the {_BOMB_PIXELS} allowed")
             return _convert(image)
     except _DECODE_ERRORS as error:
-        raise DataError(f"not a readable image: {' '.join(str(error).split()) or type(error).__name__}") from error
+        # Without Pillow's "<_io.BytesIO object at 0x7f...>": a tombstone must say the same whoever meets the image.
+        reason = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", str(error)).split())
+        raise DataError(f"not a readable image: {reason or type(error).__name__}") from error
 
 
 def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:

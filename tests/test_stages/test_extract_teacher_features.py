@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -11,11 +13,11 @@ import torch
 
 from pipeline import extraction
 from pipeline.assembly import load_teacher
-from pipeline.cache import CacheWriter, ShardData, open_cache
+from pipeline.cache import BLOSC, CacheWriter, ShardData, open_cache
 from pipeline.data import rendering
 from pipeline.data.images import decode, open_images
 from pipeline.data.views import View, render, to_chw
-from pipeline.errors import CacheError, ConfigError, DataError, TeacherError
+from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
 from stages import extract_teacher_features, verify_cache
@@ -127,6 +129,90 @@ def test_repair_restores_a_damaged_shard(make_cache: Make, tmp_path: Path) -> No
     assert mended.mended is not None
     assert mended.mended.shards == [1]
     assert content(path) == before
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_repair_revives_images_that_can_be_read_by_now(
+    image_tree: Path, tmp_path: Path, make_cache: Make, store: str
+) -> None:
+    """Two images are lost at extraction; one is restored later: its shard becomes what it would have been."""
+    shutil.copytree(image_tree, tmp_path / "images")
+    lost = [sorted((tmp_path / "images").rglob("*.jpg"))[at] for at in (3, 17)]
+    originals = [file.read_bytes() for file in lost]
+    for file, original in zip(lost, originals, strict=True):
+        file.write_bytes(bytes(len(original)))
+    changes = {
+        "images": tmp_path / "images",
+        "max_tombstones": 0.1,
+        "cache__store": store,
+        "cache__quantiser": "float16",
+    }
+    path = make_cache("cache", **changes)
+    assert list(open_cache(path).tombstones) == [3, 17]
+    before = content(path)
+    unchanged = verify_cache.run(verify_cache.VerifyConfig(path=path, repair=True))
+    assert unchanged.mended is None
+    assert content(path) == before
+
+    lost[0].write_bytes(originals[0])
+    assert verify_cache.run(verify_cache.VerifyConfig(path=path)).mended is None
+    revived = verify_cache.run(verify_cache.VerifyConfig(path=path, level="quick", repair=True))
+    assert revived.sound
+    assert revived.mended is not None
+    assert revived.mended.shards == [0]
+    assert list(open_cache(path).tombstones) == [17]
+    assert content(path) == content(make_cache("anew", **changes))
+
+
+def test_images_of_another_length_revive_nothing(image_tree: Path, tmp_path: Path, make_cache: Make) -> None:
+    """They are another dataset, as the digest says: mixing them in would pass for the old one."""
+    shutil.copytree(image_tree, tmp_path / "images")
+    broken = sorted((tmp_path / "images").rglob("*.jpg"))[3]
+    original = broken.read_bytes()
+    broken.write_bytes(original[:100])
+    path = make_cache("cache", images=tmp_path / "images", max_tombstones=0.1)
+    broken.write_bytes(original)
+    found = verify_cache.run(verify_cache.VerifyConfig(path=path, repair=True))
+    assert not found.sound
+    assert found.mended is not None
+    assert found.mended.shards == []
+    assert list(open_cache(path).tombstones) == [3]
+
+
+def test_a_disk_that_stops_answering_stops_the_run_and_makes_no_tombstone(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "09.jpg":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr("pipeline.data.images._PAUSES", ())
+    config = extract_config(image_tree, tmp_path / "cache", cache__quantiser="float16")
+    with pytest.raises(StorageError, match="image class0/09.jpg: Input/output error"):
+        extract_teacher_features.run(config)
+    monkeypatch.undo()
+    extract_teacher_features.run(config)
+    assert not open_cache(tmp_path / "cache").tombstones
+
+
+def test_compressed_tokens_are_a_key_of_extraction(make_cache: Make, tmp_path: Path) -> None:
+    plain = open_cache(make_cache("plain", cache__quantiser="float16"))
+    packed = open_cache(make_cache("packed", cache__quantiser="float16", cache__compression="blosc"))
+    assert packed.header.compression == BLOSC
+    for index in (0, 9, 23):
+        np.testing.assert_array_equal(packed.read(index, 1).tokens, plain.read(index, 1).tokens)
+    assert verify_cache.run(verify_cache.VerifyConfig(path=packed.path)).sound
+
+
+@pytest.mark.parametrize("keys", [{"cache__quantiser": "int8"}, {"cache__store": "webdataset"}])
+def test_other_tokens_do_not_compress(image_tree: Path, tmp_path: Path, keys: dict[str, str]) -> None:
+    keys = {"cache__quantiser": "float16", "cache__compression": "blosc"} | keys
+    with pytest.raises(ValueError, match="compression is for float16 and float32 in the zarr store"):
+        extract_config(image_tree, tmp_path, **keys)
 
 
 def several(images: Path, cache: Path, teachers: dict[str, dict[str, Any]], **changes: Any) -> ExtractConfig:

@@ -1,13 +1,13 @@
-"""A finished cache of each store."""
+"""A finished cache of each kind."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.test_pipeline.cache.samples import STORES, make_cache, make_header
+from tests.test_pipeline.cache.samples import KINDS, make_cache, make_header
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(params=KINDS)
 def store(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -9,9 +9,10 @@ from pipeline.cache import create_cache, open_writer
 from pipeline.cache.budget import estimate_bytes, readable, require_room
 from pipeline.errors import CacheDamage, CacheError, ConfigError
 from stages import benchmark_cache, cache_info, plan
-from tests.test_pipeline.cache.samples import make_cache, make_header, make_shard
+from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, make_shard
 
 
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
 def test_the_estimate_is_what_is_written(tmp_path: Path, store: str, quantiser: str) -> None:
     header = make_header(
@@ -73,6 +74,20 @@ def test_cache_info(tmp_path: Path, store: str) -> None:
     assert answer["seconds"] == 3.0
     assert answer["bytes_per_view"] > 100
     json.dumps(answer)
+
+
+def test_cache_info_states_what_compression_costs(tmp_path: Path) -> None:
+    def reads(store: str) -> str:
+        path = make_cache(tmp_path / store, make_header(store, quantiser_name="float16"), {5: "bad"})
+        return str(cache_info.run(cache_info.CacheInfoConfig(path=path))["reads"])
+
+    assert reads("zarr") == "uncompressed: one pread and one checksum a record, 96 bytes of tokens"
+    files = [path.stat().st_size for path in (tmp_path / "zarr" / "tokens").glob("c.*")]
+    assert len(files) == 6
+    packed = reads("packed")
+    size = sum(path.stat().st_size for path in (tmp_path / "packed" / "tokens").glob("c.*"))
+    assert packed.startswith(f"compressed: {round(size / 18)} bytes of tokens a view instead of 96, and every read")
+    assert "six times slower" in packed
 
 
 def test_cache_info_of_damage(cache: Path) -> None:

@@ -28,6 +28,7 @@ from pipeline.cache import (
 from pipeline.cache import files as cache_files
 from pipeline.errors import CacheDamage, CacheError
 from tests.test_pipeline.cache.samples import (
+    STORES,
     attention_of,
     float_tokens,
     key_of,
@@ -88,6 +89,7 @@ def test_one_view_and_a_shard_larger_than_the_dataset(tmp_path: Path, store: str
     check_everything(make_cache(tmp_path / "cache", header), header)
 
 
+@pytest.mark.parametrize("store", STORES)
 def test_rows_come_in_the_order_asked_for(cache: Path) -> None:
     reader = open_cache(cache)
     whole, some = reader.read(3, 1), reader.read(3, 1, rows=np.array([4, 0]))
@@ -105,6 +107,7 @@ def test_dequantised_tokens_are_the_teachers(cache: Path, store: str) -> None:
     np.testing.assert_allclose(record.tokens, expected, atol=0.05)
 
 
+@pytest.mark.parametrize("store", STORES)
 def test_arrays_can_be_written_to(cache: Path) -> None:
     """torch.from_numpy warns of arrays that can't."""
     record = open_cache(cache).read(0, 0)
@@ -195,6 +198,7 @@ def test_keys_that_are_no_text_are_refused(tmp_path: Path, store: str, key: str)
         open_writer(tmp_path).write_shard(0, data)
 
 
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("field", ["tokens", "scale", "attention", "box", "hflip", "source_hash", "keys"])
 def test_data_that_does_not_fit_is_refused(tmp_path: Path, store: str, field: str) -> None:
     header = make_header(store)
@@ -220,6 +224,7 @@ def test_creating_another_cache_there_names_the_difference(cache: Path, store: s
         create_cache(cache, other)
 
 
+@pytest.mark.parametrize("store", STORES)
 def test_a_wish_without_statistics_matches_and_is_not_created(cache: Path, store: str, tmp_path: Path) -> None:
     wish = make_header(store, quantiser={"name": "int8"})
     with pytest.raises(CacheError, match="calibrate"):
@@ -353,8 +358,8 @@ def test_no_partial_file_of_a_shard_is_forgotten(cache: Path) -> None:
 
 
 def test_partial_files_go_when_nobody_writes_them(cache: Path, store: str) -> None:
-    name = ".c.0.0.0.1234.partial" if store == "zarr" else ".000000-00.tar.1234.partial"
-    partial = cache / ("scale" if store == "zarr" else "shards") / name
+    name = ".c.0.0.0.1234.partial" if store != "webdataset" else ".000000-00.tar.1234.partial"
+    partial = cache / ("attention" if store != "webdataset" else "shards") / name
     partial.write_bytes(b"half")
     writer = open_writer(cache)
     writer.clean_partial(0)  # committed: a repair may be at work
@@ -378,7 +383,7 @@ def test_a_read_that_the_kernel_cuts_short_goes_on(cache: Path, monkeypatch: pyt
 
 
 def test_damage_names_shard_sample_view_and_remedy(cache: Path, store: str) -> None:
-    target = cache / ("tokens/c.1.1.0.0" if store == "zarr" else "shards/000001-01.tar")
+    target = cache / ("tokens/c.1.1.0.0" if store != "webdataset" else "shards/000001-01.tar")
     content = bytearray(target.read_bytes())
     reader = open_cache(cache)
     tokens = reader.read(6, 1).tokens.tobytes()

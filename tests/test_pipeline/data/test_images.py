@@ -1,5 +1,8 @@
+import errno
 import io
+import os
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.data.images import decode, decode_pixels, open_images
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from tests.pictures import smooth_picture
 
 
@@ -209,3 +212,41 @@ def test_turned_jpegs_come_upright_whatever_decodes_them(orientation: int) -> No
 def test_the_beginning_of_a_jpeg_is_none(data: bytes) -> None:
     with pytest.raises(DataError, match="not a readable image"):
         decode(data)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("kind", ["tree", "tar"])
+def test_a_disk_that_fails_for_a_moment_is_asked_again(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: str
+) -> None:
+    """Three failures in a row pass, a fourth stops the run and names the image: it is no lost image."""
+    source = open_images(str(image_tree if kind == "tree" else write_tar(tmp_path / "x.tar", {"a.jpg": JPEG})))
+    pauses: list[float] = []
+    failures = iter([True, True, True])
+    read_bytes, pread = Path.read_bytes, os.pread
+
+    def fail_sometimes() -> None:
+        if next(failures, False):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (fail_sometimes(), read_bytes(path))[1])
+    monkeypatch.setattr(os, "pread", lambda *arguments: (fail_sometimes(), pread(*arguments))[1])
+    assert decode(source.read(0)).size
+    assert pauses == [0.1, 0.4, 1.6]
+    failures = iter([True] * 4)
+    with pytest.raises(StorageError, match=rf"^image .*{source.key(0)}: .*, 4 times: mend the disk or network"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR])
+def test_a_file_that_is_gone_is_not_asked_for_again(
+    image_tree: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
+    with pytest.raises(DataError, match=r"image class0/00\.jpg"):
+        open_images(str(image_tree)).read(0)
