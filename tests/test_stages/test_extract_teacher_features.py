@@ -192,7 +192,7 @@ def test_a_disk_that_stops_answering_stops_the_run_and_makes_no_tombstone(
     monkeypatch.setattr(Path, "read_bytes", read)
     monkeypatch.setattr("pipeline.data.images._PAUSES", ())
     config = extract_config(image_tree, tmp_path / "cache", cache__quantiser="float16")
-    with pytest.raises(StorageError, match="image class0/09.jpg: Input/output error"):
+    with pytest.raises(StorageError, match=r"image class0/09\.jpg: Input/output error"):
         extract_teacher_features.run(config)
     monkeypatch.undo()
     extract_teacher_features.run(config)
