@@ -76,8 +76,9 @@ def _blocks(parts: Iterable[Any]) -> Iterator[memoryview]:
     room = aligned(BLOCK).data
     held = 0
     for part in parts:
-        content = memoryview(part)
-        content = content.cast("B") if content.nbytes else content[:0]
+        if memoryview(part).nbytes == 0:
+            continue
+        content = memoryview(part).cast("B")
         if content.nbytes >= BLOCK // 2:
             if held:
                 yield room[:held]

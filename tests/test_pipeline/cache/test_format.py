@@ -138,7 +138,7 @@ def test_the_documented_example_runs(tmp_path: Path, store: str, monkeypatch: py
     examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     example = next(e for e in examples if f"import {store}" in e)
     assert "pipeline" not in example
-    assert len(example.strip().splitlines()) <= 18
+    assert len(example.strip().splitlines()) <= 15
     path = make_cache(tmp_path / "cache", make_header(store))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

@@ -1,6 +1,9 @@
 """Every fault is found, by verification and where training touches it by the reader; a sound cache never fails."""
 
+import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,10 +23,12 @@ from pipeline.cache import (
     repair,
     verify,
 )
+from pipeline.cache import files as cache_files
 from pipeline.cache.commits import Commit, write_commit
 from pipeline.cache.files import hash_file
 from pipeline.errors import CacheDamage, CacheError, DataError, PipelineError
 from tests.test_pipeline.cache.samples import (
+    KINDS,
     STORES,
     attention_of,
     float_tokens,
@@ -143,6 +148,58 @@ def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: str) -> Non
             assert not verify(path, "full").sound, f"bit {bit} of {file.relative_to(path)}"
         file.write_bytes(content)
     assert verify(path, "full").sound
+
+
+@pytest.mark.parametrize("store", KINDS)
+def test_no_flipped_bit_reaches_training(tmp_path: Path, store: str) -> None:
+    """A reader gives what was written or names shard and sample, whichever bit of whichever file is flipped."""
+    path = make_cache(tmp_path / "cache", make_header(store), TOMBSTONES)
+    written, caught, random = everything(path), set(), np.random.default_rng(1)
+    places: list[tuple[Path, str]] = []
+    for file in [f for f in path.rglob("*") if f.is_file()]:
+        content = file.read_bytes()
+        for bit in random.integers(8 * len(content), size=6).tolist():
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            try:
+                assert everything(path) == written
+            except CacheDamage as error:
+                caught.add(file.relative_to(path).parts[0])
+                places.append((file, str(error)))
+        file.write_bytes(content)
+    for file, message in places:
+        place = {"commits": r"shard \d: commit record", path.name: r"cache\.json"}.get(file.parent.name)
+        assert re.search(place or r"shard \d, sample \d, view \d", message), message
+    data = {"shards", "index"} if store == "webdataset" else {"tokens", "attention", "box", "hflip", "crc32c", "key"}
+    assert data | {"cache.json", "commits"} <= caught
+
+
+def everything(path: Path) -> list[object]:
+    reader = open_cache(path)
+    records = [reader.read(index, view) for index in reader.live_indices().tolist() for view in (0, 1)]
+    arrays = [(r.tokens.tobytes(), None if r.attention is None else r.attention.tobytes()) for r in records]
+    return [arrays, [(r.key, r.box.tolist(), r.hflip, r.source_hash, r.image) for r in records]]
+
+
+def test_a_bad_sector_is_a_finding(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification names what can't be read and goes on; so does a reader for other samples."""
+    bad = os.stat(target_of(cache, "tokens", 1, 1)).st_ino
+
+    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if os.fstat(descriptor).st_ino == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(cache_files, "preadv", preadv)
+    report = verify(cache, "full")
+    assert {f.shard for f in report.findings} == {1}
+    assert any("Input/output error" in f.message for f in report.findings)
+    with pytest.raises(CacheDamage, match=r"shard 1, sample 4, view 1: .*Input/output error"):
+        open_cache(cache).read(4, 1)
+    open_cache(cache).read(4, 0)
+    monkeypatch.undo()
+    mend(cache, report)
 
 
 @pytest.mark.parametrize("file", ["cache.json", "commits/000000.json", "zarr.json", "tokens/zarr.json"])
