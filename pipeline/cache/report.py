@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-_REPAIRED_BY_EXTRACTION = frozenset({"missing", "commit", "file", "record", "values", "deep"})
+_REPAIRED_BY_EXTRACTION = frozenset({"missing", "commit", "file", "record", "values", "changed", "deep"})
 _REBUILT = "uncovered"
 
 
@@ -11,9 +11,9 @@ _REBUILT = "uncovered"
 class Finding:
     """One thing that is wrong, and where.
 
-    Kinds: `header`, `dataset`, `source` (the images changed), `missing` (shard), `commit`, `file`, `record`, `values`,
-    `deep` (the teacher says otherwise), `uncovered` (a file that is made again from others); notes, which are no
-    damage: `partial`, `stray`.
+    Kinds: `header`, `dataset`, `source` (an image is gone, or another), `changed` (an image), `missing` (shard),
+    `commit`, `file`, `record`, `values`, `deep` (the teacher says otherwise), `uncovered` (a file that is made again
+    from others); notes, which are no damage: `partial`, `stray`.
     """
 
     kind: str

@@ -225,18 +225,18 @@ class _Verifier:
 
     def _join(self, source: Source, index: int, key: str, source_hash: int) -> None:
         """Compare a sound record with the image that it was made of."""
-        problem = None
+        problem, kind = None, "source"
         if source.key(index) != key:
             problem = f"the cache was made of '{key}', the dataset now has '{source.key(index)}' there"
         else:
             try:
                 if hash_source(source.read(index)) != source_hash:
-                    problem = f"image '{key}' has changed since it was extracted"
+                    problem, kind = f"image '{key}' has changed since it was extracted", "changed"
             except (OSError, PipelineError) as error:
                 problem = f"image '{key}' can't be read any more: {error}"
         if problem is not None:
             shard = index // self._header.samples_per_shard
-            self._report.add("source", f"shard {shard}, sample {index}: {problem}", shard=shard, sample=index)
+            self._report.add(kind, f"shard {shard}, sample {index}: {problem}", shard=shard, sample=index)
 
 
 def _files(root: Path) -> Iterator[str]:

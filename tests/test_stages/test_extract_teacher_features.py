@@ -164,6 +164,22 @@ def test_repair_revives_images_that_can_be_read_by_now(
     assert content(path) == content(make_cache("anew", **changes))
 
 
+def test_repair_extracts_changed_images_again(image_tree: Path, tmp_path: Path, make_cache: Make) -> None:
+    """Of the same length, that is: by its digest the dataset is still the one of the header."""
+    shutil.copytree(image_tree, tmp_path / "images")
+    changed = sorted((tmp_path / "images").rglob("*.jpg"))[20]
+    content_of_it = bytearray(changed.read_bytes())
+    path = make_cache("cache", images=tmp_path / "images", cache__quantiser="float16")
+    content_of_it[-40] ^= 1
+    changed.write_bytes(content_of_it)
+    found = verify_cache.run(verify_cache.VerifyConfig(path=path))
+    assert [(f.kind, f.shard, f.sample) for f in found.report.findings] == [("changed", 2, 20)]
+    mended = verify_cache.run(verify_cache.VerifyConfig(path=path, repair=True))
+    assert mended.sound
+    anew = make_cache("anew", images=tmp_path / "images", cache__quantiser="float16")
+    assert content(path) == content(anew)
+
+
 def test_images_of_another_length_revive_nothing(image_tree: Path, tmp_path: Path, make_cache: Make) -> None:
     """They are another dataset, as the digest says: mixing them in would pass for the old one."""
     shutil.copytree(image_tree, tmp_path / "images")
