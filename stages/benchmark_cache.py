@@ -6,7 +6,8 @@ Every figure pairs our code with the least that could do the job, over the same 
     tight   the same reads                           against that loop with our checksum's library
     npy     the same reads                           against the webdataset library's .npy decode (aim: >= 10)
     write   write_shard, with its commit             against plain writes and the same fsyncs     (aim: >= 0.7)
-    verify  verify at level full                     against xxh3-128 of the same files           (aim: >= 0.7)
+    verify  verify at level full, one thread         against xxh3-128 of the same files           (aim: >= 0.7)
+    threads the same with as many threads as cores, at most 4
 
 The loop of `read` takes google-crc32c, which zarr takes too; the cache itself takes awscrt's, which is twice as fast.
 Files are warm: the figures speak of our overhead, not of the disk.
@@ -110,7 +111,8 @@ def _read_and_verify(config: BenchmarkCacheConfig, path: Path, scratch: Path) ->
             "read": _compare((bare, ours), config.repeats, len(indices), "records"),
             "tight": _compare((tight, ours), config.repeats, len(indices), "records"),
             "npy": _compare((npy, ours), max(3, config.repeats // 3), len(indices), "records"),
-            "verify": _verify(path, reader, config.repeats),
+            "verify": _verify(path, reader, config.repeats, 1),
+            "threads": _verify(path, reader, config.repeats, min(4, len(os.sched_getaffinity(0)))),
         }
 
 
@@ -190,7 +192,7 @@ def _npy_tar(reader: CacheReader, indices: list[int], scratch: Path) -> Iterator
         path.unlink()
 
 
-def _verify(path: Path, reader: CacheReader, repeats: int) -> dict[str, Any]:
+def _verify(path: Path, reader: CacheReader, repeats: int, threads: int) -> dict[str, Any]:
     header, missing = reader.header, set(reader.missing_shards())
     commits = [read_commit(path, header, shard) for shard in range(header.shards) if shard not in missing]
     files = [file_of(path, file) for commit in commits for file in commit.files]
@@ -200,7 +202,7 @@ def _verify(path: Path, reader: CacheReader, repeats: int) -> dict[str, Any]:
         for file in files:
             hash_file(file)  # reads and hashes blocks of 1 MiB, and nothing else
 
-    return _compare((bare, lambda: verify(path, "full")), repeats, size, "bytes")
+    return _compare((bare, lambda: verify(path, "full", threads=threads)), repeats, size, "bytes")
 
 
 def _write(config: BenchmarkCacheConfig, header: CacheHeader, data: ShardData, scratch: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ deep    also renders some records again and asks the live teacher
 --repair extracts what is damaged, and every shard that lost an image which can be read by now.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ class VerifyConfig(Config):
     samples: int = Field(64, ge=1)  # records that deep computes again
     repair: bool = False  # extract again what is damaged, or lost images that can be read by now
     workers: int = Field(2, ge=0)
+    threads: int | None = Field(None, ge=1)  # shards that are checked at once; None: as many as cores, at most 4
 
 
 class Verification:
@@ -117,13 +119,14 @@ def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
         def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
             return extractor.reextract(indices, views, header.attention)
 
+    threads = config.threads or min(4, len(os.sched_getaffinity(0)))
     with Progress(1, "verify", "shard") as progress:
 
         def advance(_done: int, total: int) -> None:
             progress.expect(total)
             progress.advance()
 
-        return verify(config.path, config.level, source, reextract, config.samples, progress=advance)
+        return verify(config.path, config.level, source, reextract, config.samples, 0, advance, threads)
 
 
 def _images(config: VerifyConfig) -> tuple[ImageSource | None, str]:

@@ -48,6 +48,13 @@ class Report:
         """Record something odd that is no damage."""
         self.notes.append(Finding(kind, message, **place))
 
+    def merge(self, part: "Report") -> None:
+        """Add what was found in one part of the cache."""
+        self.findings += part.findings
+        self.notes += part.notes
+        for name, count in part.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+
     def damaged_shards(self) -> list[int]:
         """Shards to extract again, ascending."""
         return sorted({f.shard for f in self.findings if f.shard is not None and f.kind in _REPAIRED_BY_EXTRACTION})

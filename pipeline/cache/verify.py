@@ -10,7 +10,9 @@ The teacher and the images are handed in; this wing imports neither.
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,6 +30,7 @@ from pipeline.errors import CacheDamage, PipelineError
 
 Level = Literal["quick", "full", "deep"]
 _SUM_TOLERANCE = 5e-3  # of attention over tokens: float16 rounds each of them
+_COUNTS = ("committed", "records", "bytes", "tombstones")  # added up over shards
 _NAMED = 10  # damaged samples of one view that get a finding of their own
 
 
@@ -57,6 +60,7 @@ def verify(
     samples: int = 64,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    threads: int = 1,
 ) -> Report:
     """Check a cache and report everything that is wrong with it.
 
@@ -64,6 +68,7 @@ def verify(
         source: the images; compares the dataset's digest at any level, keys and image hashes from `full` on.
         reextract: the live teacher; needed by `deep`, which asks it about `samples` random records.
         progress: called with (shards done, shards).
+        threads: shards that are checked at once; reading, hashing and checksums leave the interpreter to each other.
 
     Raises:
         CacheError: there is no cache at `path`, or a file of it may not be read.
@@ -75,13 +80,13 @@ def verify(
     except CacheDamage as error:
         report.add("header", str(error), file=FILE)
         return report
-    report.counts.update(samples=header.count, shards=header.shards, committed=0, records=0, bytes=0, tombstones=0)
+    report.counts.update(samples=header.count, shards=header.shards, **dict.fromkeys(_COUNTS, 0))
     if level == "deep" and reextract is None:
         raise PipelineError("deep verification needs the images and the teacher: give --data, or use --level full")
-    verifier = _Verifier(path, header, report, source, level != "quick")
-    verifier.check_cache()
-    for shard in range(header.shards):
-        verifier.check_shard(shard)
+    verifier = _Verifier(path, header, source, level != "quick")
+    verifier.check_cache(report)
+    for shard, part in enumerate(_in_order(verifier.check_shard, header.shards, threads)):
+        report.merge(part)
         if progress is not None:
             progress(shard + 1, header.shards)
     if level == "deep" and reextract is not None:
@@ -90,34 +95,52 @@ def verify(
     return report
 
 
-class _Verifier:
-    """One pass over a cache, shard by shard; memory is bounded by the small arrays of one view of one shard."""
+def _in_order(check: Callable[[int], Report], shards: int, threads: int) -> Iterator[Report]:
+    """What `check` finds in each shard, the first first, while a few more are under way."""
+    if threads == 1:
+        yield from map(check, range(shards))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        under_way: deque[Future[Report]] = deque()
+        try:
+            for shard in range(shards):
+                under_way.append(pool.submit(check, shard))
+                if len(under_way) > threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def __init__(self, path: Path, header: CacheHeader, report: Report, source: Source | None, full: bool) -> None:
-        self._path, self._header, self._report, self._source, self._full = path, header, report, source, full
+
+class _Verifier:
+    """Checks a cache, shard by shard; memory is bounded by the small arrays of one view of one shard (a thread)."""
+
+    def __init__(self, path: Path, header: CacheHeader, source: Source | None, full: bool) -> None:
+        self._path, self._header, self._source, self._full = path, header, source, full
         self._store: Store = store_of(path, header)
         self._seal = Seal(header.fingerprint)
 
-    def check_cache(self) -> None:
+    def check_cache(self, report: Report) -> None:
         """What concerns no shard: metadata files, the dataset as a whole, files that don't belong here."""
         for file, problem in self._store.uncovered(None, thorough=True).items():
-            self._report.add("uncovered", f"{file} {problem}", file=file)
+            report.add("uncovered", f"{file} {problem}", file=file)
         if self._source is not None:
-            self._check_dataset(self._source)
-        self._check_strays()
+            self._check_dataset(self._source, report)
+        self._check_strays(report)
 
-    def _check_dataset(self, source: Source) -> None:
+    def _check_dataset(self, source: Source, report: Report) -> None:
         dataset = self._header.dataset
         if len(source) != dataset.count:
-            self._report.add("dataset", f"the dataset has {len(source)} images, the cache was made of {dataset.count}")
+            report.add("dataset", f"the dataset has {len(source)} images, the cache was made of {dataset.count}")
         elif source.digest() != dataset.digest:
             message = "keys or sizes of the images are not those that the cache was made of (the digest differs)"
-            self._report.add("dataset", message)
+            report.add("dataset", message)
         else:
             return
         self._source = None  # joining keys one by one would only repeat it
 
-    def _check_strays(self) -> None:
+    def _check_strays(self, report: Report) -> None:
         known = {f for shard in range(self._header.shards) for f in self._store.files(shard)}
         known |= {f"{FOLDER}/{commit_path(self._path, shard).name}" for shard in range(self._header.shards)} | {FILE}
         known |= {f for shard in (None, *range(self._header.shards)) for f in self._store.derived(shard)}
@@ -125,37 +148,35 @@ class _Verifier:
             if name in known:
                 continue
             if name.endswith(PARTIAL):
-                self._report.note(
-                    "partial", f"{name} is what a killed writer left, or one is at work; harmless", file=name
-                )
+                report.note("partial", f"{name} is what a killed writer left, or one is at work; harmless", file=name)
             else:
-                self._report.note("stray", f"{name} is not part of the cache", file=name)
+                report.note("stray", f"{name} is not part of the cache", file=name)
 
-    def check_shard(self, shard: int) -> None:
-        """The shard's commit, its files' sizes, and at the higher levels every byte and record."""
+    def check_shard(self, shard: int) -> Report:
+        """The shard's commit, its files' sizes, and at the higher levels every byte and record. Safe in threads."""
+        report = Report(path=str(self._path), level="")
         if not commit_path(self._path, shard).is_file():
-            self._report.add("missing", f"shard {shard} is not extracted, or its commit record is lost", shard=shard)
-            return
+            report.add("missing", f"shard {shard} is not extracted, or its commit record is lost", shard=shard)
+            return report
         try:
             commit = read_commit(self._path, self._header, shard)
         except CacheDamage as error:
-            self._report.add("commit", str(error), shard=shard, file=f"{FOLDER}/{commit_path(self._path, shard).name}")
-            return
-        counts = self._report.counts
-        counts["committed"] += 1
-        counts["tombstones"] += len(commit.tombstones)
-        counts["bytes"] += sum(entry.bytes for entry in commit.files.values())
-        broken = self._check_sizes(shard, commit)
-        stale = self._check_sidecars(shard, thorough=False)
+            report.add("commit", str(error), shard=shard, file=f"{FOLDER}/{commit_path(self._path, shard).name}")
+            return report
+        size = sum(entry.bytes for entry in commit.files.values())
+        report.counts.update(committed=1, tombstones=len(commit.tombstones), bytes=size, records=0)
+        broken = self._check_sizes(shard, commit, report)
+        stale = self._check_sidecars(shard, report, thorough=False)
         if self._full:
-            self._check_records(shard, commit, broken, stale)
+            self._check_records(shard, commit, report, broken, stale)
+        return report
 
-    def _check_sizes(self, shard: int, commit: Commit) -> set[str]:
+    def _check_sizes(self, shard: int, commit: Commit, report: Report) -> set[str]:
         """Report files that are missing or of another length; returns their names."""
         broken = set()
         expected = set(self._store.files(shard))
         if set(commit.files) != expected:
-            self._report.add("commit", f"shard {shard}: its commit record lists other files", shard=shard)
+            report.add("commit", f"shard {shard}: its commit record lists other files", shard=shard)
         for file in sorted(expected & set(commit.files)):
             try:
                 size = os.stat(f"{self._path}/{file}").st_size
@@ -166,26 +187,28 @@ class _Verifier:
                 gone = isinstance(error, FileNotFoundError)
                 problem = "is missing" if gone else f"can't be looked at: {error.strerror}"
             broken.add(file)
-            self._report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
+            report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
         return broken
 
-    def _check_sidecars(self, shard: int, thorough: bool) -> bool:
+    def _check_sidecars(self, shard: int, report: Report, thorough: bool) -> bool:
         """Report what no commit covers; returns whether something is wrong."""
         problems = self._store.uncovered(shard, thorough)
         for file, problem in problems.items():
-            self._report.add("uncovered", f"shard {shard}: {file} {problem}", shard=shard, file=file)
+            report.add("uncovered", f"shard {shard}: {file} {problem}", shard=shard, file=file)
         return bool(problems)
 
-    def _check_records(self, shard: int, commit: Commit, broken: set[str], stale: bool) -> None:
+    def _check_records(self, shard: int, commit: Commit, report: Report, broken: set[str], stale: bool) -> None:
         seen: dict[str, FileEntry] = {}
         for view in range(self._header.views):
-            findings = list(self._scan(shard, view, commit, seen, stale))
-            if findings and not stale and self._check_sidecars(shard, thorough=True):
-                findings = list(self._scan(shard, view, commit, seen, fresh=True))
-            self._report.findings += findings
-        self._check_hashes(shard, commit, broken, seen)
+            findings = list(self._scan(shard, view, commit, report, seen, stale))
+            if findings and not stale and self._check_sidecars(shard, report, thorough=True):
+                findings = list(self._scan(shard, view, commit, report, seen, fresh=True))
+            report.findings += findings
+        self._check_hashes(shard, commit, report, broken, seen)
 
-    def _check_hashes(self, shard: int, commit: Commit, broken: set[str], seen: dict[str, FileEntry]) -> None:
+    def _check_hashes(
+        self, shard: int, commit: Commit, report: Report, broken: set[str], seen: dict[str, FileEntry]
+    ) -> None:
         for file, entry in commit.files.items():
             if file in broken:
                 continue
@@ -195,10 +218,10 @@ class _Verifier:
                     continue
             except CacheDamage as error:
                 problem = f"can't be checked: {error}"
-            self._report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
+            report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
 
     def _scan(
-        self, shard: int, view: int, commit: Commit, seen: dict[str, FileEntry], fresh: bool
+        self, shard: int, view: int, commit: Commit, report: Report, seen: dict[str, FileEntry], fresh: bool
     ) -> Iterator[Finding]:
         """Findings of one view: each damaged record, then values that can't be."""
         span = self._header.shard_range(shard)
@@ -209,7 +232,7 @@ class _Verifier:
         except CacheDamage as error:
             yield Finding("file", f"shard {shard}, view {view}: {error}", shard=shard, view=view)
             return
-        self._report.counts["records"] += len(scan.rows)
+        report.counts["records"] += len(scan.rows)
         for row, problem in islice(scan.damaged.items(), _NAMED):
             message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
             yield Finding("record", message, shard=shard, sample=span[row], view=view)
@@ -221,9 +244,9 @@ class _Verifier:
             yield Finding("values", message, shard=shard, sample=span[row], view=view)
         if self._source is not None and view == 0:
             for row, key, source_hash in zip(scan.rows, scan.keys, scan.tails["source_hash"].tolist(), strict=True):
-                self._join(self._source, span[row], key.decode(), source_hash)
+                self._join(self._source, report, span[row], key.decode(), source_hash)
 
-    def _join(self, source: Source, index: int, key: str, source_hash: int) -> None:
+    def _join(self, source: Source, report: Report, index: int, key: str, source_hash: int) -> None:
         """Compare a sound record with the image that it was made of."""
         problem, kind = None, "source"
         if source.key(index) != key:
@@ -236,7 +259,7 @@ class _Verifier:
                 problem = f"image '{key}' can't be read any more: {error}"
         if problem is not None:
             shard = index // self._header.samples_per_shard
-            self._report.add(kind, f"shard {shard}, sample {index}: {problem}", shard=shard, sample=index)
+            report.add(kind, f"shard {shard}, sample {index}: {problem}", shard=shard, sample=index)
 
 
 def _files(root: Path) -> Iterator[str]:

@@ -508,6 +508,28 @@ def test_repair_extracts_what_is_damaged_and_nothing_else(cache: Path, store: st
     assert {f: f.read_bytes() for f in before} == before
 
 
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_threads_find_the_same_in_the_same_order(cache: Path, level: str) -> None:
+    for shard, view in ((2, 1), (0, 0)):
+        file = target_of(cache, "attention", shard, view)
+        file.write_bytes(file.read_bytes()[:-3])
+    one, many = (verify(cache, level, source=Photos(changed=7), threads=n) for n in (1, 3))  # type: ignore[arg-type]
+    assert one.findings == many.findings
+    assert len(one.findings) >= 2
+    assert one.counts == many.counts
+
+
+def test_a_thread_that_fails_ends_the_verification(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without threads: what no finding covers is raised, not lost."""
+
+    def key(self: Photos, index: int) -> str:
+        raise RuntimeError(f"key {index}")
+
+    monkeypatch.setattr(Photos, "key", key)
+    with pytest.raises(RuntimeError, match="key 0"):
+        verify(cache, "full", source=Photos(), threads=2)
+
+
 def test_progress_is_told(cache: Path) -> None:
     seen: list[tuple[int, int]] = []
     verify(cache, "quick", progress=lambda done, total: seen.append((done, total)))
