@@ -154,12 +154,11 @@ def _parse_header(path: Path, header: bytes, offset: int) -> tuple[str, int]:
 class Room:
     """Memory for one record: its image's member with both headers around it, and what lies behind."""
 
-    __slots__ = ("attention", "back", "front", "head", "scale", "sealed", "tokens")
+    __slots__ = ("attention", "back", "front", "scale", "sealed", "tokens")
 
     def __init__(self, layout: TensorLayout, front: int = BLOCKSIZE, facts: int = BLOCKSIZE) -> None:
         self.front = aligned(front)
         self.back = aligned(layout.facts + facts)
-        self.head = self.back[: len(layout.head)]
         self.sealed = [self.back[part] for part in layout.sealed]
         self.tokens, self.scale, self.attention = layout.tensors(self.back)
 
@@ -189,28 +188,26 @@ class TarView:
         self._fields = memoryview(self.rows.tobytes()).cast("q")  # faster to index than an array
 
     def read(self, row: int, keep: bool = True) -> Raw:
-        start, jpg, tensors, facts = self._row(row)
+        start, jpg, tensors, facts = self._fields[FIELDS * row : FIELDS * row + FIELDS]
+        if start < 0:
+            raise CacheDamage(self.absence(row))
         layout, front = self.layout, 2 * BLOCKSIZE + jpg + -jpg % BLOCKSIZE
         if tensors != layout.bytes:
             raise CacheDamage(self.strange_head(row))
         room, back = Room(layout, front, facts) if keep else self._rooms.of(front, facts), layout.facts + facts
         self.tar.read_parts((room.front[:front], room.back[:back]), front + back, start)
-        self.check_head(row, room.head)
+        # The safetensors header is left to verification: nothing is taken from it, and tensors have their checksum.
         key, tail, crc32c = self.parse_facts(row, room.back[layout.facts : back].tobytes())
         image = room.front[BLOCKSIZE : BLOCKSIZE + jpg].tobytes()
         return Raw(key, tail, crc32c, room.tokens, room.scale, room.attention, image, (*room.sealed, image))
 
     def key(self, row: int) -> str:
-        start, jpg, tensors, facts = self._row(row)
+        start, jpg, tensors, facts = self.rows[row].tolist()
+        if start < 0:
+            raise CacheDamage(self.absence(row))
         content = np.empty(facts, np.uint8)
         self.tar.read_into(content, start + 3 * BLOCKSIZE + padded(jpg) + padded(tensors))
         return self.parse_facts(row, content.tobytes())[0].decode()
-
-    def _row(self, row: int) -> tuple[int, int, int, int]:
-        start, jpg, tensors, facts = self._fields[FIELDS * row : FIELDS * (row + 1)]
-        if start < 0:
-            raise CacheDamage(self.absence(row))
-        return start, jpg, tensors, facts
 
     def absence(self, row: int) -> str:
         """Why the tar can't give this row."""
