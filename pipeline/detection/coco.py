@@ -40,15 +40,19 @@ class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
+_Id = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # kept as int64
+_Side = Annotated[int, Field(gt=0, lt=2**31)]  # pixels
+
+
 class _Image(_Record):
-    id: int
+    id: _Id
     file_name: str
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
+    height: _Side
+    width: _Side
 
 
 class _Category(_Record):
-    id: int
+    id: _Id
     name: str
 
 
@@ -58,9 +62,9 @@ class _Rle(_Record):
 
 
 class _Annotation(_Record):
-    id: int
-    image_id: int
-    category_id: int
+    id: _Id
+    image_id: _Id
+    category_id: _Id
     bbox: Annotated[list[FiniteFloat], Len(4, 4)]  # left, top, width, height
     area: FiniteFloat | None = None
     iscrowd: int = Field(0, ge=0, le=1)
@@ -127,8 +131,11 @@ class CocoImages:
         boxes = _inside(self.boxes[rows], self.sizes[index : index + 1])
         return Instances(boxes, self.labels[rows], [self._segment(row) for row in rows])
 
-    def to_coco(self) -> dict[str, Any]:
-        """The annotations as pycocotools takes them, crowds included; new objects, for it changes them."""
+    def to_coco(self, *, masks: bool = False) -> dict[str, Any]:
+        """The annotations as pycocotools takes them, crowds included; new objects, for it changes them.
+
+        With `masks` only those that it can make a mask of; boxes are scored of the others too.
+        """
         image_of = np.repeat(self.ids, np.diff(self.first))
         annotations = [
             {
@@ -141,7 +148,7 @@ class CocoImages:
                 "segmentation": segment,
             }
             for row in range(len(self.labels))
-            if (segment := self._segment(row))  # pycocotools can't make a mask of no polygon
+            if (segment := self._segment(row)) or not masks
         ]
         sizes = zip(self.ids.tolist(), self.sizes.tolist(), strict=True)
         images = [{"id": id_, "height": height, "width": width} for id_, (height, width) in sizes]
@@ -227,9 +234,37 @@ def _problem(record: _Annotation, images: Mapping[int, _Image], labels: Mapping[
     image = images[record.image_id]
     if segment.size != [image.height, image.width]:
         return f"segmentation: its size {segment.size} is not the image's, [{image.height}, {image.width}]"
-    if isinstance(segment.counts, list) and sum(segment.counts) != image.height * image.width:
+    counts = segment.counts if isinstance(segment.counts, list) else _decompressed(segment.counts)
+    if counts is None:
+        return "segmentation: its counts are no compressed RLE"
+    if min(counts, default=0) < 0:
+        return "segmentation: one of its counts is negative"
+    if sum(counts) != image.height * image.width:
         return "segmentation: its counts don't add up to the pixels of the image"
     return ""
+
+
+def _decompressed(text: str) -> list[int] | None:
+    """The run lengths that COCO's string of an RLE stands for; None where it stands for none.
+
+    A character is 48 + six bits: five of the number, lowest first, and one that says that it goes on. The highest bit
+    of a number is its sign, and from the fourth on it is the difference to the one before the last.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for code in text.encode():
+        bits = code - 48
+        if not 0 <= bits < 64 or shift > 60:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    return None if shift else counts
 
 
 def _usable(segmentation: _Rle | list[list[float]]) -> Any:

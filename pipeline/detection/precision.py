@@ -58,7 +58,7 @@ def _summary(coco: CocoImages, results: list[dict[str, Any]], iou_type: str) -> 
     results = [{key: value for key, value in result.items() if key != unwanted} for result in results]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         truth = COCO()
-        truth.dataset = coco.to_coco()
+        truth.dataset = coco.to_coco(masks=iou_type == "segm")
         truth.createIndex()
         scoring = COCOeval(truth, truth.loadRes(results), iou_type)
         scoring.evaluate()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 
 from pipeline.detection import CocoImages, open_coco
@@ -88,6 +89,23 @@ def test_boxes_are_cut_at_the_edges(tmp_path: Path) -> None:
     assert next(a for a in coco.to_coco()["annotations"] if a["id"] == 500)["bbox"] == box  # scored as annotated
 
 
+def rle(counts: Any) -> dict[str, Any]:
+    return {"segmentation": {"size": [HEIGHT, WIDTH], "counts": counts}}
+
+
+def test_what_pycocotools_compresses_is_accepted(tmp_path: Path) -> None:
+    """Random masks, from specks to long runs, the differences of whose runs have either sign."""
+    rng, content = np.random.default_rng(0), scene_annotations()
+    masks = [rng.random((HEIGHT, WIDTH)) < share for share in np.linspace(0, 1, 40)]
+    for number, mask in enumerate(masks):
+        encoded = coco_masks.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        one = {**content["annotations"][0], **rle(encoded), "id": number, "image_id": 38}
+        content["annotations"].append(one)
+    coco = open_coco(*write_coco(tmp_path, content))
+    segments = coco.instances(1).segments
+    assert all((as_mask(one, HEIGHT, WIDTH) == mask).all() for one, mask in zip(segments, masks, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -105,6 +123,15 @@ def test_boxes_are_cut_at_the_edges(tmp_path: Path) -> None:
             {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [3, 4]}},
             r"annotation 500: segmentation: its counts don't add up",
         ),
+        (rle([-5, HEIGHT * WIDTH + 5]), r"annotation 500: segmentation: one of its counts is negative"),
+        (rle("abc"), r"annotation 500: segmentation: its counts are no compressed RLE"),  # ends inside a number
+        (rle("o" * 1000), r"annotation 500: segmentation: its counts are no compressed RLE"),
+        (rle("é1"), r"annotation 500: segmentation: its counts are no compressed RLE"),
+        (rle("0"), r"annotation 500: segmentation: its counts don't add up"),
+        (rle(""), r"annotation 500: segmentation: its counts don't add up"),
+        (rle("O"), r"annotation 500: segmentation: one of its counts is negative"),
+        ({"id": 2**63}, r"annotation 9223372036854775808: id: input should be less than"),
+        ({"image_id": -(2**63) - 1}, r"annotation 500: image_id: input should be greater than or equal to"),
     ],
     ids=str,
 )
@@ -129,6 +156,9 @@ def drop(key: str, field: str) -> Callable[[dict[str, Any]], object]:
         (lambda content: content["images"].clear(), "no images in it"),
         (lambda content: content["categories"].clear(), "no categories in it"),
         (lambda content: content["images"].append(content["images"][0]), "image 40: the id is there twice"),
+        (lambda content: content["images"][0].update(id=2**63), "image 9223372036854775808: id: input should be less"),
+        (lambda content: content["images"][0].update(width=2**63), "image 40: width: input should be less"),
+        (lambda content: content["categories"][0].update(id=2**64), "category 18446744073709551616: id: input should"),
         (lambda content: content["annotations"].insert(0, 7), "annotation number 1, without an id"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.detection import CocoImages, as_results, average_precision, open_coco
 from pipeline.detection.placement import as_mask
+from tests.coco import scene_annotations, write_coco
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
@@ -79,6 +80,22 @@ def test_ap_equals_pycocotools_by_hand(real_data: Path, capsys: pytest.CaptureFi
         assert 0.2 < theirs[0] < 0.9  # neither nothing nor everything right
 
 
+def test_objects_without_a_polygon_count_for_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By pycocotools on the annotations as they are; it can't make masks of these, so mask AP is of the others."""
+    content = scene_annotations()
+    content["annotations"][1]["segmentation"] = []
+    whole = open_coco(*write_coco(tmp_path / "whole"))
+    coco = open_coco(*write_coco(tmp_path / "some", content))
+    results = [one for index in range(len(coco)) for one in as_results(perfect(coco, index), coco, index)]
+    boxes = [{key: value for key, value in one.items() if key != "segmentation"} for one in results]
+    ours, theirs = average_precision(coco, results), by_hand(tmp_path / "some/instances.json", boxes, "bbox")
+    assert [ours[f"box_{name}"] for name in FIGURES] == pytest.approx(theirs, abs=1e-9)
+    assert ours["box_AP"] < 0.9  # the object is missed
+    assert ours["mask_AP"] == pytest.approx(1.0)
+    everything = [one for index in range(len(coco)) for one in as_results(perfect(whole, index), coco, index)]
+    assert average_precision(coco, everything)["box_AP"] == pytest.approx(1.0)
+
+
 def test_perfect_detections_score_one(coco: CocoImages) -> None:
     results = [one for index in range(len(coco)) for one in as_results(perfect(coco, index), coco, index)]
     ap = average_precision(coco, results)
@@ -99,8 +116,6 @@ def test_nothing_found_scores_nothing(coco: CocoImages) -> None:
 
 
 def test_a_crowd_is_neither_missed_nor_a_fault(tmp_path: Path) -> None:
-    from tests.coco import scene_annotations, write_coco
-
     content = scene_annotations()
     content["annotations"][0]["iscrowd"] = 1
     content["annotations"][0]["segmentation"] = {"size": [64, 96], "counts": [64 * 8, 64 * 32, 64 * 56]}
