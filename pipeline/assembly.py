@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from pipeline.models import (
 from pipeline.models.config import StudentConfig
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.weights import state_digest
 from pipeline.training.checkpoint import resolve_checkpoint
 
 log = logging.getLogger(__name__)
@@ -103,24 +104,83 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
     return teacher
 
 
+def student_arguments(
+    init: Path | None, student: StudentConfig | None, spec: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Keyword arguments of the student that a config and a checkpoint's description mean together.
+
+    Keys that the config gives go over the description's. A config that names another student stands alone; a name that
+    is merely the default names none.
+
+    Args:
+        init: what the description is of, for the message.
+        spec: as in `model.json`; None of a lone weights file, or without a checkpoint.
+
+    Raises:
+        ConfigError: neither says which student.
+    """
+    given = student.model_dump(exclude_unset=True, exclude_none=True) if student else {}
+    described = {key: value for key, value in (spec or {}).items() if key in StudentConfig.model_fields}
+    if student and "name" in given and given["name"] != described.get("name"):
+        described = student.model_dump()
+    chosen = {key: value for key, value in (described | given).items() if value is not None}
+    if "name" not in chosen:
+        raise ConfigError(
+            f"init={init} doesn't say what it is: give student.name=... as well"
+            if init
+            else "give init=RUN, or student.name=... to start from scratch"
+        )
+    return chosen
+
+
+def encoder_arguments(
+    init: Path | None, student: StudentConfig | None, spec: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What `student_arguments` says of the encoder, for `build_classifier`."""
+    return _of_encoder(student_arguments(init, student, spec))
+
+
+class Start(NamedTuple):
+    """What a fine-tuning starts from."""
+
+    encoder: dict[str, Any]  # keyword arguments of `build_classifier`
+    student: StudentConfig | None  # as it was given, completed: what config.yaml should say
+    state: dict[str, Tensor] | None  # the initial weights; None from scratch
+    identity: str | None  # of these weights, by their content: a path may change its form, and what lies there
+
+
+def read_start(init: Path | None, student: StudentConfig | None) -> Start:
+    """The encoder and the weights that `init` and `student` name.
+
+    Raises:
+        ConfigError: as `student_arguments`. CheckpointError: the weights aren't there.
+    """
+    state, spec = read_weights(resolve_checkpoint(init)) if init else (None, None)
+    encoder = encoder_arguments(init, student, spec)
+    completed = student.model_copy(update=encoder) if student else None
+    return Start(encoder, completed, state, f"weights {state_digest(state)[:16]}" if state else None)
+
+
 def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | Classifier:
     """A model whose `forward_tokens` gives features: from `init`, or untrained from `student`.
 
-    Our own checkpoints say what they are; for a lone weights file `student` has to.
+    Our own checkpoints say what they are, and `student` changes single keys of it; for a lone weights file it has to
+    name the student.
 
     Raises:
-        ConfigError: neither is given. CheckpointError: the weights aren't there or don't fit.
+        ConfigError: as `student_arguments`. CheckpointError: the weights aren't there or don't fit.
     """
-    if init is None and student is None:
-        raise ConfigError("give init=CHECKPOINT, or student.name=... for an untrained one")
-    if init is None:
-        assert student is not None
-        return _bare_student(student)
-    state, spec = read_weights(resolve_checkpoint(init))
-    if spec is None and student is None:
-        raise ConfigError(f"init={init} doesn't say what it is: give student.name=... as well")
-    model = build_from_spec(spec) if spec is not None else _bare_student(student or StudentConfig())
-    log.info("init: %s", load_weights(model, state, strict=spec is not None))
+    state, spec = read_weights(resolve_checkpoint(init)) if init else (None, None)
+    arguments = student_arguments(init, student, spec)
+    described = spec is not None and spec.get("name") == arguments["name"]
+    model: Student | Classifier
+    if spec is not None and described:
+        changes = arguments if spec.get("kind") == "student" else _of_encoder(arguments)
+        model = build_from_spec({**spec, **changes})
+    else:
+        model = build_student(**arguments, objective="mae")
+    if state is not None:
+        log.info("init: %s", load_weights(model, state, strict=described))
     return model
 
 
@@ -182,5 +242,5 @@ def features_of(model: Student | Classifier, device: torch.device) -> Callable[[
     return lambda images: encoder.forward_tokens(normalise(images.to(device))).mean(1)
 
 
-def _bare_student(student: StudentConfig) -> Student:
-    return build_student(**student.model_dump(exclude_none=True), objective="mae")
+def _of_encoder(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if not key.startswith("decoder_")}

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.assembly import build_detector, load_detector, normalise
+from pipeline.assembly import Start, build_detector, load_detector, normalise, read_start
 from pipeline.config import Config, PathField
 from pipeline.data.loader import StepSampler, load
 from pipeline.data.order import EpochOrder
@@ -42,11 +42,9 @@ from pipeline.detection import (
 )
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.records import write_record
-from pipeline.models import read_weights
 from pipeline.models.config import StudentConfig
 from pipeline.processes import processes
 from pipeline.progress import track
-from pipeline.training.checkpoint import resolve_checkpoint
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
@@ -93,10 +91,12 @@ def run(config: DetectConfig, *, eval_only: bool = False) -> dict[str, Any]:
 def _train(config: DetectConfig) -> dict[str, Any]:
     train, val = _open_both(config.data)
     torch.manual_seed(config.seed)
-    model, layers = _build(config, train)
+    start = read_start(config.init, config.student)
+    model, layers = _build(config, start, train)
     identity = {"stage": "detect", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
-    identity |= {"ema": config.ema.model_dump() if config.ema.decay else None}
-    run = Run(config, {**identity, "data": train.digest, "jitter": config.jitter.model_dump(mode="json")})
+    identity |= {"init": start.identity, "ema": config.ema.model_dump() if config.ema.decay else None}
+    identity |= {"data": train.digest, "jitter": config.jitter.model_dump(mode="json")}
+    run = Run(config.model_copy(update={"student": start.student}), identity)
     plan = StepPlan.of(len(train), config, run.processes)
     dataset = DetectionDataset(train, config.image_size, jitter=config.jitter, seed=config.seed)
     order = EpochOrder(np.arange(len(train)), config.seed)
@@ -163,14 +163,9 @@ def _open_both(data: DetectionDataConfig) -> tuple[CocoImages, CocoImages]:
     return train, val
 
 
-def _build(config: DetectConfig, train: CocoImages) -> tuple[Detector, dict[str, int]]:
-    state, spec = read_weights(resolve_checkpoint(config.init)) if config.init else (None, None)
-    if config.student is None and spec is None:
-        raise ConfigError("give init=RUN, or student.name=... to train from scratch or from a lone weights file")
-    known = {key: value for key, value in (spec or {}).items() if key in StudentConfig.model_fields}
-    student = config.student or StudentConfig.model_validate(known)
-    encoder = student.encoder_arguments() | {"image_size": config.image_size, "drop_path": config.drop_path}
-    return build_detector(encoder, train.categories, state, **config.detector.model_dump())
+def _build(config: DetectConfig, start: Start, train: CocoImages) -> tuple[Detector, dict[str, int]]:
+    encoder = start.encoder | {"image_size": config.image_size, "drop_path": config.drop_path}
+    return build_detector(encoder, train.categories, start.state, **config.detector.model_dump())
 
 
 def _losses(model: nn.Module, batch: DetectionBatch) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from accelerate.utils import reduce
+from PIL import Image
 from pydantic import BeforeValidator, Field, Strict
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
@@ -21,7 +22,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from pipeline.assembly import normalise
+from pipeline.assembly import Start, encoder_arguments, normalise, read_start
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, ImageSource
 from pipeline.data.labelled import (
@@ -96,13 +97,15 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; returns top-1 and top-5 of the last and the best checkpoint."""
     train, val, classes = open_splits(config.data, config.val)
     torch.manual_seed(config.seed)
-    model = _build(config, classes)
+    start = read_start(config.init, config.student)
+    model = _build(config, start, classes)
     size = model.image_size[0]
+    plan = StepPlan.of(len(train), config, processes().num_processes)
+    _check_mixing(config, plan)
     identity = {"stage": "finetune", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
-    identity |= {"data": train.digest(), "augment": config.augment.model_dump(mode="json")}
+    identity |= {"init": start.identity, "data": train.digest(), "augment": config.augment.model_dump(mode="json")}
     identity |= {"ema": config.ema.model_dump() if config.ema.decay else None, "classes": list(train.classes)}
-    run = Run(config, identity)
-    plan = StepPlan.of(len(train), config, run.processes)
+    run = Run(config.model_copy(update={"student": start.student}), identity)
 
     views = ViewConfig(image_size=size, scale=config.augment.scale, hflip=config.augment.hflip, seed=config.seed)
     dataset = LabelledDataset(train, size, views=views, augment=_augment(config, size))
@@ -169,9 +172,7 @@ def _load_classifier(path: Path, config: EvaluateConfig) -> tuple[Classifier, tu
     state, spec = read_weights(folder)
     if "head.weight" not in state:
         raise CheckpointError(f"init={path} holds no classifier but a pre-trained student: fine-tune it first")
-    if spec is None and config.student is None:
-        raise ConfigError(f"init={path} doesn't say what it is: give student.name=... as well")
-    arguments = _encoder_arguments(config, spec)
+    arguments = _resized(encoder_arguments(path, config.student, spec), config)
     classes = len(state["head.weight"])
     pool = (spec or {}).get("pool") or ("mean" if "fc_norm.weight" in state else "cls")
     model = build_classifier(num_classes=classes, pool=pool, **arguments)
@@ -180,34 +181,44 @@ def _load_classifier(path: Path, config: EvaluateConfig) -> tuple[Classifier, tu
     return model, tuple(record.identity.get("classes") or ()) if record else ()
 
 
-def _build(config: FinetuneConfig, classes: int) -> Classifier:
-    state, spec = (None, None)
-    if config.init:
-        state, spec = read_weights(resolve_checkpoint(config.init))
-    if config.student is None and spec is None:
-        raise ConfigError("give init=RUN, or student.name=... to train from scratch or from a lone weights file")
-    arguments = _encoder_arguments(config, spec)
+def _build(config: FinetuneConfig, start: Start, classes: int) -> Classifier:
+    arguments = _resized(start.encoder, config)
     model = build_classifier(num_classes=classes, drop_path=config.drop_path, pool=config.pool, **arguments)
-    if state is not None:
-        load_weights(model, state, strict=False)
+    if start.state is not None:
+        load_weights(model, start.state, strict=False)
     return model
 
 
-def _encoder_arguments(config: FinetuneConfig, spec: dict[str, Any] | None) -> dict[str, Any]:
-    """The encoder that the config names, else the one that the checkpoint describes, at the size that is wanted."""
-    student = config.student or StudentConfig.model_validate(
-        {key: value for key, value in (spec or {}).items() if key in StudentConfig.model_fields}
-    )
-    return student.encoder_arguments() | ({"image_size": config.image_size} if config.image_size else {})
+def _resized(encoder: dict[str, Any], config: FinetuneConfig) -> dict[str, Any]:
+    """At the size that is wanted, if one is."""
+    return encoder | ({"image_size": config.image_size} if config.image_size else {})
+
+
+def _check_mixing(config: FinetuneConfig, plan: StepPlan) -> None:
+    """timm mixes a batch with its own reverse, so it takes even ones alone.
+
+    Raises:
+        ConfigError: mixup or cutmix is on, and micro-batches are odd.
+    """
+    unit = plan.processes * plan.accum_iter
+    micro = plan.batch_size // unit
+    if (config.augment.mixup or config.augment.cutmix) and micro % 2:
+        raise ConfigError(
+            f"mixup and cutmix want even micro-batches, but batch_size={plan.batch_size} gives {micro} images each "
+            f"({plan.processes} processes x accum_iter={plan.accum_iter}): choose for instance "
+            f"batch_size={(micro + 1) * unit}, or augment.mixup=0 augment.cutmix=0"
+        )
 
 
 def _augment(config: FinetuneConfig, size: int) -> Callable[[Any], Any] | None:
     if config.augment.rand_augment is None:
         return None
-    # timm fills what a shift uncovers with the mean colour.
-    return rand_augment_transform(  # type: ignore[no-any-return]
-        config.augment.rand_augment, {"translate_const": int(size * 0.45), "img_mean": (124, 116, 104)}
-    )
+    hparams = {
+        "translate_const": int(size * 0.45),
+        "img_mean": (124, 116, 104),  # fills what a shift uncovers
+        "interpolation": Image.Resampling.BICUBIC,  # as in MAE's recipe; timm alone would draw it anew each time
+    }
+    return rand_augment_transform(config.augment.rand_augment, hparams)  # type: ignore[no-any-return]
 
 
 class _Losses:
@@ -227,7 +238,7 @@ class _Losses:
         if self.erase:
             self.erase.device = images.device
             images = self.erase(images)
-        if self.mixup and len(images) % 2 == 0:  # timm mixes a batch with its own reverse
+        if self.mixup:
             images, labels = self.mixup(images, labels)
         loss = self.soft if labels.ndim == 2 else self.hard
         return {"loss": loss(model(images).float(), labels)}

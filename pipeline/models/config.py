@@ -1,6 +1,6 @@
 """The student's part of a config."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -20,11 +20,6 @@ class StudentConfig(Config):
     decoder_depth: int | None = Field(None, ge=1)
     decoder_heads: int | None = Field(None, ge=1)
     gradient_checkpointing: bool = False  # about a third slower, for a fraction of the activations' memory
-
-    def encoder_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the encoder, for a classifier."""
-        chosen = self.model_dump(exclude_none=True)
-        return {key: value for key, value in chosen.items() if not key.startswith("decoder_")}
 
 
 class MimicConfig(Config):

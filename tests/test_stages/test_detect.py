@@ -20,8 +20,12 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
 import cli
+from pipeline.assembly import build_detector, load_detector
+from pipeline.detection import DetectorConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.models import build_student, save_weights
 from pipeline.training.interruption import Interrupted
+from pipeline.training.optim import parameter_groups
 from stages import detect, finetune, pretrain, visualize
 from stages.detect import DetectConfig
 from tests.coco import scene_annotations, write_coco
@@ -155,12 +159,24 @@ def test_it_starts_from_a_pretrained_run(
     assert [name for name, equal in same.items() if not equal] == ["pos_embed"]
 
 
+def test_other_initial_weights_are_another_run(annotated: dict[str, Any], tmp_path: Path) -> None:
+    """And single keys of the student go over what the checkpoint says of it."""
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        (tmp_path / str(seed)).mkdir()
+        decoder = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+        save_weights(build_student(**STUDENT, **decoder, image_size=64, objective="mae"), tmp_path / str(seed))
+    keys = {"student": {"gradient_checkpointing": True}, "max_steps": 1}
+    detect.run(detect_config(annotated, tmp_path / "out", init=str(tmp_path / "0"), **keys))
+    encoder = load_detector(tmp_path / "out").spec["encoder"]
+    assert {key: encoder[key] for key in STUDENT} == STUDENT
+    assert encoder["gradient_checkpointing"] is True
+    with pytest.raises(CheckpointError, match=r"holds a run with init=weights \w{16}, this one has init=weights"):
+        detect.run(detect_config(annotated, tmp_path / "out", init=str(tmp_path / "1"), **keys))
+
+
 def test_layer_decay_reaches_the_encoder(annotated: dict[str, Any], tmp_path: Path) -> None:
     """Convolution stages and positions at layer 0, block i at i + 1, pyramid and heads at the full rate, undecayed."""
-    from pipeline.assembly import build_detector
-    from pipeline.detection import DetectorConfig
-    from pipeline.training.optim import parameter_groups
-
     encoder = {"name": "mrmae_convvit_small_patch16", "image_size": 64, "patch_size": 8, "dim": 48, "num_heads": 3}
     model, ids = build_detector(
         {**encoder, "depth": [1, 1, 2]}, [(1, "one")], **DetectorConfig(channels=16).model_dump()

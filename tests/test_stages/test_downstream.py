@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.models import load_model, save_weights
+from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune, knn, linear_probe, pretrain
 from tests.test_stages.conftest import ENCODER, MICRO, TEACHER, finetune_config, pretrain_config, sets
 
@@ -131,6 +133,7 @@ def test_init_takes_a_lone_file_by_the_reference_codes_names(
     [
         ({"init": "/nowhere"}, CheckpointError, "/nowhere does not exist"),
         ({"student": {**ENCODER, "dim": 96}}, CheckpointError, "another shape"),
+        ({"student": {"depth": 1}, "init": None}, ConfigError, "give init=RUN, or student.name"),
         ({"student": {"name": "mrmae_vit_gigantic"}, "init": None}, ConfigError, "mrmae_vit_gigantic"),
         ({"val": {"path": "/nowhere"}}, DataError, "no such file or folder"),
     ],
@@ -140,6 +143,37 @@ def test_finetune_refuses_what_does_not_fit(
 ) -> None:
     with pytest.raises(error, match=message):
         finetune.run(finetune_config(colours, tmp_path / "out", **{"init": str(student_run), **changes}))
+
+
+def test_other_initial_weights_are_another_run(colours: Path, student_run: Path, tmp_path: Path) -> None:
+    """By content: the same weights at another path go on, others at the same path don't."""
+    copy, changed = tmp_path / "copy", tmp_path / "changed"
+    model = load_model(resolve_checkpoint(student_run))
+    for folder in (copy, changed):
+        folder.mkdir()
+        save_weights(model, folder)
+        with torch.no_grad():
+            model.encoder.patch_embed.proj.weight.add_(1e-3)
+    keys: dict[str, Any] = {"init": str(student_run), "max_steps": 1}
+    facts = finetune.run(finetune_config(colours, tmp_path / "out", **keys))
+    assert finetune.run(finetune_config(colours, tmp_path / "out", **{**keys, "init": str(copy)})) == facts
+    for changes in ({"init": str(changed)}, {"init": None, "student": ENCODER}):
+        with pytest.raises(
+            CheckpointError, match=r"holds a run with init=weights \w{16}, this one has init="
+        ) as caught:
+            finetune.run(finetune_config(colours, tmp_path / "out", **{**keys, **changes}))
+        assert "\n" not in str(caught.value)
+
+
+def test_single_keys_go_over_what_the_checkpoint_says(colours: Path, student_run: Path, tmp_path: Path) -> None:
+    keys = {"init": str(student_run), "student": {"gradient_checkpointing": True}, "max_steps": 1}
+    finetune.run(finetune_config(colours, tmp_path / "out", **keys))
+    spec = load_model(resolve_checkpoint(tmp_path / "out")).spec
+    assert {key: spec[key] for key in ENCODER} == ENCODER
+    assert spec["gradient_checkpointing"] is True
+    said = (tmp_path / "out/config.yaml").read_text()
+    assert "name: mrmae_vit_tiny_patch16" in said
+    assert "mrmae_vit_base_patch16" not in said
 
 
 def test_classes_must_agree(colours: Path, image_tree: Path, tmp_path: Path) -> None:
@@ -156,5 +190,5 @@ def test_classes_must_agree(colours: Path, image_tree: Path, tmp_path: Path) -> 
 def test_one_subject_at_a_time(colours: Path, student_run: Path) -> None:
     with pytest.raises(ValueError, match="give one of init"):
         knn.KnnConfig.model_validate({**sets(colours), "init": str(student_run), "pixels": True})
-    with pytest.raises(ConfigError, match="give init=CHECKPOINT"):
+    with pytest.raises(ConfigError, match=r"give init=RUN, or student\.name"):
         knn.run(knn.KnnConfig.model_validate(sets(colours)))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cli
@@ -20,7 +21,7 @@ from pipeline.models import Classifier, build_student, load_model, save_weights
 from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune
 from stages.finetune import DataConfig, EvaluateConfig
-from tests.test_stages.conftest import ENCODER, finetune_config, sets
+from tests.test_stages.conftest import ENCODER, PLAIN, finetune_config, sets
 
 CONV = {"name": "mrmae_convvit_small_patch16", "image_size": 64, "dim": 48, "depth": 1, "num_heads": 3}
 
@@ -58,6 +59,40 @@ def test_several_are_averaged_at_the_logits(colours: Path, classifiers: list[Pat
     assert {key: found[key] for key in ("top1", "top5")} == topk_accuracy(sum(logits) / 2, batch.labels)
     each = [topk_accuracy(one, batch.labels)["top1"] for one in logits]
     assert list(found["each"].values()) == each
+
+
+def test_averaging_logits_is_not_averaging_probabilities(
+    colours: Path, classifiers: list[Path], tmp_path: Path
+) -> None:
+    """One says class 2 for sure, the other denies it still more surely: their mean logits say 0, probabilities 2."""
+    for name, bias in (("sure", [0.0, 0.0, 10.0]), ("denies", [1.0, 0.0, -12.0])):
+        model = load_model(resolve_checkpoint(classifiers[0]))
+        assert isinstance(model, Classifier)
+        with torch.no_grad():
+            model.head.weight.zero_()
+            model.head.bias.copy_(torch.tensor(bias))
+        (tmp_path / name).mkdir()
+        save_weights(model, tmp_path / name)
+    val = {**sets(colours)["val"], "limit": 5}  # labels 0, 0, 1, 1, 2
+    found = finetune.evaluate(evaluation(colours, tmp_path / "sure", tmp_path / "denies", val=val))
+    assert found["top1"] == pytest.approx(2 / 5)
+    assert list(found["each"].values()) == pytest.approx([1 / 5, 2 / 5])
+
+
+@pytest.mark.parametrize("part", ["mixup", "cutmix"])
+def test_mixing_wants_even_micro_batches(colours: Path, tmp_path: Path, part: str) -> None:
+    keys: dict[str, Any] = {"student": ENCODER, "batch_size": 6, "accum_iter": 2, "max_steps": 1}
+    with pytest.raises(ConfigError, match=r"gives 3 images each .*: choose for instance batch_size=8, or augment") as e:
+        finetune.run(finetune_config(colours, tmp_path / "out", **keys, augment={**PLAIN, part: 0.5}))
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+    finetune.run(finetune_config(colours, tmp_path / "out", **keys, augment=PLAIN))
+
+
+def test_rand_augment_is_bicubic(colours: Path, tmp_path: Path) -> None:
+    """Left to itself, timm draws bilinear or bicubic anew for each image."""
+    augment: Any = finetune._augment(finetune_config(colours, tmp_path, augment={}), 64)
+    assert {op.hparams["interpolation"] for op in augment.ops} == {Image.Resampling.BICUBIC}
 
 
 def test_the_command_takes_a_whole_section(colours: Path, classifiers: list[Path], tmp_path: Path) -> None:
