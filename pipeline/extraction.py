@@ -105,17 +105,23 @@ class Extractor:
         shards: Sequence[int],
         bounds: Mapping[str, float],
         progress: Callable[[int], None] = lambda images: None,
+        max_tombstones: float = 1.0,
     ) -> "Summary":
         """Extract the shards and write each into the caches that lack it, committed as soon as it is whole.
 
+        Args:
+            max_tombstones: share of the dataset; a run that loses more stops at the shard that goes beyond it.
+
         Raises:
             CacheError: a shard lost more in quantisation than `bounds` (of `FidelityFigures.check`) allow.
+            DataError: more images than `max_tombstones` can't be read.
         """
         summary = Summary()
         with ThreadPoolExecutor(max_workers=1) as pool:
             writing: Future[None] | None = None
             for shard, contents in self.shards([writer.header for writer in writers], shards, progress):
                 summary.add(contents[0])
+                check_lost(self.source, summary.tombstones, max_tombstones)
                 for content in contents:
                     FidelityFigures.model_validate(content.fidelity).check(**bounds)
                 if writing is not None:
@@ -143,7 +149,8 @@ class Extractor:
                 for number, one in enumerate(filling):
                     one.add(batch, targets[number] if targets else None)
                 progress(len(batch.indices))
-            yield shard, [one.finish({"started": began, "seconds": time.time() - began}) for one in filling]
+            times = {"started": began, "seconds": time.time() - began, "batch_size": self.batch_size}
+            yield shard, [one.finish(times) for one in filling]
 
     def reextract(self, indices: Sequence[int], views: Sequence[int], attention: str) -> Iterator[Reextracted]:
         """Records of the first teacher computed anew, one for each (index, view), for verification at level deep.
@@ -212,6 +219,17 @@ class Summary:
         self.shards += 1
         self.images += len(data.keys) - len(data.tombstones)
         self.tombstones |= data.tombstones
+
+
+def check_lost(source: ImageSource, lost: Mapping[int, str], share: float) -> None:
+    """Raise DataError when more than this share of the dataset can't be read; `lost`: sample index → why."""
+    if len(lost) > share * len(source):
+        index, reason = next(iter(lost.items()))
+        raise DataError(
+            f"{len(lost)} of {len(source)} images can't be read (the first: {source.key(index)}, {reason}): mend them "
+            "and extract into a new folder (or, where no file changes its length, let verify-cache --repair extract "
+            "them again), or raise max_tombstones to go on without them"
+        )
 
 
 class _Targets(NamedTuple):
@@ -293,7 +311,7 @@ class _Filling:
         n, v = len(samples), header.views
         quantiser = header.quantiser
         self.fidelity = Fidelity()
-        self.first, self.teacher = samples.start, header.teacher["name"]
+        self.first, self.teacher, self.deviations = samples.start, header.teacher["name"], quantiser.std
         shape = header.attention_shape
         self.data = ShardData(
             tokens=np.zeros((n, v, header.tokens, header.dim), quantiser.dtype),
@@ -332,8 +350,8 @@ class _Filling:
             for place, row in zip(at, rows, strict=True):
                 data.images[place] = batch.images[row]
 
-    def finish(self, times: dict[str, float]) -> ShardData:
-        self.data.fidelity = self.fidelity.to_json()
+    def finish(self, times: dict[str, Any]) -> ShardData:
+        self.data.fidelity = self.fidelity.figures(self.deviations).model_dump()
         self.data.times = times
         return self.data
 

@@ -34,8 +34,8 @@ from pipeline.cache.budget import estimate_bytes, require_room
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.views import ViewConfig
-from pipeline.errors import ConfigError, DataError
-from pipeline.extraction import Extractor
+from pipeline.errors import ConfigError
+from pipeline.extraction import Extractor, check_lost
 from pipeline.processes import processes
 from pipeline.progress import Progress
 from pipeline.teachers.config import TeacherConfig
@@ -118,7 +118,7 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
     images = sum(len(header.shard_range(shard)) for shard in todo)
     with Progress(images, "extract", "img", show=state.is_main_process) as progress:
         bounds = {"max_nmse": config.cache.max_nmse, "min_cosine": config.cache.min_cosine}
-        summary = extractor.run(writers, todo, bounds, progress.advance)
+        summary = extractor.run(writers, todo, bounds, progress.advance, config.max_tombstones)
     seconds = time.perf_counter() - began
     state.wait_for_everyone()
     rate = summary.images * config.views.count / seconds
@@ -179,12 +179,7 @@ def _report(config: ExtractConfig, source: ImageSource, facts: dict[str, Any]) -
     """Facts of this run and of the whole caches; raises if too many images were unreadable."""
     readers = [open_cache(path) for path in config.caches()]
     lost = readers[0].tombstones  # the same in all: they were told by the same decoding
-    if len(lost) > config.max_tombstones * len(readers[0]):
-        index, reason = next(iter(lost.items()))
-        raise DataError(
-            f"{len(lost)} of {len(source)} images can't be read (the first: {source.key(index)}, {reason}); repair "
-            "them and extract into a new folder, or raise max_tombstones to go on without them"
-        )
+    check_lost(source, lost, config.max_tombstones)
     facts = {"cache": str(config.cache.path)} | facts
     for reader in readers:
         of = "" if config.teacher is not None else f"{reader.path.name}."

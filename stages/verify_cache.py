@@ -21,6 +21,7 @@ from pipeline.cache import (
     Repair,
     Report,
     ShardData,
+    read_commit,
     read_header,
     repair,
     revivable,
@@ -151,4 +152,14 @@ def _extractor(config: VerifyConfig, header: CacheHeader, source: ImageSource | 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = teacher_of_cache(header.teacher, config.weights, device)
     views = ViewConfig.model_validate(header.view_policy.model_dump())
-    return Extractor(source, views, [teacher], batch_size=64, workers=config.workers, store=header.store)
+    return Extractor(source, views, [teacher], _batch_size(config, header), config.workers, header.store)
+
+
+def _batch_size(config: VerifyConfig, header: CacheHeader) -> int:
+    """As extraction had it: sums in batches of another size may end in other bits."""
+    for shard in range(header.shards):
+        try:
+            return int(read_commit(config.path, header, shard).times["batch_size"])
+        except (CacheDamage, KeyError):
+            continue  # damaged, missing, or older than the note
+    return 64

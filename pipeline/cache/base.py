@@ -37,7 +37,7 @@ class ShardData:
     keys: list[str]  # n
     images: list[list[bytes] | None] | None = None  # n × V JPEG files, for stores that keep images; None at tombstones
     tombstones: dict[int, str] = field(default_factory=dict)  # sample index → why it can't be read, one line
-    fidelity: dict[str, Any] = field(default_factory=dict)  # `FidelityFigures.to_json()`
+    fidelity: dict[str, Any] = field(default_factory=dict)  # `FidelityFigures.model_dump()`
     times: dict[str, Any] = field(default_factory=dict)  # free, JSON; the only part that may differ between runs
 
     def record(self, row: int, view: int) -> "Raw":

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -16,8 +18,9 @@ _EPS = 1e-6  # of the affine-free LayerNorm that targets go through at the loss
 class FidelityFigures(BaseModel):
     """What a commit record keeps.
 
-    `nmse_*`: squared error of a channel over the variance of that channel; `cosine_*`: of tokens after an affine-free
-    LayerNorm, which is how the mimic loss sees them.
+    `nmse_*`: squared error of a channel over the variance of that channel, in the shard or in calibration, whichever is
+    larger: a shard of a few blank images hardly varies. `cosine_*`: of tokens after an affine-free LayerNorm, which is
+    how the mimic loss sees them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -106,12 +109,18 @@ class Fidelity:
         total, least = cosines + new.cosines, torch.minimum(cosines, new.cosines)
         self._sums = _Sums(shift, channels + new.shifted(shift, count), torch.stack([total[0], least[1]]))
 
-    def figures(self) -> FidelityFigures:
-        """The figures so far; of no tokens, a perfect set."""
+    def figures(self, std: NDArray[np.float32] | None = None) -> FidelityFigures:
+        """The figures so far; of no tokens, a perfect set.
+
+        Args:
+            std: float32 [D], the channels' deviations in calibration, where there was one.
+        """
         if self._sums is None:
             return FidelityFigures(tokens=0, nmse_mean=0.0, nmse_worst=0.0, cosine_mean=1.0, cosine_worst=1.0)
         total, squares, errors = self._sums.channels / self._tokens
         variance = (squares - total.square()).clamp(min=0)
+        if std is not None and std.size:
+            variance = variance.maximum(torch.from_numpy(std).to(variance).square())
         floor = (STD_FLOOR**2) * float(variance.median())  # the quantiser's own floor
         nmse = errors / variance.clamp(min=floor if floor > 0 else 1.0)
         return FidelityFigures(
@@ -121,9 +130,6 @@ class Fidelity:
             cosine_mean=float(self._sums.cosines[0]) / self._tokens,
             cosine_worst=min(1.0, float(self._sums.cosines[1])),
         )
-
-    def to_json(self) -> dict[str, Any]:
-        return self.figures().model_dump()
 
 
 def _measure(exact: Tensor, stored: Tensor, former: _Sums | None) -> _Sums:

@@ -7,6 +7,7 @@
 The order is sorted by key and never changes, so index 7 is the same sample in every stage and on every machine.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -46,7 +47,7 @@ _PAUSES = (0.1, 0.4, 1.6)  # seconds before each further attempt
 # What Pillow's decoders raise on bytes that are no image, or only the beginning of one.
 _DECODE_ERRORS = (
     OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
-    ZeroDivisionError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+    ZeroDivisionError, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -89,13 +90,15 @@ class ImageSource:
 
         Raises:
             DataError: the file is gone, or may not be read.
-            StorageError: the disk doesn't answer; no reason to hold the image for lost.
+            StorageError: the disk doesn't answer, or all of it is gone; no reason to hold the image for lost.
         """
         for pause in (*_PAUSES, None):
             try:
                 return self._read(index)
             except OSError as error:
                 problem = f"image {self.key(index)}: {error.strerror or error}"
+                if error.errno == errno.ENOENT and self._is_gone():
+                    raise StorageError(f"{problem}: {self.root} is gone or empty; mount it, then run again") from error
                 if error.errno in _LASTING:
                     raise DataError(problem) from error
                 if pause is None:
@@ -110,6 +113,14 @@ class ImageSource:
         number, offset = self.offsets[index]
         with open(self.files[number], "rb") as tar:
             return os.pread(tar.fileno(), int(self.lengths[index]), int(offset))
+
+    def _is_gone(self) -> bool:
+        """Whether nothing at all is left of the dataset, as when a disk was unmounted."""
+        if self.kind == "tar":
+            return not any(map(os.path.exists, self.files))
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            return next(entries, None) is None
+        return True
 
     def digest(self) -> str:
         """xxh3-128 of the ordered keys and byte lengths: tells whether this is the dataset that a cache was made of."""
@@ -318,4 +329,10 @@ def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _pack(keys: list[str]) -> NDArray[np.bytes_]:
-    return np.array([key.encode() for key in keys], dtype=np.bytes_)
+    try:
+        return np.array([key.encode() for key in keys], dtype=np.bytes_)
+    except UnicodeEncodeError as error:
+        name = ascii(error.object)
+        raise DataError(
+            f"data.path: the file name {name} is no UTF-8, as keys are: rename it, then run again"
+        ) from error

@@ -8,7 +8,7 @@ One walk: `prepare` (pixels, resized and normalised for this very network) → `
 """
 
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -70,6 +70,10 @@ class Backbone(Protocol):
 
     def project(self, tokens: Tensor) -> Tensor:
         """The model's projection on normed tokens: [B,L,D] → [B,L,projected_dim]."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Every weight that a token may depend on, by name: `model` and a projection beside it."""
         ...
 
 
@@ -235,7 +239,7 @@ class Teacher(nn.Module):
     def weights_sha256(self) -> str:
         """Digest of the weights in use, whatever file they came from; computed once (about 1 s a GB)."""
         if self._digest is None:
-            self._digest = state_digest(self.model.state_dict())
+            self._digest = state_digest(self.backbone.state_dict())
         return self._digest
 
     def _choose(self, block: Tensor) -> Tensor:

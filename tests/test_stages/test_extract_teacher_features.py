@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline import extraction
 from pipeline.assembly import load_teacher
@@ -18,6 +19,7 @@ from pipeline.data import rendering
 from pipeline.data.images import decode, open_images
 from pipeline.data.views import View, render, to_chw
 from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
+from pipeline.extraction import Extractor
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
 from stages import extract_teacher_features, verify_cache
@@ -213,6 +215,60 @@ def test_a_disk_that_stops_answering_stops_the_run_and_makes_no_tombstone(
     monkeypatch.undo()
     extract_teacher_features.run(config)
     assert not open_cache(tmp_path / "cache").tombstones
+
+
+def test_a_disk_that_was_unmounted_makes_no_tombstone(image_tree: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(image_tree, images)
+    config = extract_config(images, tmp_path / "cache", cache__quantiser="float16", max_tombstones=1.0)
+    extract_teacher_features.run(config, shard_range="0:1")
+    source = open_images(str(images))
+    shutil.rmtree(images)
+    images.mkdir()  # as a mount point without its disk
+    with pytest.raises(StorageError, match="is gone or empty; mount it"):
+        source.read(9)
+    (images / "other").touch()
+    with pytest.raises(DataError, match="No such file"):
+        source.read(9)
+
+
+def test_a_run_stops_where_too_many_images_are_lost(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the shard is committed: its images may be there again tomorrow."""
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: b"no image")
+    config = extract_config(image_tree, tmp_path / "cache", cache__quantiser="float16", max_tombstones=0.5)
+    with pytest.raises(DataError, match="16 of 24 images can't be read"):
+        extract_teacher_features.run(config)
+    assert open_cache(tmp_path / "cache").missing_shards() == [1, 2]
+    monkeypatch.undo()
+    extract_teacher_features.run(config)
+    assert list(open_cache(tmp_path / "cache").tombstones) == list(range(8))
+
+
+def test_a_shard_of_blank_images_is_faithful_enough(image_tree: Path, tmp_path: Path) -> None:
+    """Its channels hardly vary, so its errors are held against the deviations of calibration."""
+    images = tmp_path / "images"
+    shutil.copytree(image_tree, images)
+    for name in ("a", "b"):
+        Image.new("RGB", (80, 80), (255, 255, 255)).save(images / f"class2/zz{name}.png")
+    config = extract_config(images, tmp_path / "cache", cache__samples_per_shard=12, cache__calibration=24)
+    facts = extract_teacher_features.run(config)
+    assert facts["shards"] == "3 of 3"
+    assert facts["nmse_worst"] < 1e-3
+
+
+def test_repair_takes_the_batches_of_extraction(
+    image_tree: Path, tmp_path: Path, make_cache: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_cache(batch_size=6)
+    whole = content(path)
+    (path / "commits" / "000001.json").unlink()
+    sizes, begin = [], Extractor.__post_init__
+    monkeypatch.setattr(Extractor, "__post_init__", lambda self: (sizes.append(self.batch_size), begin(self))[1])
+    assert verify_cache.run(verify_cache.VerifyConfig(path=path, repair=True)).sound
+    assert sizes == [6]
+    assert content(path) == whole
 
 
 def test_compressed_tokens_are_a_key_of_extraction(make_cache: Make, tmp_path: Path) -> None:

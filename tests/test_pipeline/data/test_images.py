@@ -4,6 +4,7 @@ import os
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,7 @@ def test_what_cannot_be_listed(tmp_path: Path, path: str) -> None:
 
 def test_an_image_that_went_away(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(JPEG)
+    (tmp_path / "b.jpg").write_bytes(JPEG)
     images = open_images(str(tmp_path))
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(DataError, match=r"a\.jpg"):
@@ -263,3 +265,21 @@ def test_the_same_bytes_fail_with_the_same_words(content: bytes) -> None:
         words.add(str(caught.value))
     assert len(words) == 1
     assert "0x" not in words.pop()
+
+
+def test_formats_that_a_decoder_gives_up_on_are_unreadable_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's decoders also raise RuntimeError, and NotImplementedError for variants that they don't know."""
+
+    def refuse(*_args: object) -> Any:
+        raise NotImplementedError("pixel format unimplemented")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(DataError, match="not a readable image: pixel format unimplemented"):
+        decode(b"DDS ")
+
+
+def test_a_file_name_that_is_no_utf_8(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    with pytest.raises(DataError, match=r"file name 'caf\\udce9\.png' is no UTF-8, as keys are: rename it"):
+        open_images(str(tmp_path))

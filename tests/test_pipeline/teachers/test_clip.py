@@ -166,3 +166,14 @@ def test_a_file_of_the_vision_tower_alone_is_enough(tmp_path: Path) -> None:
     )
     again = build_teacher("clip_vitb16", weights=tmp_path / "v.safetensors")
     assert again.weights_sha256 == teacher.weights_sha256
+
+
+def test_a_projection_beside_the_trunk_is_part_of_the_digest() -> None:
+    name = "open_clip:ViT-B-16-SigLIP:webli"
+    teachers = [build_teacher(name, weights="random", image_size=64) for _ in range(2)]
+    for number, teacher in enumerate(teachers):
+        backbone: Any = teacher.backbone
+        backbone.projection = torch.nn.Linear(768, 8)
+        torch.nn.init.constant_(backbone.projection.weight, number)
+        torch.nn.init.zeros_(backbone.projection.bias)
+    assert teachers[0].weights_sha256 != teachers[1].weights_sha256
