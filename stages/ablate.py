@@ -199,7 +199,8 @@ def _command(name: str, file: Path, keys: list[str], log: Path) -> float:
 def _figure(measure: str, folder: Path) -> float:
     """Top-1 as the command left it: in metrics.json of k-NN and probe, in the last evaluation of a fine-tuning."""
     if measure != "finetune":
-        return float(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))[measure]["top1"])
+        records = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return float(records[measure.replace("-", "_")]["top1"])
     lines = (folder / "finetuned" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evaluations = [row for row in map(json.loads, lines) if "top1" in row]
     if not evaluations:
