@@ -102,13 +102,17 @@ def _subject(config: FrozenConfig, device: torch.device) -> _Subject:
         return _Subject(lambda images: images.float().flatten(1) / 255, config.image_size or 224, "pixels")
     if config.teacher is not None:
         teacher = load_teacher(config.teacher, device)
-        name = f"teacher {teacher.weights_sha256} {teacher.image_size} {teacher.tokens} {teacher.layers}"
+        # All of it: QuickGELU and GELU, or two normalisations of pixels, may share weights.
+        name = f"teacher {json.dumps(teacher.identity(), sort_keys=True)}"
         size = config.image_size or teacher.image_size
         return _Subject(lambda images: teacher(images.to(device)).tokens.mean(1), size, name)
     model = load_encoder(config.init, config.student)
     size = model.encoder.image_size[0]
     if config.image_size not in (None, size):
-        raise ConfigError(f"image_size={config.image_size}, but the model was built for {size} pixels: leave it out")
+        raise ConfigError(
+            f"image_size={config.image_size}, but the model was built for {size} pixels: "
+            "leave it out, or give student.image_size as well"
+        )
     described = json.dumps(model_record(model), sort_keys=True)
     return _Subject(features_of(model, device), size, f"model {state_digest(model.state_dict())} {described}")
 

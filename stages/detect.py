@@ -9,7 +9,6 @@ The defaults are ConvMAE's recipe of 25 epochs where it is published; docs/detec
 """
 
 import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from pipeline.detection import (
     evaluation_batches,
     open_coco,
 )
+from pipeline.detection.dataset import EVAL_BATCH
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.records import write_record
 from pipeline.models.config import StudentConfig
@@ -49,8 +49,6 @@ from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, StepPlan
-
-log = logging.getLogger(__name__)
 
 
 class DetectionDataConfig(Config):
@@ -139,7 +137,7 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
     batches = evaluation_batches(val, canvas, config.data.workers, group.process_index, group.num_processes)
     in_bf16 = config.precision == "bf16" or (config.precision == "auto" and group.device.type == "cuda")
     with torch.inference_mode(), torch.autocast(group.device.type, torch.bfloat16, enabled=in_bf16):
-        steps = -(-len(val) // (8 * group.num_processes))
+        steps = -(-len(val) // (EVAL_BATCH * group.num_processes))
         results = _results(model, val, track(batches, steps, "detect", "batch"), group.device)
         figures = _score(val, results)
         if group.is_main_process:
@@ -205,8 +203,11 @@ def _draw(config: DetectConfig, model: Detector, val: CocoImages, device: torch.
         return
     count = min(config.pictures, len(val))
     chosen = [place * len(val) // count for place in range(count)]
-    batch = DetectionDataset(val, model.spec["encoder"]["image_size"]).__getitems__([(0, index) for index in chosen])
-    found = model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
+    dataset = DetectionDataset(val, model.spec["encoder"]["image_size"])
+    found = []
+    for start in range(0, count, EVAL_BATCH):
+        batch = dataset.__getitems__([(0, index) for index in chosen[start : start + EVAL_BATCH]])
+        found += model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
     annotated = [annotated_scene(val, index) for index in chosen]
     detected = [
         detected_scene(scene.image, one, val.categories, config.picture_score)

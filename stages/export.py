@@ -59,7 +59,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if config.output.exists():
         raise ConfigError(f"output={config.output} is there already: choose another folder")
     if config.onnx and importlib.util.find_spec("onnxscript") is None:
-        raise ConfigError("onnx=true, but its exporter isn't installed: pip install 'mrmae[onnx]'")
+        raise ConfigError("onnx=true, but its exporter isn't installed: pip install -e '.[onnx]'")
     model = load_encoder(config.init, config.student).eval()
     partial = config.output.with_name(f".{config.output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -5,6 +5,7 @@
 The recipe is MAE's: LARS, no weight decay, an affine-free batch norm before the classifier.
 """
 
+import logging
 from typing import Annotated, Any
 
 from pydantic import Field, Strict
@@ -14,19 +15,16 @@ from pipeline.evaluation.records import write_record
 from pipeline.frozen import FrozenConfig, frozen_features
 from pipeline.processes import processes
 
+log = logging.getLogger(__name__)
+
 
 class LinearProbeConfig(FrozenConfig):
     """Everything `linear-probe` takes."""
 
     epochs: int = Field(90, ge=1)
-    batch_size: int = Field(4096, ge=1)
-    blrs: Annotated[tuple[float, ...], Strict(False)] = (
-        0.02,
-        0.05,
-        0.1,
-        0.2,
-        0.5,
-    )  # per 256 images, all trained at once
+    batch_size: int = Field(4096, ge=2)  # the batch norm wants two
+    # Per 256 images, all trained at once.
+    blrs: Annotated[tuple[float, ...], Strict(False)] = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 def run(config: LinearProbeConfig) -> dict[str, Any]:
@@ -45,5 +43,19 @@ def run(config: LinearProbeConfig) -> dict[str, Any]:
         seed=config.seed,
         device=processes().device,
     )
+    _warn_at_the_edge(config.blrs, [one["top1"] for one in result["all"]])
     write_record(config.output, "linear_probe", result)
     return dict(result)
+
+
+def _warn_at_the_edge(blrs: tuple[float, ...], top1: list[float]) -> None:
+    """Where no rate inside the grid is as good as the outermost one, a better one may lie beyond it."""
+    best = [blr for blr, score in zip(blrs, top1, strict=True) if score == max(top1)]
+    lowest, highest = min(blrs), max(blrs)
+    if lowest < highest and not any(lowest < blr < highest for blr in best):
+        edge, further = (highest, 3 * highest) if highest in best else (lowest, lowest / 3)
+        log.warning(
+            "the best of blrs is the outermost, %g: a better rate may lie beyond; add for instance %g",
+            edge,
+            float(f"{further:.1g}"),
+        )

@@ -23,7 +23,10 @@ from pipeline.evaluation.records import read_records
 from pipeline.training.metrics import read_metrics
 
 _SCORES = ("top1", "top5")
-_FIRST = ("loss", "mimic_loss", "pixel_loss", "top1")  # curves in this order, then the others by name
+_PRECISIONS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # of boxes and of masks, by `detect`
+_KNOWN = (*_SCORES, *(f"{kind}_{name}" for kind in ("box", "mask") for name in _PRECISIONS))
+# Curves in this order, then the others by name.
+_FIRST = ("loss", "mimic_loss", "pixel_loss", "top1", "box_AP", "mask_AP")
 _MOST_PICTURES = 32 * 2**20  # bytes of pictures on one page: a browser should still open it
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -46,13 +49,19 @@ def run(config: ReportConfig) -> dict[str, Any]:
         raise CheckpointError(f"{root} does not exist: give the output folder of pretrain, finetune or demo")
     runs = {name: _rows(folder) for name, folder in _run_folders(root).items()}
     evaluations = _evaluations(root, runs)
+    classified = [found for found in evaluations if "top1" in found[2]]
+    detected = [found for found in evaluations if "box_AP" in found[2]]
     if not runs and not evaluations:
         raise CheckpointError(f"{root} holds no run (no metrics.jsonl, no metrics.json): give an output folder")
     pictures, left_out = _pictures(root)
     page = Page(
         title=f"mrmae: {root}",
         note=f"{left_out} more pictures are not shown: the page would be too large" if left_out else "",
-        tables=[_overview(root, runs), _evaluation_table(evaluations)],
+        tables=[
+            _overview(root, runs),
+            *([_evaluation_table(classified)] if classified or not detected else []),
+            *([_detection_table(detected)] if detected else []),
+        ],
         curves=[embed_curve(metric, runs) for metric in _metrics(runs)],
         pictures=pictures,
         configs=[
@@ -147,7 +156,7 @@ def _evaluations(
     for file in sorted([*root.glob("metrics.json"), *root.glob("*/metrics.json"), *root.glob("*/*/metrics.json")]):
         where = str(file.parent.relative_to(root))
         for what, scores in read_records(file).items():
-            if isinstance(scores, dict) and "top1" in scores:
+            if isinstance(scores, dict) and ("top1" in scores or "box_AP" in scores):
                 found.append(("(here)" if where == "." else where, what.replace("_", " "), scores))
     for subject, scores in read_records(root / "results.json").items():
         if isinstance(scores, dict):
@@ -156,15 +165,16 @@ def _evaluations(
 
 
 def _validations(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The last and the best row of each top-1 that was logged while training, whatever stands before its name."""
+    """The last and the best row of each top-1 and box AP that was logged while training, whatever stands before it."""
     found: list[tuple[str, Mapping[str, Any]]] = []
-    for score in sorted({key for row in rows for key in row if key.endswith("top1")}):
-        name = score.removesuffix("top1")
-        scored = [row for row in rows if score in row]
-        best = max(scored, key=lambda row: float(row[score]))
+    numbers = {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
+    for score in sorted(key for key in numbers if key.endswith(("top1", "box_AP"))):
+        name = score.removesuffix("top1").removesuffix("box_AP")
+        scored = [row for row in rows if isinstance(row.get(score), int | float)]
+        best = max(scored, key=lambda row: row[score])
         for when, row in (("last", scored[-1]), ("best", best)):
             what = f"{name.strip('_/') or 'validation'}, {when} (step {row['step']})"
-            found.append((what, {"top1": row[score], "top5": row.get(f"{name}top5")}))
+            found.append((what, {key: row[name + key] for key in _KNOWN if name + key in row}))
     return found
 
 
@@ -174,7 +184,20 @@ def _evaluation_table(evaluations: Sequence[tuple[str, str, Mapping[str, Any]]])
         for where, what, scores in evaluations
     ]
     columns = ["of", "by", "top-1", "top-5", "more"]
-    return Table("Evaluations", columns, rows, "None yet: mrmae knn, linear-probe and finetune --eval write here.")
+    return Table(
+        "Evaluations", columns, rows, "None yet: knn, linear-probe, finetune --eval and detect --eval write here."
+    )
+
+
+def _detection_table(evaluations: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Table:
+    """Two rows each, one of boxes and one of masks; pycocotools' -1, where there is nothing to find, is a dash."""
+    rows = [
+        [where, what, f"{kind}es" if kind == "box" else f"{kind}s"]
+        + [_precision(scores.get(f"{kind}_{name}")) for name in _PRECISIONS]
+        for where, what, scores in evaluations
+        for kind in ("box", "mask")
+    ]
+    return Table("Detection", ["of", "by", "what", *(name.replace("_", ", ") for name in _PRECISIONS)], rows)
 
 
 def _details(scores: Mapping[str, Any]) -> str:
@@ -198,6 +221,10 @@ def _pictures(root: Path) -> tuple[list[Picture], int]:
 
 def _percent(value: Any) -> str:
     return f"{value:.2%}" if isinstance(value, int | float) else "–"
+
+
+def _precision(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) and value >= 0 else "–"
 
 
 def _number(value: Any) -> str:

@@ -28,13 +28,15 @@ from pipeline.detection.dataset import canvases
 from pipeline.detection.pictures import detected_scene, draw_scenes
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, overlay, pca_maps
-from pipeline.inspection import Look, choose_patches, look, reconstruct
+from pipeline.inspection import Look, Reconstruction, choose_patches, look, reconstruct
 from pipeline.models import Classifier, Student, read_weights
 from pipeline.models.config import StudentConfig
 from pipeline.processes import processes
-from pipeline.teachers import build_teacher
+from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
+
+_CHUNK = 8  # images through a network at once: sixty-four at 224 px would want a training run's memory
 
 
 class CacheInput(Config):
@@ -87,7 +89,7 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
     encoder = model if isinstance(model, Classifier) else model.encoder
     shown = _cached(config, encoder.image_size[0]) if config.cache else _given(config, encoder.image_size[0], device)
     eye = build_teacher(f"mrmae:{config.init}", module=encoder, device=device)
-    student = look(eye, shown.images.to(device), f"student: {config.init}")
+    student = _look(eye, shown.images, f"student: {config.init}", device)
 
     pictures = as_pictures(shown.images / 255)
     columns: dict[str, Any] = {"input": pictures}
@@ -124,8 +126,10 @@ def _detections(config: VisualizeConfig, device: torch.device) -> dict[str, Any]
     model = load_detector(config.init).to(device).eval()
     names, files = _files(config)
     images = [_decode(name, file) for name, file in zip(names, files, strict=True)]
-    batch = canvases(images, model.spec["encoder"]["image_size"])
-    found = model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
+    found = []
+    for start in range(0, len(images), _CHUNK):
+        batch = canvases(images[start : start + _CHUNK], model.spec["encoder"]["image_size"])
+        found += model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
     categories = [(number, name) for number, name in model.spec["categories"]]
     scenes = [
         detected_scene(np.asarray(image), one, categories, config.min_score)
@@ -148,13 +152,26 @@ def _reconstruction(
     rows = teacher.attention.numpy() if teacher and teacher.attention is not None and focus != "random" else None
     patches = model.grid[0] * model.grid[1]
     ids = choose_patches(len(shown.images), patches, config.mask_ratio, rows, focus, config.seed)
-    seen = reconstruct(model, shown.images.to(device), ids.to(device))
+    seen = _reconstruct(model, shown.images, ids, device)
     how = {"random": "drawn at random", "sampled": "drawn by attention", "top-k": "most attended"}[focus]
     masked = f"masked input\n({ids.shape[1]} of {patches} {how})"
     # Normalised patches are predicted up to their mean and contrast, which the picture takes from the truth.
     given = "(true mean, contrast)" if model.norm_pix_loss else "(visible ones kept)"
     columns = {masked: as_pictures(seen.masked), f"reconstruction\n{given}": as_pictures(seen.completed)}
     return columns, {"pixel_loss": seen.loss}
+
+
+def _look(eye: Teacher, images: Tensor, name: str, device: torch.device) -> Look:
+    seen = [look(eye, chunk.to(device), name) for chunk in images.split(_CHUNK)]
+    rows = [one.attention for one in seen if one.attention is not None]
+    return Look(torch.cat([one.tokens for one in seen]), torch.cat(rows) if rows else None, eye.grid, name)
+
+
+def _reconstruct(model: Student, images: Tensor, ids: Tensor, device: torch.device) -> Reconstruction:
+    chunks = list(zip(images.split(_CHUNK), ids.split(_CHUNK), strict=True))
+    seen = [reconstruct(model, some.to(device), kept.to(device)) for some, kept in chunks]
+    loss = sum(one.loss * len(one.masked) for one in seen) / len(images)
+    return Reconstruction(torch.cat([one.masked for one in seen]), torch.cat([one.completed for one in seen]), loss)
 
 
 def _cached(config: VisualizeConfig, size: int) -> Shown:
@@ -195,7 +212,7 @@ def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
     if config.teacher is None:
         return Shown(images, names, None)
     teacher = load_teacher(config.teacher, device)
-    return Shown(images, names, look(teacher, images.to(device), f"teacher: {teacher.name}"))
+    return Shown(images, names, _look(teacher, images, f"teacher: {teacher.name}", device))
 
 
 def _files(config: VisualizeConfig) -> tuple[list[str], list[bytes]]:

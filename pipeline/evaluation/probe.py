@@ -116,7 +116,7 @@ def linear_probe(
         test_x: [M,D]. test_y: [M] int64.
         num_classes: C.
         epochs: passes over the training features; an incomplete last batch is left out of each.
-        batch_size: samples a step, at most N.
+        batch_size: samples a step, 2 or more (for the norm) and at most N.
         lrs: peak learning rates. MAE's is 0.1 · batch_size / 256 for 1.28 M images; LARS moves weights by a fixed
             share a step, so small sets, which take few steps, want up to a hundred times more.
         momentum, weight_decay: of LARS.

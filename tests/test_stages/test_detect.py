@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import cli
 from pipeline.assembly import build_detector, load_detector
-from pipeline.detection import DetectorConfig
+from pipeline.detection import Detector, DetectorConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models import build_student, save_weights
 from pipeline.training.interruption import Interrupted
@@ -108,6 +108,27 @@ def test_scoring_a_run_again_gives_the_same_and_equals_pycocotools(annotated: di
         assert scored[f"{kind}_AP50"] == pytest.approx(scoring.stats[1], abs=1e-12)
     assert scored["box_AP50"] > 0.01  # there was something to compare
     assert np.asarray(Image.open(tmp_path / "out/predictions.png")).std() > 10
+
+
+def test_pictures_go_through_the_detector_a_few_at_a_time(
+    annotated: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = detect_config(annotated, tmp_path / "out", max_steps=1, pictures=3)
+    detect.run(config)
+    seen: list[int] = []
+    real = Detector.detect
+
+    def spy(self: Detector, images: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(images))
+        return real(self, images, *rest)
+
+    monkeypatch.setattr(Detector, "detect", spy)
+    monkeypatch.setattr(detect, "EVAL_BATCH", 2)
+    monkeypatch.setattr(visualize, "_CHUNK", 2)
+    detect.run(config, eval_only=True)
+    keys = {"init": str(tmp_path / "out"), "data": {"path": annotated["images"]}, "count": 3}
+    visualize.run(visualize.VisualizeConfig.model_validate(keys))
+    assert seen == [4, 2, 1, 2, 1]  # scored; drawn beside annotations; drawn alone
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(

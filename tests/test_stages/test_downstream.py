@@ -8,8 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.assembly import load_teacher
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models import load_model, save_weights
+from pipeline.teachers import Teacher
+from pipeline.teachers.config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune, knn, linear_probe, pretrain
 from tests.test_stages.conftest import ENCODER, MICRO, TEACHER, finetune_config, pretrain_config, sets
@@ -101,6 +104,40 @@ def test_the_second_command_reads_what_the_first_one_kept(
     for changes in ({"crop": 0.5}, {"init": None, "student": MICRO}, {"data": {**keys["data"], "limit": 9}}):
         with pytest.raises(AssertionError, match="computed again"):
             knn.run(knn.KnnConfig.model_validate({**keys, **changes}))
+
+
+def test_teachers_of_equal_weights_keep_features_apart(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QuickGELU has no parameters: a CLIP and its quickgelu twin, from one local file, have equal weights."""
+    keys = {**sets(colours), "teacher": TEACHER, "output": str(tmp_path), "k": 3}
+    knn.run(knn.KnnConfig.model_validate(keys))
+
+    def twin(config: TeacherConfig, device: torch.device) -> Teacher:
+        teacher = load_teacher(config, device)
+        teacher.spec = f"{teacher.spec}-twin"
+        return teacher
+
+    monkeypatch.setattr("pipeline.frozen.load_teacher", twin)
+    knn.run(knn.KnnConfig.model_validate(keys))
+    assert len(list((tmp_path / "features").iterdir())) == 4
+
+
+def test_the_probe_warns_at_the_edge_of_its_rates(colours: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = {**sets(colours), "pixels": True, "image_size": 8, "epochs": 30, "batch_size": 8}
+
+    def said(*blrs: float) -> str:
+        caplog.clear()
+        linear_probe.run(linear_probe.LinearProbeConfig.model_validate({**keys, "blrs": blrs}))
+        return caplog.text
+
+    assert "the best of blrs is the outermost, 300: a better rate may lie beyond; add for instance 900" in said(
+        0.01, 300.0, 0.1
+    )
+    assert "the outermost, 300: a better rate may lie beyond; add for instance 100" in said(1e7, 1e6, 300.0)
+    assert said(0.01, 300.0, 1e7) == said(300.0) == ""
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        linear_probe.LinearProbeConfig.model_validate({**keys, "batch_size": 1})
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -45,6 +45,29 @@ def test_a_run_with_all_there_is(colours: Path, tmp_path: Path) -> None:
     assert not re.search(r"<script|<link|@import", text)
 
 
+def test_detection_has_a_table_of_its_own(tmp_path: Path) -> None:
+    """A folder with nothing but `detect --eval`'s record is shown; so is what was logged while it trained."""
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+    figures = [0.123, 0.456, 0.1, 0.05, 0.2, -1.0]
+    record = {f"{kind}_{name}": value for kind in ("box", "mask") for name, value in zip(names, figures, strict=True)}
+    write_record(tmp_path, "detect", record | {"mask_AP": 0.0987})
+    cells = re.findall(r"<td>(.*?)</td>", page_of(tmp_path))
+    assert cells == [
+        *("(here)", "detect", "boxes", "0.123", "0.456", "0.100", "0.050", "0.200", "–"),
+        *("(here)", "detect", "masks", "0.099", "0.456", "0.100", "0.050", "0.200", "–"),
+    ]
+    rows = [{"step": 5, "loss": 1.0}, {"step": 5, **record, "box_AP": 0.5}, {"step": 9, **record}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page_of(tmp_path)
+    assert re.findall(r"<td>(validation.*?)</td>", text) == [
+        *["validation, last (step 9)"] * 2,
+        *["validation, best (step 5)"] * 2,
+    ]
+    assert "<td>0.500</td>" in text
+    assert "<h2>Evaluations</h2>" not in text
+    assert re.findall(r'alt="([\w/]+) by step"', text)[:3] == ["loss", "box_AP", "mask_AP"]
+
+
 def test_several_runs_share_a_page(tmp_path: Path) -> None:
     for name, loss in (("mae", 1.0), ("mr_mae", 0.5)):
         (tmp_path / name).mkdir()

@@ -56,6 +56,26 @@ def test_image_files_and_a_live_teacher(student_run: Path, colours: Path, tmp_pa
     assert "drawn at random" in alone["columns"][1]
 
 
+def test_networks_see_eight_pictures_at_a_time(
+    student_run: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    for name in ("look", "reconstruct"):
+        real = getattr(visualize, name)
+
+        def spy(model: Any, images: Any, *rest: Any, real: Any = real) -> Any:
+            seen.append(len(images))
+            return real(model, images, *rest)
+
+        monkeypatch.setattr(visualize, name, spy)
+    keys: dict[str, Any] = {"data": {"path": str(colours / "train")}, "teacher": TEACHER, "count": 11}
+    facts = visualize.run(config(student_run, tmp_path / "a.png", **keys))
+    assert seen == [8, 3] * 3  # teacher, student, reconstruction
+    monkeypatch.setattr(visualize, "_CHUNK", 64)
+    whole = visualize.run(config(student_run, tmp_path / "b.png", **keys))
+    assert facts["pixel_loss"] == pytest.approx(whole["pixel_loss"], rel=1e-5)
+
+
 def test_a_classifier_reconstructs_nothing(colours: Path, tmp_path: Path) -> None:
     finetune.run(finetune_config(colours, tmp_path / "run", student=ENCODER, max_steps=1))
     facts = visualize.run(
