@@ -4,10 +4,14 @@
         model.safetensors   weights, by the reference code's names; their moving average where the run keeps one
         trained.safetensors the weights that the optimiser goes on from, only beside such an average
         model.json          how to build the model again
+        config.yaml         the resolved config of the command that wrote it
         optimizer.pt        AdamW's state (tensors and numbers only: loads with weights_only=True)
-        checkpoint.json     step, identity of the run, length and xxh3-128 of each file above, and a digest of itself
+        checkpoint.json     step, identity of the run (the caches' fingerprints are in it), metrics and the means under
+                            way, length and xxh3-128 of each file above, and a digest of itself
+    checkpoints/best        a link to best-00000800/, a folder like these without the optimiser
 
-`checkpoint.json` is written last: a folder without it, or that does not agree with it, is torn and never loaded.
+`checkpoint.json` is written last: a folder without it, or that does not agree with it, is torn and never loaded. A
+sound folder is never written again, and `best` is a link because replacing a link is one rename: no kill loses either.
 """
 
 import json
@@ -22,9 +26,10 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.config import Config, save_config
 from pipeline.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -40,6 +45,7 @@ class Checkpoint:
     step: int
     identity: dict[str, Any]  # what must not change between stop and resume
     metrics: dict[str, Any]
+    meter: dict[str, Any]  # what was summed up since the last row of metrics
 
     def optimizer_state(self) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -54,16 +60,20 @@ def save_checkpoint(
     step: int,
     identity: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    meter: Mapping[str, Any] | None = None,
+    config: Config | None = None,
     optimizer_state: Mapping[str, Any] | None = None,
     trained: nn.Module | None = None,
 ) -> None:
-    """Write a checkpoint folder atomically, in place of one of the same name.
+    """Write a checkpoint folder atomically. A sound one of the same name stays as it is, a torn one is replaced.
 
     `trained` is the model that the optimiser works on, where `model` is its moving average.
 
     Raises:
         CheckpointError: the disk is full or the folder can't be written; nothing half-written stays.
     """
+    if _is_sound(path):
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -72,15 +82,20 @@ def save_checkpoint(
         if trained is not None:
             save_file(_contiguous(trained.state_dict()), partial / "trained.safetensors")
         (partial / "model.json").write_text(json.dumps(spec, indent=1), encoding="utf-8")
+        if config is not None:
+            save_config(config, partial / "config.yaml")
         if optimizer_state is not None:
             torch.save(optimizer_state, partial / "optimizer.pt")
         files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
-        record = {"step": step, "identity": dict(identity), "metrics": dict(metrics), "files": files}
+        record = {"step": step, "identity": dict(identity), "metrics": dict(metrics)}
+        record |= {"meter": dict(meter or {}), "files": files}
         (partial / _RECORD).write_text(json.dumps({**record, "digest": _digest(record)}, indent=1), encoding="utf-8")
         for file in partial.iterdir():
             _fsync(file)
         _fsync(partial)
-        _replace(partial, path)
+        shutil.rmtree(path, ignore_errors=True)  # torn: a sound one would have stayed
+        partial.rename(path)
+        _fsync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name of its own in each library
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -101,7 +116,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         for name, expected in record["files"].items():
             if _fingerprint(path / name) != expected:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
-        return Checkpoint(path, int(record["step"]), dict(record["identity"]), dict(record["metrics"]))
+        identity, metrics, meter = (dict(record.get(key, {})) for key in ("identity", "metrics", "meter"))
+        return Checkpoint(path, int(record["step"]), identity, metrics, meter)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no complete checkpoint ({error})") from error
 
@@ -131,6 +147,50 @@ def resolve_checkpoint(path: Path) -> Path:
     return newest.path
 
 
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, result: nn.Module) -> None:
+    """Load weights, optimiser state and, where `result` is another than `model`, its average: exactly."""
+    averaged = result is not model
+    weights = "trained.safetensors" if averaged else "model.safetensors"
+    model.load_state_dict(load_file(checkpoint.path / weights), strict=True)
+    if averaged:
+        result.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=True)
+    optimizer.load_state_dict(checkpoint.optimizer_state())
+    log.info("resumed from %s", checkpoint.path)
+
+
+def best_checkpoint(folder: Path) -> Checkpoint | None:
+    """The `best` one of a `checkpoints/` folder; a damaged one counts for nothing, with a warning."""
+    best = folder / "best"
+    if not best.is_symlink() and not best.exists():
+        return None
+    try:
+        return load_checkpoint(best)
+    except CheckpointError as error:
+        log.warning("the best is chosen anew from now on: %s", error)
+        return None
+
+
+def make_best(path: Path) -> None:
+    """Let `best` beside this sound checkpoint lead to it, in one rename; the former best goes after that.
+
+    Raises:
+        CheckpointError: the folder can't be written, or knows no symbolic links.
+    """
+    best, link = path.with_name("best"), path.with_name(".best.partial")
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        if best.is_dir() and not best.is_symlink():  # a folder, as runs of old have it
+            shutil.rmtree(best)
+        link.replace(best)
+        _fsync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"can't link {best} to {path.name}: {error}; choose another output") from error
+    for former in path.parent.glob("best-*"):
+        if former != path:
+            shutil.rmtree(former, ignore_errors=True)
+
+
 def prune(folder: Path, keep: int, newest: str) -> None:
     """Of the checkpoints up to `newest`, delete all but the last `keep`, and what killed runs left half-written.
 
@@ -139,6 +199,8 @@ def prune(folder: Path, keep: int, newest: str) -> None:
     for path in sorted(path for path in folder.glob("step-*") if path.name <= newest)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*.partial"):
+        if path.is_symlink():
+            path.unlink()
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -159,15 +221,14 @@ def _fingerprint(file: Path) -> dict[str, Any]:
     return {"bytes": length, "xxh3_128": hasher.hexdigest()}
 
 
-def _replace(source: Path, target: Path) -> None:
-    """Rename a folder over another; between the two renames the old one is still there under a hidden name."""
-    old = target.with_name(f".{target.name}.old.partial")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    source.rename(target)
-    _fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _is_sound(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _fsync(path: Path) -> None:

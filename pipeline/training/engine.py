@@ -1,14 +1,15 @@
 """The training loop of every stage: a model, a function that turns a batch into losses, and batches by step.
 
 Learning rate and random numbers are functions of the step, and batches start at any step, so the state of a run is
-the model, the optimiser and one integer. Nothing is replayed on resume.
+the model, the optimiser and one integer, and, for the next row of metrics, the sums since the last one. Nothing is
+replayed on resume.
 """
 
-import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,25 +17,17 @@ from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
 from pipeline.progress import Progress
-from pipeline.training.checkpoint import Checkpoint, load_checkpoint, prune, save_checkpoint
+from pipeline.training.ahead import B, ahead
+from pipeline.training.checkpoint import best_checkpoint, make_best, prune, restore, save_checkpoint
 from pipeline.training.ema import EmaConfig, build_ema
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.interruption import Interrupted, Interruption
-from pipeline.training.metrics import LossMeter, MetricsWriter, Stopwatch, peak_memory
+from pipeline.training.metrics import Meter, MetricsWriter, Stopwatch, peak_memory
 from pipeline.training.optim import CosineSchedule, OptimConfig, build_adamw, parameter_groups, set_lr
 from pipeline.training.run import Run, StepPlan
 
-log = logging.getLogger(__name__)
-
-
-class Movable(Protocol):
-    """A micro-batch: it knows how to copy itself to a device."""
-
-    def to(self, device: torch.device) -> Any: ...
-
-
-B = TypeVar("B", bound=Movable)
 Losses = Callable[[nn.Module, B], dict[str, Tensor]]  # scalars; "loss" is the one that is minimised
+Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
 
 def fit(
@@ -47,7 +40,7 @@ def fit(
     optim: OptimConfig,
     *,
     layer_ids: Mapping[str, int] | None = None,
-    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     evaluate_every: int = 0,
     best: str | None = None,
     ema: EmaConfig | None = None,
@@ -77,27 +70,30 @@ def fit(
             "choose another output, or more epochs or max_steps"
         )
     loop = _Loop(run, model, spec, plan, optim, layer_ids, best, ema or EmaConfig(), grad_norms)
-    batches_of_run = iter(_ahead(batches(run.start_step), run.device))
+    stream = ahead(batches(run.start_step), run.device)
+
+    def due(every: int, done: int) -> bool:
+        return done == plan.total_steps or bool(every and done % every == 0)
+
     with Interruption() as interruption, loop.progress(label):
+        if evaluate and run.resumed and due(evaluate_every, run.start_step):
+            loop.catch_up(evaluate)
         for step in range(run.start_step, plan.total_steps):
-            loop.train_step(step, batches_of_run, losses)
+            loop.train_step(step, stream, losses)
             done = step + 1
-            last = done == plan.total_steps
-            if done % run.config.log_every == 0 or last or done == 1:
+            stop = interruption.agreed()
+            look = evaluate is not None and due(evaluate_every, done)
+            if due(run.config.log_every, done) or done == 1:
                 loop.log(done)
-            look = evaluate is not None and (last or bool(evaluate_every and done % evaluate_every == 0))
-            stop = loop.any_process(interruption.requested)
             # Before an evaluation, which may take longer than the grace that a stopped job is given.
-            if done % run.config.checkpoint_every == 0 or last or stop or look:
+            if due(run.config.checkpoint_every, done) or look or stop:
                 loop.save(done)
-            if stop and not last:
-                loop.close()
+            if stop and (look or done < plan.total_steps):
+                run.close()
                 raise Interrupted(f"stopped at step {done} of {plan.total_steps} with a checkpoint; run again to go on")
             if evaluate and look:
                 loop.evaluate(done, evaluate)
-                if last:
-                    loop.save(done)  # once more, with what it found
-    loop.close()
+    run.close()
     return loop.latest
 
 
@@ -133,13 +129,14 @@ class _Loop:
             min(round(optim.warmup_epochs * plan.steps_per_epoch), plan.total_steps // 2),
             plan.total_steps,
         )
-        self.meter = LossMeter(run.device)
+        self.meter = Meter(run.device, run.resumed.meter if run.resumed else None)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=run.device)
-        self.writer = MetricsWriter(run.folder / "metrics.jsonl", run.start_step) if run.is_main else None
-        self.latest: dict[str, Any] = dict(run.resumed.metrics) if run.resumed else {}
-        self.best_value = self._former_best()
+        self.last_good: Path | None = run.resumed.path if run.resumed else None
+        self.writer = MetricsWriter(run.folder / "metrics.jsonl", run.start_step, writes=run.is_main)
+        self.latest: dict[str, Any] = (run.resumed.metrics if run.resumed else {}) | self.writer.latest
+        former = best_checkpoint(run.checkpoints) if best and run.resumed else None
+        self.best_value = float(former.metrics.get(best, "-inf")) if best and former else float("-inf")
         self.grad_norms = grad_norms
-        self.norms: dict[str, Tensor] = {}
         self.watch = Stopwatch()
 
     def train_step(self, step: int, batches: Iterator[B], losses: Losses[B]) -> None:
@@ -148,7 +145,7 @@ class _Loop:
         for micro in range(self.plan.accum_iter):
             batch = self._next(batches)
             if self.grad_norms and micro == 0 and self.grad_norms.due(step):
-                self.norms |= self._single_losses(self.grad_norms, step, batch, losses)
+                self.meter.norms |= self._single_losses(self.grad_norms, step, batch, losses)
             # Only now: starting the loader draws from the global generators too, after a resume and not before.
             self._seed(step, micro)
             if micro + 1 < self.plan.accum_iter:
@@ -161,7 +158,7 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.plain_model, step + 1)
-        self.meter.steps += 1
+        self.watch.steps += 1
         self.bar.advance(1)
 
     def _backward(self, step: int, batch: B, losses: Losses[B]) -> None:
@@ -198,7 +195,7 @@ class _Loop:
         logged = (step + 1) % self.run.config.log_every == 0 or step == 0 or step + 1 == self.plan.total_steps
         if limit is not None or logged:
             norm = self.run.accelerator.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
-            self.norms["grad_norm"] = norm.detach()
+            self.meter.norms["grad_norm"] = norm.detach()
 
     def _seed(self, step: int, micro: int) -> None:
         """Dropout, drop-path, mixup and erasing depend on (seed, step, micro-batch, rank) alone."""
@@ -209,75 +206,73 @@ class _Loop:
 
     def log(self, done: int) -> None:
         self._check_finite(done)
-        steps = max(1, self.meter.steps) * self.plan.accum_iter
         elapsed, wait = self.watch.elapsed, self.watch.wait_share
-        images = max(1, self.meter.steps) * self.plan.batch_size
-        sums = self.meter.take()
-        means = {name: float(self.run.accelerator.reduce(total / steps, "mean")) for name, total in sums.items()}
+        images = self.watch.steps * self.plan.batch_size
+        losses, norms = self.meter.take()
+        means = self._mean(losses)
         row: dict[str, Any] = {"epoch": done / self.plan.steps_per_epoch, **means}
         row |= {"lr": self.schedule(done - 1), "images_per_s": images / elapsed, "data_wait": wait}
-        norms, self.norms = self.norms, {}
-        row |= {name: float(self.run.accelerator.reduce(norm, "mean")) for name, norm in norms.items()}
+        row |= self._mean(norms)
         row["memory_gib"] = peak_memory(self.run.device) / 2**30
         self._write(done, row)
         note = f"{means['loss']:.4f}"
         self.bar.advance(0, loss=note, img_s=f"{row['images_per_s']:.0f}", wait=f"{wait:.0%}")
         self.watch.reset()
 
-    def evaluate(self, done: int, evaluate: Callable[[nn.Module, int], dict[str, float]]) -> None:
+    def catch_up(self, evaluate: Evaluate) -> None:
+        """Evaluate the checkpoint gone on from, if the run was stopped before it could."""
+        done = self.run.start_step
+        if self.run.any_process(not self.writer.was_evaluated(done)):
+            self.evaluate(done, evaluate)
+
+    def evaluate(self, done: int, evaluate: Evaluate) -> None:
         began = time.perf_counter()
         self._check_finite(done, weights=True)  # nothing else may become the best
         self.result.eval()
         # Not inference mode: tensors born in it, as a moved model's buffers, could take no part in training.
         with torch.no_grad(), self.run.accelerator.autocast():
             values = evaluate(self.result, done)
-        self._write(done, values)
+        self.latest |= values
         if self.best and values.get(self.best, float("-inf")) > self.best_value:
             self.best_value = values[self.best]
-            self._save("best", done, with_optimizer=False)
+            best = self._save(f"best-{done:08d}", done)
+            if self.run.is_main:
+                make_best(best)
+        self._write(done, values)  # last: a row says that there is nothing to catch up on
         self.watch.leave_out(time.perf_counter() - began)
 
     def save(self, done: int) -> None:
         began = time.perf_counter()
         self._check_finite(done, weights=True)
-        name = f"step-{done:08d}"
-        self._save(name, done, with_optimizer=True)
+        meter = {"count": self.meter.count, "sums": self._mean(self.meter.sums), "norms": self._mean(self.meter.norms)}
+        trained = self.plain_model if self.ema else None
+        path = self._save(
+            f"step-{done:08d}", done, meter=meter, optimizer_state=self.plain_optimizer.state_dict(), trained=trained
+        )
         if self.run.is_main:
-            prune(self.run.checkpoints, self.run.config.keep_checkpoints, name)
+            prune(self.run.checkpoints, self.run.config.keep_checkpoints, path.name)
         self.run.accelerator.wait_for_everyone()
+        self.last_good = path
         self.watch.leave_out(time.perf_counter() - began)
 
-    def _save(self, name: str, done: int, with_optimizer: bool) -> None:
+    def _save(self, name: str, done: int, **state: Any) -> Path:
+        path = self.run.checkpoints / name
         if self.run.is_main:
-            save_checkpoint(
-                self.run.checkpoints / name,
-                self.result,
-                self.spec,
-                step=done,
-                identity=self.run.identity,
-                metrics=self.latest,
-                optimizer_state=self.plain_optimizer.state_dict() if with_optimizer else None,
-                trained=self.plain_model if self.ema and with_optimizer else None,
-            )
+            of_run: dict[str, Any] = {"identity": self.run.identity, "config": self.run.config, "metrics": self.latest}
+            save_checkpoint(path, self.result, self.spec, step=done, **of_run, **state)
+        return path
 
-    def any_process(self, flag: bool) -> bool:
-        """True everywhere as soon as one process says so: all must leave at the same step."""
-        if self.run.processes == 1:
-            return flag
-        return bool(self.run.accelerator.reduce(torch.tensor(int(flag), device=self.run.device), "sum"))
+    def _mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Over all processes."""
+        return {name: float(self.run.accelerator.reduce(value, "mean")) for name, value in values.items()}
 
     def progress(self, label: str) -> Progress:
         self.bar = Progress(self.plan.total_steps, label, "step", done=self.run.start_step, show=self.run.is_main)
         return self.bar
 
-    def close(self) -> None:
-        if self.run.accelerator.trackers:
-            self.run.accelerator.end_training()
-
     def _write(self, done: int, row: dict[str, Any]) -> None:
         self.latest |= row
-        if self.writer:
-            self.writer.write(done, row)
+        self.writer.write(done, row)
         if self.run.accelerator.trackers:
             self.run.accelerator.log(row, step=done)
 
@@ -286,63 +281,10 @@ class _Loop:
         bad = int(self.first_bad)
         if weights and bad < 0 and not all(bool(p.isfinite().all()) for p in self.plain_model.parameters()):
             bad = done - 1
-        if self.any_process(bad >= 0):
+        if self.run.any_process(bad >= 0):
             bad = bad if bad >= 0 else done - 1  # another process knows it better
-            good = max(self.run.checkpoints.glob("step-*"), default="none yet")
+            good = self.last_good or "none yet"
             raise TrainingError(
                 f"the loss became non-finite at step {bad} (lr {self.schedule(bad):.3g}); last checkpoint: {good}; "
                 "lower optim.blr, set optim.clip_grad=1, or use precision=bf16 or fp32"
             )
-
-    def _former_best(self) -> float:
-        if not self.best or not self.run.resumed or not (self.run.checkpoints / "best").is_dir():
-            return float("-inf")
-        return float(load_checkpoint(self.run.checkpoints / "best").metrics.get(self.best, float("-inf")))
-
-
-def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, result: nn.Module | None = None
-) -> None:
-    """Load weights, optimiser state and, where `result` is another than `model`, its average: exactly."""
-    from safetensors.torch import load_file
-
-    averaged = result is not None and result is not model
-    model.load_state_dict(
-        load_file(checkpoint.path / ("trained.safetensors" if averaged else "model.safetensors")), strict=True
-    )
-    if result is not None and averaged:
-        result.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=True)
-    optimizer.load_state_dict(checkpoint.optimizer_state())
-    log.info("resumed from %s", checkpoint.path)
-
-
-def _ahead(batches: Iterable[B], device: torch.device) -> Iterator[B]:
-    """Copy each batch while the one before it is being trained on: on CUDA, by a stream of its own."""
-    waiting: tuple[B, Callable[[], None]] | None = None
-    start = _copier(device)
-    for batch in batches:
-        moved = start(batch)
-        if waiting is not None:
-            waiting[1]()
-            yield waiting[0]
-        waiting = moved
-    if waiting is not None:
-        waiting[1]()
-        yield waiting[0]
-
-
-def _copier(device: torch.device) -> Callable[[B], tuple[B, Callable[[], None]]]:
-    """batch → (its copy on the device, what lets the training stream wait for it)."""
-    if device.type != "cuda":
-        return lambda batch: (batch.to(device), lambda: None)
-    stream, training = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-
-    def start(batch: B) -> tuple[B, Callable[[], None]]:
-        # The room of the last batch but one is free for this copy when the steps launched so far are done.
-        stream.wait_stream(training)
-        with torch.cuda.stream(stream):
-            moved = batch.to(device)
-            arrived = stream.record_event()
-        return moved, lambda: training.wait_event(arrived)
-
-    return start

@@ -4,6 +4,9 @@ import signal
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import distributed
+
 from pipeline.errors import PipelineError
 
 
@@ -14,22 +17,50 @@ class Interrupted(PipelineError):  # noqa: N818 - what happened, not a fault
 
 
 class Interruption:
-    """Context manager: while inside, `requested` becomes true on the first signal."""
+    """Context manager, entered by all processes together: inside, they learn at the same step that one was signalled.
+
+    They agree over a group of their own on the CPUs, and read the answer a step later: no step waits for a device.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
         self._previous: dict[int, Any] = {}
+        self._group: distributed.ProcessGroup | None = None
+        self._asked: tuple[torch.Tensor, Any] | None = None  # any process's flag once the work beside it is done
 
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            self._group = distributed.new_group(backend="gloo")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if kind is None:
+            self._answer()  # nobody leaves while others are still asking
+
+    def agreed(self) -> bool:
+        """Once a step: whether all are to stop. With several processes a signal is heard a step later."""
+        if self._group is None:
+            return self._requested
+        stop = self._answer()
+        if not stop:
+            flag = torch.tensor(int(self._requested))
+            work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group, async_op=True)
+            self._asked = flag, work
+        return stop
+
+    def _answer(self) -> bool:
+        """What was asked at the last step."""
+        if self._asked is None:
+            return False
+        (flag, work), self._asked = self._asked, None
+        work.wait()
+        return bool(flag)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._requested = True

@@ -1,28 +1,49 @@
 """Metrics: one JSON object a line in metrics.jsonl, the same numbers in TensorBoard. Plots read the JSONL alone."""
 
 import json
+import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.errors import CheckpointError
+
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl`. On resume, lines of steps that will be trained again are dropped."""
+    """Appends to `metrics.jsonl`, if it `writes`. On resume, lines of steps that will be trained again are dropped.
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if _step(line) <= resume_step] if resume_step else []
-        path.write_text("".join(kept), encoding="utf-8")
-        self._path = path
+    Raises:
+        CheckpointError: a line of the run so far is no JSON.
+    """
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+    def __init__(self, path: Path, resume_step: int, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
+        try:
+            former = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): take the bad line out to go on") from error
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")  # a kill here must not cost the rows so far
+            _append(partial, former, "w")
+            partial.replace(path)
+        self.latest = {key: value for row in former for key, value in row.items() if key != "step"}
+        # A row of losses has a learning rate; one without it is what an evaluation found.
+        self._evaluated = {row["step"] for row in former if "lr" not in row}
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._writes:
+            _append(self._path, [{"step": step, **values}], "a")
+
+    def was_evaluated(self, step: int) -> bool:
+        """Whether the run so far holds an evaluation at this step."""
+        return step in self._evaluated
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -30,25 +51,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _lines(path)]
 
 
-class LossMeter:
-    """Sums of losses, kept on the device so that reading them is the only synchronisation."""
+class Meter:
+    """What the next row will say, kept on the device so that reading it is the only synchronisation.
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums: dict[str, Tensor] = {}
+    Checkpoints hold it as plain numbers: a run that stopped between two rows goes on in the middle of a mean.
+    """
+
+    def __init__(self, device: torch.device, kept: Mapping[str, Any] | None = None) -> None:
+        kept = kept or {}
         self._device = device
-        self.steps = 0
+        self.count: int = kept.get("count", 0)  # micro-batches
+        self.sums = self._tensors(kept.get("sums", {}))  # of losses, over micro-batches
+        self.norms = self._tensors(kept.get("norms", {}))  # the latest of each
 
-    def add(self, losses: dict[str, Tensor]) -> None:
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Count the scalars of one micro-batch."""
+        self.count += 1
         for name, value in losses.items():
             if value.ndim == 0:
                 zero = torch.zeros((), device=self._device)
-                self._sums[name] = self._sums.get(name, zero) + value.detach().float()
+                self.sums[name] = self.sums.get(name, zero) + value.detach().float()
 
-    def take(self) -> dict[str, Tensor]:
-        """Sums since the last take, by name."""
-        sums, self._sums = self._sums, {}
-        self.steps = 0
-        return sums
+    def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(means of the losses, norms) since the last take, by name."""
+        means, norms = {name: total / self.count for name, total in self.sums.items()}, self.norms
+        self.count, self.sums, self.norms = 0, {}, {}
+        return means, norms
+
+    def _tensors(self, numbers: Mapping[str, float]) -> dict[str, Tensor]:
+        return {name: torch.tensor(value, device=self._device) for name, value in numbers.items()}
 
 
 def peak_memory(device: torch.device) -> int:
@@ -60,13 +91,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Stopwatch:
-    """Splits wall time into waiting for data and the rest."""
+    """Splits the wall time of some steps into waiting for data and the rest."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.started, self.waited = time.perf_counter(), 0.0
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def leave_out(self, seconds: float) -> None:
         """Forget so much time: an evaluation or a checkpoint is no training."""
@@ -87,5 +118,8 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _step(line: str) -> int:
-    return int(json.loads(line)["step"])
+def _append(path: Path, rows: list[dict[str, Any]], mode: str) -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint counts on the rows before it

@@ -1,20 +1,22 @@
 """One run of training: its processes, its precision, its folder, and how a global batch falls into steps.
 
 output/
-    config.yaml      the resolved config
+    config.yaml      the resolved config of the newest start; each checkpoint has that of its own
     metrics.jsonl    one row every `log_every` steps, and one per evaluation
     tensorboard/     the same, for TensorBoard
+    wandb-id         the name of the run at Weights & Biases, so that a resumed run goes on with the same curves
     checkpoints/     step-* (the last `keep_checkpoints`) and best
 """
 
 import importlib.util
-import logging
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import ProjectConfiguration
 from pydantic import Field
 
@@ -22,8 +24,6 @@ from pipeline.config import Config, PathField, save_config
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.processes import without_cuda
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
-
-log = logging.getLogger(__name__)
 
 
 class RunConfig(Config):
@@ -88,12 +88,10 @@ class Run:
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         if config.wandb and importlib.util.find_spec("wandb") is None:
-            raise ConfigError("wandb=true, but Weights & Biases isn't installed: pip install 'mrmae[wandb]'")
-        trackers = ["tensorboard"] * config.tensorboard + ["wandb"] * config.wandb
+            raise ConfigError("wandb=true, but Weights & Biases isn't installed: pip install -e '.[wandb]'")
         self.accelerator = Accelerator(
             cpu=without_cuda(),
             mixed_precision=_precision(config.precision),
-            log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
             step_scheduler_with_optimizer=False,
         )
@@ -102,8 +100,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self._open_folder()
-        if trackers:
-            self.accelerator.init_trackers("tensorboard")
+            self._open_trackers()
 
     @property
     def is_main(self) -> bool:
@@ -126,6 +123,17 @@ class Run:
     def start_step(self) -> int:
         return self.resumed.step if self.resumed else 0
 
+    def close(self) -> None:
+        """Finish the trackers, and leave the other processes with them."""
+        if self.config.tensorboard or self.config.wandb:
+            self.accelerator.end_training()
+
+    def any_process(self, flag: bool) -> bool:
+        """True everywhere if one process says so. It waits for the device: not for every step."""
+        if self.processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.device), "sum"))
+
     def _find_checkpoint(self) -> Checkpoint | None:
         found = newest_checkpoint(self.checkpoints)
         if found is None:
@@ -146,9 +154,39 @@ class Run:
     def _open_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.folder / "config.yaml")
+            partial = self.folder / ".config.yaml.partial"
+            save_config(self.config, partial)
+            partial.replace(self.folder / "config.yaml")
         except OSError as error:
             raise ConfigError(f"output={self.folder} can't be written: {error.strerror or error}") from error
+
+    def _open_trackers(self) -> None:
+        trackers: list[GeneralTracker] = []
+        if self.config.tensorboard:
+            trackers.append(TensorBoardTracker("tensorboard", self.folder))
+        if self.config.wandb:
+            trackers.append(
+                WandBTracker(
+                    "mrmae",
+                    id=_wandb_id(self.folder / "wandb-id"),
+                    resume="allow",
+                    name=self.folder.resolve().name,
+                    dir=str(self.folder),
+                    config=self.config.model_dump(mode="json"),
+                )
+            )
+        for tracker in trackers:
+            tracker.start()
+        self.accelerator.trackers = trackers
+
+
+def _wandb_id(file: Path) -> str:
+    """The id that this run has had from its first start on."""
+    if not file.exists():
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(uuid.uuid4().hex, encoding="utf-8")
+        partial.replace(file)
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _precision(choice: str) -> str:

@@ -1,6 +1,10 @@
 import errno
 import logging
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,21 +13,24 @@ from torch import nn
 
 from pipeline.errors import CheckpointError
 from pipeline.training.checkpoint import (
+    best_checkpoint,
     load_checkpoint,
+    make_best,
     newest_checkpoint,
     prune,
     resolve_checkpoint,
     save_checkpoint,
 )
+from pipeline.training.ema import EmaConfig
 
 
-def save(folder: Path, step: int) -> Path:
+def save(folder: Path, step: int, name: str = "step") -> Path:
     torch.manual_seed(step)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    path = folder / f"step-{step:08d}"
+    path = folder / f"{name}-{step:08d}"
     save_checkpoint(
         path,
         model,
@@ -31,6 +38,8 @@ def save(folder: Path, step: int) -> Path:
         step=step,
         identity={"seed": 1},
         metrics={"loss": 0.5},
+        meter={"count": 3},
+        config=EmaConfig(decay=0.5),
         optimizer_state=optimizer.state_dict(),
     )
     return path
@@ -39,10 +48,12 @@ def save(folder: Path, step: int) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(save(tmp_path, 7))
     assert (checkpoint.step, checkpoint.identity, checkpoint.metrics) == (7, {"seed": 1}, {"loss": 0.5})
+    assert checkpoint.meter == {"count": 3}
     assert checkpoint.optimizer_state()["state"][0]["exp_avg"].shape == (2, 3)
+    assert "decay: 0.5" in (checkpoint.path / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "optimizer.pt", "checkpoint.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "config.yaml", "optimizer.pt", "checkpoint.json"])
 @pytest.mark.parametrize("how", ["flip", "cut", "gone"])
 def test_a_torn_checkpoint_is_skipped_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, how: str
@@ -82,10 +93,121 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert list(tmp_path.iterdir()) == [before]
 
 
-def test_saving_again_replaces(tmp_path: Path) -> None:
-    save(tmp_path, 1)
+def test_saving_again_leaves_a_sound_one_and_replaces_a_torn_one(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    inode = path.stat().st_ino
+    assert save(tmp_path, 1).stat().st_ino == inode
+    (path / "model.safetensors").write_bytes(b"torn")
     assert load_checkpoint(save(tmp_path, 1)).step == 1
-    assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_best_is_a_link_that_moves_on(tmp_path: Path) -> None:
+    assert best_checkpoint(tmp_path) is None
+    for step in (3, 7):
+        make_best(save(tmp_path, step, "best"))
+    best = best_checkpoint(tmp_path)
+    assert best is not None
+    assert best.step == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best-00000007"]
+
+
+def test_a_damaged_best_counts_for_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_best(save(tmp_path, 3, "best"))
+    (tmp_path / "best/model.safetensors").write_bytes(b"torn")
+    assert best_checkpoint(tmp_path) is None
+    assert "chosen anew" in caplog.text
+    shutil.rmtree(tmp_path / "best-00000003")
+    assert best_checkpoint(tmp_path) is None  # a link to nowhere
+
+
+def test_a_best_folder_of_old_gives_way_to_the_link(tmp_path: Path) -> None:
+    save(tmp_path, 3).rename(tmp_path / "best")
+    former = best_checkpoint(tmp_path)
+    assert former is not None
+    assert former.step == 3
+    make_best(save(tmp_path, 7, "best"))
+    best = best_checkpoint(tmp_path)
+    assert best is not None
+    assert best.step == 7
+
+
+class Killed(BaseException):
+    """Like SIGKILL, nothing in the program handles it."""
+
+
+CHANGES = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "fsync")  # calls of os that change a folder
+
+
+def killed_at(call: int, work: Callable[[], object]) -> bool:
+    """Do the work until its so many-th change on the disk; whether it came that far."""
+    calls = 0
+
+    def counting(change: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= call:  # and none after it: the process is gone
+                raise Killed
+            return change(*args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CHANGES:
+            patch.setattr(os, name, counting(getattr(os, name)))
+        try:
+            work()
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["beside nothing", "beside a torn one"])
+def test_no_kill_loses_the_last_sound_checkpoint(tmp_path: Path, torn: bool) -> None:
+    """With one to keep: killed at any change on the disk there is a sound one, and the next attempt succeeds."""
+
+    def saved_and_pruned() -> None:
+        prune(folder, keep=1, newest=save(folder, 2).name)
+
+    reached = set()
+    for call in range(1, 200):
+        folder = tmp_path / str(call)
+        save(folder, 1)
+        if torn:
+            (save(folder, 2) / "checkpoint.json").write_text("{}")
+        was_killed = killed_at(call, saved_and_pruned)
+        newest = newest_checkpoint(folder)
+        assert newest is not None
+        reached.add(newest.step)
+        saved_and_pruned()
+        assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+        if not was_killed:
+            break
+    assert not was_killed
+    assert call > 10
+    assert reached == {1, 2}
+
+
+def test_no_kill_loses_the_best(tmp_path: Path) -> None:
+    def better() -> None:
+        make_best(save(folder, 2, "best"))
+
+    reached = set()
+    for call in range(1, 200):
+        folder = tmp_path / str(call)
+        make_best(save(folder, 1, "best"))
+        was_killed = killed_at(call, better)
+        best = best_checkpoint(folder)
+        assert best is not None
+        reached.add(best.step)
+        better()
+        assert sorted(path.name for path in folder.iterdir()) == ["best", "best-00000002"]
+        if not was_killed:
+            break
+    assert not was_killed
+    assert call > 10
+    assert reached == {1, 2}
 
 
 def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
