@@ -4,7 +4,6 @@ Config, curves, throughput, the evaluations that were written into the folder, a
 runs, such as the demo's, becomes one page with their curves laid over each other.
 """
 
-import json
 import math
 import os
 import statistics
@@ -201,8 +200,19 @@ def _detection_table(evaluations: Sequence[tuple[str, str, Mapping[str, Any]]]) 
 
 
 def _details(scores: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in scores.items() if key not in _SCORES}
-    return json.dumps(rest, ensure_ascii=False) if rest else ""
+    return _spelt({key: value for key, value in scores.items() if key not in _SCORES})
+
+
+def _spelt(value: Any) -> str:
+    """JSON for a person: lr 0.3, all (lr 0.1, top1 0.5; lr 0.3, top1 0.6)."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key} ({_spelt(inner)})" if isinstance(inner, dict | list) else f"{key} {_spelt(inner)}"
+            for key, inner in value.items()
+        )
+    if isinstance(value, list):
+        return "; ".join(_spelt(inner) for inner in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _pictures(root: Path) -> tuple[list[Picture], int]:

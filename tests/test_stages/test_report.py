@@ -22,7 +22,7 @@ def page_of(folder: Path) -> str:
 def test_a_run_with_all_there_is(colours: Path, tmp_path: Path) -> None:
     finetune.run(finetune_config(colours, tmp_path, student=ENCODER, max_steps=4, log_every=1))
     write_record(tmp_path, "knn", {"top1": 0.5, "top5": 0.75})
-    write_record(tmp_path / "probe", "linear_probe", {"top1": 0.25, "top5": 1.0, "lr": 3.0})
+    write_record(tmp_path / "probe", "linear_probe", {"top1": 0.25, "lr": 1 / 3, "all": [{"lr": 1 / 3}, {"lr": 3.0}]})
     Image.new("RGB", (9, 9)).save(tmp_path / "visualize.png")
     (tmp_path / "broken.png").write_text("no picture")
     text = page_of(tmp_path)
@@ -32,6 +32,7 @@ def test_a_run_with_all_there_is(colours: Path, tmp_path: Path) -> None:
         "75.00%",
         "linear probe",
         "25.00%",
+        "lr 0.3333, all (lr 0.3333; lr 3)",
         "validation, best",
         "batch_size: 8",
         "visualize.png",
