@@ -1,7 +1,8 @@
 """`mrmae plan`: what a teacher cache will cost and what it can save, before a disk is filled by surprise.
 
-Bytes come from the format, hours from a given rate, the ceiling of the saving from counted multiplications: a step with
-a live teacher costs the student's forward and backward plus the teacher's forward; with a cache, the student alone.
+Bytes come from the format, hours from given rates and from whichever is slower, accelerators or decoding. The saving's
+ceiling comes from counted multiplications: a step with a live teacher costs the student's forward and backward plus the
+teacher's forward; with a cache, the student alone. docs/scaling.md goes through two plans.
 """
 
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from pipeline.teachers import TeacherRow, list_teachers
 
 
 class PlanConfig(Config):
-    """What is planned; every rate is images a second."""
+    """What is planned; every rate is a number a second."""
 
     samples: int = Field(default=1_281_167, ge=1)  # images of the dataset; ImageNet-1k by default
     views: int = Field(default=1, ge=1)  # of each image
@@ -28,13 +29,18 @@ class PlanConfig(Config):
     quantiser: Literal["int8", "float16", "float32"] = "int8"
     attention: Literal["mean", "heads", "none"] = "mean"
     compressed: bool = False  # float tokens in the zarr store
-    extraction_rate: float = Field(default=1000.0, gt=0)  # of one GPU; measure yours with `extract-teacher-features`
-    training_rate: float = Field(default=2000.0, gt=0)  # of all GPUs together
+    epochs: int = Field(default=400, ge=1)
+    gpus: int = Field(default=8, ge=1)
+    cores: int = Field(default=16, ge=1)  # CPU cores a GPU, for decoding
+    extraction_rate: float = Field(default=1000.0, gt=0)  # views, of one GPU; measure: `mrmae benchmark extract`
+    training_rate: float = Field(default=2000.0, gt=0)  # images, of all GPUs together; measure: `benchmark pretrain`
+    photo_rate: float = Field(default=220.0, gt=0)  # photos that a core decodes; measure: `mrmae benchmark decode`
+    stored_rate: float = Field(default=950.0, gt=0)  # stored 224-px views that a core decodes
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
 
 
 def run(config: PlanConfig) -> dict[str, Any]:
-    """Answer in one JSON-able dict: bytes, hours, bytes a second, and the ceiling of the saving as a factor."""
+    """Answer in one JSON-able dict: bytes, hours and what limits them, bytes a second, the factor that can be saved."""
     teacher = _teacher(config.teacher)
     size = estimate_bytes(
         samples=config.samples,
@@ -49,13 +55,21 @@ def run(config: PlanConfig) -> dict[str, Any]:
     )
     view = size / (config.samples * config.views)
     step = step_gmac(config.student, config.mask_ratio)
+    cores = config.gpus * config.cores
+    decoding = cores * (config.stored_rate if config.store == "webdataset" else config.photo_rate)
+    extraction = min(config.gpus * config.extraction_rate / config.views, cores * config.photo_rate)
+    training = min(config.training_rate, decoding)
     return {
         "bytes": size,
         "size": readable(size),
         "bytes_per_view": round(view),
         "extraction_gpu_hours": config.samples * config.views / config.extraction_rate / 3600,
-        "read_bytes_per_second": view * config.training_rate,
-        "read_rate": f"{readable(view * config.training_rate)}/s",
+        "extraction_hours": config.samples / extraction / 3600,
+        "extraction_limit": "decoding" if extraction == cores * config.photo_rate else "teacher",
+        "training_hours": config.samples * config.epochs / training / 3600,
+        "training_limit": "decoding" if training == decoding else "step",
+        "read_bytes_per_second": view * training,
+        "read_rate": f"{readable(view * training)}/s",
         "teacher_gmac": teacher.gmacs,
         "student_step_gmac": step,
         "saving_ceiling": (step + teacher.gmacs) / step,

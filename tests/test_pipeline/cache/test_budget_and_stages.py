@@ -53,6 +53,18 @@ def test_plan_of_imagenet() -> None:
     json.dumps(answer)
 
 
+def test_plan_names_the_slower_side() -> None:
+    rates = {"samples": 360_000, "epochs": 2, "gpus": 2, "cores": 5, "extraction_rate": 1000.0, "photo_rate": 100.0}
+    photos = plan.run(plan.PlanConfig.model_validate({**rates, "training_rate": 4000.0}))
+    assert (photos["extraction_limit"], photos["extraction_hours"]) == ("decoding", pytest.approx(0.1))
+    assert (photos["training_limit"], photos["training_hours"]) == ("decoding", pytest.approx(0.2))
+    assert photos["read_bytes_per_second"] == pytest.approx(1000 * photos["bytes_per_view"], rel=1e-4)
+    stored = plan.run(plan.PlanConfig.model_validate({**rates, "store": "webdataset", "training_rate": 4000.0}))
+    assert (stored["training_limit"], stored["training_hours"]) == ("step", pytest.approx(0.05))
+    many = plan.run(plan.PlanConfig.model_validate({**rates, "views": 4}))
+    assert (many["extraction_limit"], many["extraction_hours"]) == ("teacher", pytest.approx(0.2))
+
+
 def test_plan_of_something_unknown() -> None:
     with pytest.raises(ConfigError, match="choose one of dino_vits16"):
         plan.run(plan.PlanConfig(teacher="gpt"))
@@ -104,10 +116,10 @@ def test_benchmark_measures_both_stores_and_given_caches(tmp_path: Path) -> None
     )
     answer = benchmark_cache.run(config)
     for store in ("zarr", "webdataset"):
-        assert set(answer[store]) == {"read", "tight", "npy", "verify", "threads", "write"}
+        assert set(answer[store]) == {"read", "read_tight", "npy", "verify", "verify_tight", "threads", "write"}
         assert all(len(figure["ratios"]) >= 2 and figure["ratio"] > 0 for figure in answer[store].values())
     assert list(tmp_path.iterdir()) == []
     given = make_cache(tmp_path / "cache", make_header("zarr"), {5: "bad"})
     answer = benchmark_cache.run(config.model_copy(update={"path": given}))
-    assert set(answer["zarr"]) == {"read", "tight", "npy", "verify", "threads"}
+    assert set(answer["zarr"]) == {"read", "read_tight", "npy", "verify", "verify_tight", "threads"}
     json.dumps(answer)
