@@ -25,7 +25,7 @@ class Interruption:
     def __init__(self) -> None:
         self._requested = False
         self._previous: dict[int, Any] = {}
-        self._group: distributed.ProcessGroup | None = None
+        self._group: Any = None
         self._asked: tuple[torch.Tensor, Any] | None = None  # any process's flag once the work beside it is done
 
     def __enter__(self) -> "Interruption":

@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 
 from pipeline.cache import open_cache
 from pipeline.data import caches
+from pipeline.data.loader import PretrainBatch
 from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError, TrainingError
+from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.engine import _Loop
 from stages import knn, pretrain
 from tests.test_stages.conftest import MICRO, TEACHER, pretrain_config
 
@@ -40,34 +43,81 @@ def test_both_losses_fall(cache: Path, image_tree: Path, tmp_path: Path) -> None
     assert written[-1]["pixel_loss"] < 0.95 * written[0]["pixel_loss"]
     assert written[-1]["mimic_loss"] < 0.8 * written[0]["mimic_loss"]
     assert {"lr", "images_per_s", "data_wait", "epoch"} <= set(written[-1])
+    assert all(row["memory_gib"] > 0 for row in written)
     assert (tmp_path / "run/config.yaml").is_file()
+
+
+class Killed(BaseException):
+    """Like SIGKILL, nothing in the program handles it."""
+
+
+class Steps:
+    """Watches a run's steps: which it trained, of which samples; and kills it at the start of one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, kill_at: int | None = None) -> None:
+        self.trained: list[int] = []
+        self.samples: list[list[int]] = []  # of each micro-batch
+        step, losses = _Loop.train_step, pretrain._Losses.__call__
+
+        def train_step(loop: Any, number: int, *rest: Any) -> None:
+            if number == kill_at:
+                raise Killed
+            self.trained.append(number)
+            step(loop, number, *rest)
+
+        def call(of: Any, student: Any, batch: PretrainBatch) -> Any:
+            self.samples.append(batch.indices.tolist())
+            return losses(of, student, batch)
+
+        patch.setattr(_Loop, "train_step", train_step)
+        patch.setattr(pretrain._Losses, "__call__", call)
+
+
+def killed_and_resumed(output: Path, kill_at: int, **keys: Any) -> Steps:
+    """What the second start trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        Steps(patch, kill_at)
+        with pytest.raises(Killed):
+            pretrain.run(pretrain_config(output, **keys))
+    with pytest.MonkeyPatch.context() as patch:
+        steps = Steps(patch)
+        pretrain.run(pretrain_config(output, **keys))
+    return steps
 
 
 @pytest.mark.parametrize("stop", [3, 4])  # in the middle of an epoch, and at its end
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    cache: Path, image_tree: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+    cache: Path, image_tree: Path, tmp_path: Path, stop: int
 ) -> None:
-    common = {**inputs(cache, image_tree), "accum_iter": 2, "batch_size": 6}
+    common = {**inputs(cache, image_tree), "accum_iter": 2, "batch_size": 6, "grad_norms_every": 0}
     pretrain.run(pretrain_config(tmp_path / "whole", **common))
-
-    class Killed(BaseException):
-        """Like SIGKILL, nothing in the program handles it."""
-
-    step = pretrain.fit.__globals__["_Loop"].train_step
-
-    def die(loop: Any, number: int, *rest: Any) -> None:
-        if number == stop + 1:
-            raise Killed
-        step(loop, number, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain.fit.__globals__["_Loop"], "train_step", die)
-        with pytest.raises(Killed):
-            pretrain.run(pretrain_config(tmp_path / "killed", checkpoint_every=stop, **common))
-    pretrain.run(pretrain_config(tmp_path / "killed", checkpoint_every=stop, **common))
+    resumed = killed_and_resumed(tmp_path / "killed", stop + 1, checkpoint_every=stop, **common)
+    assert resumed.trained == list(range(stop, 6))  # it went on, it didn't begin again
+    assert len(resumed.samples) == 2 * (6 - stop)
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_block_order_shows_a_shard_after_the_other_also_after_a_resume(
+    make_cache: Make, image_tree: Path, tmp_path: Path
+) -> None:
+    """A window of one shard of eight samples, which is a batch."""
+    common = {**inputs(make_cache(), image_tree), "epochs": 2, "max_steps": None, "grad_norms_every": 0}
+    common["order"] = {"kind": "block", "window": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Steps(patch)
+        pretrain.run(pretrain_config(tmp_path / "whole", **common))
+    shards = [{index // 8 for index in batch} for batch in whole.samples]
+    assert all(len(shard) == 1 for shard in shards)
+    assert set.union(*shards[:3]) == set.union(*shards[3:]) == {0, 1, 2}
+    assert whole.samples[0] != sorted(whole.samples[0])  # shuffled inside it
+    resumed = killed_and_resumed(tmp_path / "killed", 5, checkpoint_every=4, **common)
+    assert (resumed.trained, resumed.samples) == ([4, 5], whole.samples[4:])
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert all(
+        torch.equal(one, weights(tmp_path / "killed")[name]) for name, one in weights(tmp_path / "whole").items()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
@@ -185,8 +235,12 @@ def test_a_non_finite_loss_stops_with_step_rate_and_checkpoint(
     config = pretrain_config(
         tmp_path / "run", optim={"lr": 1e30, "warmup_epochs": 0, "weight_decay": 0.0}, checkpoint_every=1, **common
     )
-    with pytest.raises(TrainingError, match=r"non-finite at step \d+ \(lr .*\); last checkpoint: .*; lower optim.blr"):
+    good = f"{tmp_path}/run/checkpoints/step-00000001"
+    with pytest.raises(
+        TrainingError, match=rf"non-finite at step 1 \(lr .*\); last checkpoint: {good}; lower optim.blr"
+    ):
         pretrain.run(config)
+    assert load_checkpoint(Path(good)).step == 1
 
 
 def test_tombstones_are_passed_over(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.errors import TrainingError
-from pipeline.training import engine
+from pipeline.training import checkpoint, engine
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.interruption import Interrupted
@@ -78,7 +78,7 @@ class Training:
     def _evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         self.evaluated.append(step)
         self.at_evaluation(step)
-        return {"score": float(model.weight.sum()) + (step % 8) / 8}  # type: ignore[operator, union-attr]
+        return {"score": float(model.weight.sum()) + (step % 8) / 8}  # type: ignore[operator]
 
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
         if moment == "evaluating":
             stopped.at_evaluation = kill(step)
         elif moment == "best":
-            link = engine.make_best
+            link = checkpoint.make_best
 
             def die_before_link(path: Path) -> None:
                 kill(step)(int(path.name.removeprefix("best-")))
@@ -242,7 +242,12 @@ def test_a_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path:
 
 def test_no_step_asks_the_other_processes_through_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(Run, "any_process", lambda _, flag: asked.append(flag) or flag)
+
+    def ask(_: Run, flag: bool) -> bool:
+        asked.append(flag)
+        return flag
+
+    monkeypatch.setattr(Run, "any_process", ask)
     Training(tmp_path, config={"log_every": 100, "checkpoint_every": 100})()
     assert len(asked) == 3  # at the rows of the first and the last step, and at the last checkpoint
 
