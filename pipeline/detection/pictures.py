@@ -94,4 +94,5 @@ def _draw(axis: Axes, scene: Scene) -> None:
     for (x1, y1, x2, y2), name, colour in zip(scene.boxes, scene.names, colours, strict=True):
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
         label = {"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.8}
-        axis.text(x1, y1, name, fontsize=7, va="bottom", color="black", bbox=label, clip_on=True)
+        where = "bottom" if y1 > 0.05 * len(pixels) else "top"  # above the box, unless the picture ends there
+        axis.text(x1, y1, name, fontsize=7, va=where, color="black", bbox=label, clip_on=True)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.detection import CocoImages, annotated_scene, detected_scene, draw_scenes
+from pipeline.detection.pictures import Scene, _draw
 
 
 def test_scenes_side_by_side(coco: CocoImages, tmp_path: Path) -> None:
@@ -24,6 +26,14 @@ def test_scenes_side_by_side(coco: CocoImages, tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(path))
     assert pixels.shape[0] > 1000
     assert pixels.std() > 10
+
+
+def test_names_stay_inside_the_picture() -> None:
+    boxes = np.array([[4.0, 0.0, 30.0, 20.0], [4.0, 30.0, 30.0, 50.0]])
+    scene = Scene(np.zeros((64, 96, 3), np.uint8), boxes, np.array([1, 2]), ["a", "b"], np.zeros((2, 64, 96), np.uint8))
+    axis = Figure().subplots()
+    _draw(axis, scene)
+    assert [text.get_va() for text in axis.texts] == ["top", "bottom"]
 
 
 def test_a_mask_colours_its_pixels(coco: CocoImages, tmp_path: Path) -> None:
