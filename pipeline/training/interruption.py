@@ -23,7 +23,7 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self.requested = False  # a signal reached this process
         self._previous: dict[int, Any] = {}
         self._group: Any = None
         self._asked: tuple[torch.Tensor, Any] | None = None  # any process's flag once the work beside it is done
@@ -31,7 +31,7 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             self._group = distributed.new_group(backend="gloo")
         return self
 
@@ -44,10 +44,10 @@ class Interruption:
     def agreed(self) -> bool:
         """Once a step: whether all are to stop. With several processes a signal is heard a step later."""
         if self._group is None:
-            return self._requested
+            return self.requested
         stop = self._answer()
         if not stop:
-            flag = torch.tensor(int(self._requested))
+            flag = torch.tensor(int(self.requested))
             work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group, async_op=True)
             self._asked = flag, work
         return stop
@@ -61,6 +61,6 @@ class Interruption:
         return bool(flag)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._requested and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._requested = True
+        self.requested = True
