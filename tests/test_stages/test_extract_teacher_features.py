@@ -298,7 +298,7 @@ def several(images: Path, cache: Path, teachers: dict[str, dict[str, Any]], **ch
 THREE: dict[str, dict[str, Any]] = {
     "normed": TEACHER,
     "raw": {**TEACHER, "tokens": "block", "layers": 2},
-    "small": {**TEACHER, "spec": "timm:vit_small_patch16_224"},
+    "small": {**TEACHER, "spec": "timm:vit_small_patch16_224", "image_size": 48},
 }
 
 
@@ -306,30 +306,31 @@ THREE: dict[str, dict[str, Any]] = {
 def test_several_teachers_decode_once_share_forwards_and_write_what_each_writes_alone(
     image_tree: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(image_tree, images)
+    broken = images / "class1/07.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    keys: dict[str, Any] = {"cache__store": store, "max_tombstones": 0.1}
     alone = {}
     for name, teacher in THREE.items():
-        extract_teacher_features.run(
-            extract_config(image_tree, tmp_path / f"alone-{name}", teacher=teacher, cache__store=store)
-        )
+        extract_teacher_features.run(extract_config(images, tmp_path / f"alone-{name}", teacher=teacher, **keys))
         alone[name] = content(tmp_path / f"alone-{name}")
 
     decoded, forwards = [0], [0]
+    decode_once, trace = rendering.decode, Teacher.trace
 
-    class Counting(rendering.ViewRenderer):
-        def __getitems__(self, requests: list[Any]) -> rendering.RenderedViews:
-            decoded[0] += len(requests)
-            return super().__getitems__(requests)
-
-    trace = Teacher.trace
+    def counting_decode(data: bytes) -> Any:
+        decoded[0] += 1
+        return decode_once(data)
 
     def counting(self: Teacher, *arguments: Any) -> Any:
         forwards[0] += 1
         return trace(self, *arguments)
 
-    monkeypatch.setattr(extraction, "ViewRenderer", Counting)
+    monkeypatch.setattr(rendering, "decode", counting_decode)
     monkeypatch.setattr(Teacher, "trace", counting)
-    config = several(image_tree, tmp_path / "together", THREE, cache__store=store)
-    facts = extract_teacher_features.run(config)
+    facts = extract_teacher_features.run(several(images, tmp_path / "together", THREE, **keys))
+    assert facts["unreadable_keys"] == ["class1/07.jpg"]
     assert decoded[0] == 24 + 24  # once for all three; and once before, for all three calibrations
     assert forwards[0] == 2 * (24 * 2 // 16 + 24 // 16 + 1)  # two networks for three teachers
     assert facts["normed.shards"] == facts["raw.shards"] == "3 of 3"

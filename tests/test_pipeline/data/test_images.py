@@ -133,8 +133,12 @@ def test_exif_rotation_is_applied() -> None:
 
 def test_truncated_and_huge_images(monkeypatch: pytest.MonkeyPatch) -> None:
     big = encode(Image.effect_noise((64, 64), 50), "PNG")
-    with pytest.raises(DataError, match="not a readable image"):
-        decode(big[: len(big) // 2])
+    photo = encode(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG")
+    progressive = encode(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG", progressive=True)
+    for whole in (big, photo, progressive):
+        for share in (0.3, 0.6, 0.95):  # of which the last two end in the middle of the pixels
+            with pytest.raises(DataError, match="not a readable image"):
+                decode(whole[: int(share * len(whole))])
     monkeypatch.setattr("pipeline.data.images._BOMB_PIXELS", 1000)
     with pytest.raises(DataError, match="64x64 pixels"):
         decode(big)

@@ -39,12 +39,16 @@ def teacher_of(visual: Any, image_size: int | None = None, **choices: Any) -> Te
     )
 
 
-@pytest.mark.parametrize("size", [224, 160])
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [("clip_vitb16", 224), ("clip_vitb16", 160), pytest.param("clip_vitl14", 196, marks=pytest.mark.slow)],
+)
 def test_equals_open_clip_with_its_own_attention(
-    size: int, views: Callable[..., Tensor], shake: Callable[..., Any], tmp_path: Path
+    spec: str, size: int, views: Callable[..., Tensor], shake: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """OpenAI's ViT-B/16 as open_clip builds it for that size, weights through a file, both towers in it."""
-    config = open_clip.get_model_config("ViT-B-16-quickgelu")
+    """OpenAI's ViTs as open_clip builds them for that size, weights through a file, both towers in it."""
+    patch = {"clip_vitb16": 16, "clip_vitl14": 14}[spec]
+    config = open_clip.get_model_config(f"ViT-{spec[-3].upper()}-{patch}-quickgelu")
     text = {**config["text_cfg"], "layers": 1, "vocab_size": 64}
     model = shake(open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text, quick_gelu=True))
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -54,7 +58,7 @@ def test_equals_open_clip_with_its_own_attention(
     visual: Any = reference.visual.eval()
     visual.output_tokens = True
 
-    teacher = build_teacher("clip_vitb16", weights=tmp_path / "clip.safetensors", image_size=size)
+    teacher = build_teacher(spec, weights=tmp_path / "clip.safetensors", image_size=size)
     images = views(size, count=1)
     output = teacher(images)
     mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
@@ -65,7 +69,7 @@ def test_equals_open_clip_with_its_own_attention(
         projected = teacher.backbone.project(teacher.backbone.norm(block))
     row = own_map(visual, pixels)[:, :, 0, 1:].mean(1)
     assert output.attention is not None
-    assert teacher.grid == (size // 16, size // 16)
+    assert teacher.grid == (size // patch, size // patch)
     torch.testing.assert_close(output.tokens, tokens, atol=1e-5, rtol=0)
     torch.testing.assert_close(projected[:, 0], embedding, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.attention, row / row.sum(-1, keepdim=True), atol=1e-5, rtol=0)
