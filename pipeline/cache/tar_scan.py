@@ -6,56 +6,29 @@ holds them.
 
 from collections.abc import Iterator
 from tarfile import BLOCKSIZE
-from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from awscrt.checksums import crc32c
-from numpy.typing import NDArray
 
 from pipeline.cache.base import TAILS, Scan, Seal
 from pipeline.cache.files import BLOCK, Descriptor, FileEntry, aligned
 from pipeline.cache.tar_view import TarView, padded
 from pipeline.errors import CacheDamage
 
-
-class _Member(NamedTuple):
-    """Where one record lies: in the tar, and its parts behind its own start."""
-
-    row: int
-    start: int
-    stop: int
-    image: slice
-    tensors: int
-    facts: slice
+_Member = tuple[int, int, int, int, int, int, int]
+"""One record: its row, where it starts and stops in the tar, and behind its own start the ends of its image and the
+places of its safetensors file and of its JSON (two numbers)."""
 
 
 def scan_tar(opened: TarView, view: int, rows: list[int], seal: Seal, seen: dict[str, FileEntry], name: str) -> Scan:
     """See `pipeline.cache.base.Store.scan`."""
-    layout, damaged = opened.layout, dict[int, str]()
-    kept, keys, tails, tensors, infinite = [], [], [], [], []
-    for member, record in _records(opened, _members(opened, rows, damaged), seen, name, damaged):
-        row, file = member.row, record[member.tensors : member.tensors + layout.bytes]
-        try:
-            opened.check_head(row, file[: len(layout.head)])
-            key, tail, stated = opened.parse_facts(row, record[member.facts].tobytes())
-        except CacheDamage as error:
-            damaged[row] = str(error)
-            continue
-        crc = seal.head(opened.span[row], view, key, tail)
-        for part in layout.sealed:
-            crc = crc32c(file[part], crc)
-        if crc32c(record[member.image], crc) != stated:
-            damaged[row] = "its checksum differs"
-            continue
-        kept.append(row)
-        keys.append(key)
-        tails.append(tail)
-        tensors.append(file[layout.small].tobytes())
-        if layout.floats and not np.isfinite(layout.tensors(file)[0]).all():
-            infinite.append(row)
-    scale, attention = layout.stack(tensors)
-    return Scan(kept, keys, np.frombuffer(b"".join(tails), TAILS), scale, attention, infinite, damaged)
+    scanner = _Scanner(opened, view, seal)
+    members = _members(opened, rows, scanner.damaged)
+    measure = scanner.walk(members)
+    if measure is not None:
+        seen[name] = measure
+    return scanner.result()
 
 
 def _members(opened: TarView, rows: list[int], damaged: dict[int, str]) -> list[_Member]:
@@ -70,40 +43,84 @@ def _members(opened: TarView, rows: list[int], damaged: dict[int, str]) -> list[
     for row, start in zip(rows[sound:], starts[sound:].tolist(), strict=True):
         misplaced = f"the index of {opened.tar.path.name} places {opened.span[row]:09d} at byte {start}"
         damaged[row] = misplaced if start >= 0 else opened.absence(row)
-    columns = [column[:sound].tolist() for column in (starts, sizes, jpg, at, tensors, facts_at, facts)]
-    members = []
-    for row, start, size, image, first, length, last, text in zip(rows, *columns, strict=False):
-        if length != opened.layout.bytes:
-            damaged[row] = opened.strange_head(row)
-        place = slice(BLOCKSIZE, BLOCKSIZE + image)
-        members.append(_Member(row, start, start + size, place, first, slice(last, last + text)))
-    return members
+    for place in np.flatnonzero(tensors[:sound] != opened.layout.bytes).tolist():
+        damaged[rows[place]] = opened.strange_head(rows[place])
+    columns = (starts, starts + sizes, BLOCKSIZE + jpg, at, facts_at, facts_at + facts)
+    return list(zip(rows[:sound], *(column[:sound].tolist() for column in columns), strict=True))
 
 
-def _records(
-    opened: TarView, members: list[_Member], seen: dict[str, FileEntry], name: str, damaged: dict[int, str]
-) -> Iterator[tuple[_Member, Any]]:
-    """Each record's bytes, overwritten by later ones; those that can't be read go into `damaged`."""
-    tar, hasher, room, whole, end = opened.tar, xxhash.xxh3_128(), _Block(), True, 0
-    for run in _runs(members):
-        start, end = run[0].start, run[-1].stop
-        try:
-            content: Any = room.fill(tar, start, end - start)
-        except CacheDamage:
-            whole = False
-            yield from _one_by_one(opened, run, room, damaged)
-            continue
-        for member in run:
-            record = content[member.start - start : member.stop - start]
-            hasher.update(record)
-            if member.row not in damaged:
-                yield member, record
-    if whole:
+class _Scanner:
+    """Walks one tar, and holds what it found: the parts of `Scan`."""
+
+    def __init__(self, opened: TarView, view: int, seal: Seal) -> None:
+        self.opened, self.layout, self.view, self.seal = opened, opened.layout, view, seal
+        self.damaged, self.infinite = dict[int, str](), list[int]()
+        self.kept, self.keys, self.tails, self.small = list[int](), list[bytes](), list[bytes](), list[bytes]()
+
+    def walk(self, members: list[_Member]) -> FileEntry | None:
+        """Check every record and measure the tar; None when it can't be read whole."""
+        tar, hasher, room, whole, end = self.opened.tar, xxhash.xxh3_128(), _Block(), True, 0
+        for run in _runs(members):
+            start, end = run[0][1], run[-1][2]
+            try:
+                block = room.fill(tar, start, end - start)
+            except CacheDamage:
+                whole = False
+                self._one_by_one(run, room)
+                continue
+            hasher.update(block)
+            for member in run:
+                self._check(member, block, member[1] - start)
+        if not whole:
+            return None
         buffer = aligned(BLOCK).data
         while got := tar.read_some(buffer, end):
             hasher.update(buffer[:got])
             end += got
-        seen[name] = FileEntry(bytes=end, xxh3_128=hasher.hexdigest())
+        return FileEntry(bytes=end, xxh3_128=hasher.hexdigest())
+
+    def _one_by_one(self, run: list[_Member], room: "_Block") -> None:
+        """The records of a run that can't be read whole."""
+        for member in run:
+            try:
+                record = room.fill(self.opened.tar, member[1], member[2] - member[1])
+            except CacheDamage as error:
+                self.damaged[member[0]] = str(error)
+            else:
+                self._check(member, record, 0)
+
+    def _check(self, member: _Member, block: memoryview, at: int) -> None:
+        """One record, which begins `at` bytes into the block."""
+        row, _, _, image_end, tensors, facts, facts_end = member
+        if row in self.damaged:
+            return
+        layout, first = self.layout, at + tensors
+        try:
+            self.opened.check_head(row, block[first : first + len(layout.head)].tobytes())
+            key, tail, stated = self.opened.parse_facts(row, block[at + facts : at + facts_end].tobytes())
+        except CacheDamage as error:
+            self.damaged[row] = str(error)
+            return
+        crc = self.seal.head(self.opened.span[row], self.view, key, tail)
+        for start, stop in layout.sealed:
+            crc = crc32c(block[first + start : first + stop], crc)
+        if crc32c(block[at + BLOCKSIZE : at + image_end], crc) != stated:
+            self.damaged[row] = "its checksum differs"
+            return
+        self.kept.append(row)
+        self.keys.append(key)
+        self.tails.append(tail)
+        start, stop = layout.small
+        self.small.append(block[first + start : first + stop].tobytes())
+        if layout.floats:
+            file = np.frombuffer(block[first : first + layout.bytes], np.uint8)
+            if not np.isfinite(layout.tensors(file)[0]).all():
+                self.infinite.append(row)
+
+    def result(self) -> Scan:
+        scale, attention = self.layout.stack(self.small)
+        tails = np.frombuffer(b"".join(self.tails), TAILS)
+        return Scan(self.kept, self.keys, tails, scale, attention, self.infinite, self.damaged)
 
 
 def _runs(members: list[_Member]) -> Iterator[list[_Member]]:
@@ -111,25 +128,11 @@ def _runs(members: list[_Member]) -> Iterator[list[_Member]]:
     run: list[_Member] = []
     for member in members:
         run.append(member)
-        if member.stop - run[0].start >= BLOCK:
+        if member[2] - run[0][1] >= BLOCK:
             yield run
             run = []
     if run:
         yield run
-
-
-def _one_by_one(
-    opened: TarView, run: list[_Member], room: "_Block", damaged: dict[int, str]
-) -> Iterator[tuple[_Member, NDArray[np.uint8]]]:
-    """The records of a run that can't be read whole."""
-    for member in run:
-        try:
-            record = room.fill(opened.tar, member.start, member.facts.stop)
-        except CacheDamage as error:
-            damaged[member.row] = str(error)
-        else:
-            if member.row not in damaged:
-                yield member, record
 
 
 class _Block:
@@ -138,10 +141,10 @@ class _Block:
     def __init__(self) -> None:
         self._content = aligned(BLOCK)
 
-    def fill(self, tar: Descriptor, offset: int, size: int) -> NDArray[np.uint8]:
+    def fill(self, tar: Descriptor, offset: int, size: int) -> memoryview:
         """`size` bytes of `tar` from `offset`, until the next call. Raises CacheDamage."""
         if len(self._content) < size:
             self._content = aligned(size + size // 4)
         content = self._content[:size]
         tar.read_into(content, offset)
-        return content
+        return content.data  # slices of it cost half as much as an array's

@@ -56,22 +56,22 @@ class TensorLayout:
         # Scale and attention are neighbours, whatever the item size of tokens.
         self._halves = [name for name in self._starts if name != "tokens"]
         first = len(self.head) + self._starts[self._halves[0]] if self._halves else 0
-        self.small = slice(first, first + sum(2 * int(np.prod(self._specs[name][1])) for name in self._halves))
+        self.small = first, first + sum(2 * int(np.prod(self._specs[name][1])) for name in self._halves)
         self.facts = padded(self.bytes) + BLOCKSIZE  # from the file's start to the text of the JSON behind it
         self.floats = header.quantiser.dtype.kind == "f"
 
-    def _sealed(self, total: int) -> list[slice]:
+    def _sealed(self, total: int) -> list[tuple[int, int]]:
         """Where a checksum finds tokens‖scale‖attention in the file: neighbours in one piece."""
         ends = {
             name: min([start for start in self._starts.values() if start > at], default=total)
             for name, at in self._starts.items()
         }
-        spans: list[slice] = []
+        spans: list[tuple[int, int]] = []
         for name in (name for name in ("tokens", "scale", "attention") if name in self._starts):
             start, stop = len(self.head) + self._starts[name], len(self.head) + ends[name]
-            if spans and spans[-1].stop == start:
-                start = spans.pop().start
-            spans.append(slice(start, stop))
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, stop))
         return spans
 
     def write(self, raw: Raw) -> list[Any]:
@@ -81,7 +81,7 @@ class TensorLayout:
 
     def stack(self, small: list[bytes]) -> tuple[Any, Any]:
         """Scale [n, L] and attention [n, (H,) L] of n records whose `small` bytes are given."""
-        width = (self.small.stop - self.small.start) // 2
+        width = (self.small[1] - self.small[0]) // 2
         values, arrays, start = np.frombuffer(b"".join(small), "<f2").reshape(len(small), width), {}, 0
         for name in self._halves:
             shape = self._specs[name][1]
@@ -159,7 +159,7 @@ class Room:
     def __init__(self, layout: TensorLayout, front: int = BLOCKSIZE, facts: int = BLOCKSIZE) -> None:
         self.front = aligned(front)
         self.back = aligned(layout.facts + facts)
-        self.sealed = [self.back[part] for part in layout.sealed]
+        self.sealed = [self.back[start:stop] for start, stop in layout.sealed]
         self.tokens, self.scale, self.attention = layout.tensors(self.back)
 
 
@@ -215,9 +215,9 @@ class TarView:
             return f"{self.tar.path.name} ends before or within {self.span[row]:09d}"
         return f"{self.tar.path.name} does not hold {self.span[row]:09d}"
 
-    def check_head(self, row: int, head: NDArray[np.uint8]) -> None:
+    def check_head(self, row: int, head: bytes) -> None:
         """CacheDamage when a safetensors file doesn't begin as every one of this cache does."""
-        if head.tobytes() != self.layout.head:
+        if head != self.layout.head:
             raise CacheDamage(self.strange_head(row))
 
     def strange_head(self, row: int) -> str:
