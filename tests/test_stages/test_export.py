@@ -126,6 +126,6 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
             export()
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ConfigError, match=r"pip install 'mrmae\[onnx\]'"):
+        with pytest.raises(ConfigError, match=r"pip install -e '\.\[onnx\]'"):
             export(onnx=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
