@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.training.interruption import Interrupted
 from stages import ablate
 from stages.ablate import AblateConfig
-from tests.test_stages.conftest import MICRO, TEACHER
+from tests.test_stages.conftest import MICRO, PLAIN, TEACHER
 
 
 def write_config(folder: Path, images: Path, **changes: object) -> Path:
@@ -33,6 +33,11 @@ def write_config(folder: Path, images: Path, **changes: object) -> Path:
             "tensorboard": False,
         },
         "knn": {**labelled, "init": "unused", "k": 3},
+        "linear-probe": {**labelled, "init": "unused", "epochs": 2, "batch_size": 8},
+        "finetune": {
+            **labelled, "init": "unused", "output": "unused", "augment": PLAIN, "drop_path": 0.0, "batch_size": 8,
+            "optim": {"lr": 1e-3, "warmup_epochs": 0}, "max_steps": 2, "tensorboard": False,
+        },
         "ablate": {
             "output": str(folder / "ablation"), "seeds": [0, 1], "measures": ["knn"], "caches": {"one": []},
             "variants": {
@@ -70,6 +75,17 @@ def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None
     write_config(tmp_path, image_tree, caches={"one": ["views.count=2"]})
     with pytest.raises(ConfigError, match="holds extract-teacher-features with other keys than now"):
         ablate.run(load_config(AblateConfig, file, section="ablate"), file, said.append)
+
+
+def test_every_measure_ends_in_the_table(image_tree: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, image_tree, seeds=[3], measures=["knn", "linear-probe", "finetune"])
+    table = ablate.run(load_config(AblateConfig, file, section="ablate"), file)
+    assert table.splitlines()[2] == "| | knn | linear-probe | finetune | minutes a seed |"
+    run = tmp_path / "ablation/runs/mr_mae/seed3"
+    records = json.loads((run / "metrics.json").read_text())
+    last = [json.loads(line) for line in (run / "finetuned/metrics.jsonl").read_text().splitlines()][-1]
+    figures = (records["knn"]["top1"], records["linear_probe"]["top1"], last["top1"])
+    assert f"| mr_mae | {' | '.join(f'{figure:.3f} ± 0.000' for figure in figures)} |" in table
 
 
 def test_a_command_that_is_stopped_may_save_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
