@@ -46,6 +46,7 @@ SMALL = [
     (r" detect (?!.*--eval)", "batch_size=2"),
     (r" detect .*--config configs/coco\.yaml", f"student.image_size=32 student.depth=4 {STUDENT}"),
     (r" benchmark student ", "batch_size=1 image_size=32 rounds=1 compile=false peak_memory=false"),
+    (r" benchmark student ", "students=[mrmae_vit_tiny_patch16,mrmae_convvit_small_patch16]"),
     (r" benchmark detector ", "image_size=64 rounds=0 students=[mrmae_vit_tiny_patch16]"),
 ]
 # What is written so in the documents is read so here.
