@@ -1,13 +1,14 @@
 """Extraction killed with SIGKILL at random moments, by turns with one process and two: the bytes come out the same."""
 
+import contextlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.cache import open_cache
@@ -34,6 +35,14 @@ def start(processes: int, images: Path, cache: Path, store: str) -> "subprocess.
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL to the launcher, its processes and their workers: the launcher's group holds only itself."""
+    launcher = psutil.Process(pid)
+    for process in (launcher, *launcher.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def committed(cache: Path) -> int:
@@ -65,7 +74,7 @@ def test_killed_and_resumed_extraction_gives_the_same_bytes(tmp_path: Path, stor
             time.sleep(moments.uniform(0.5, 4.0))
         time.sleep(moments.uniform(0.0, 0.05))
         assert process.poll() is None, f"done after {kills} kills, before the next could strike: give it more images"
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all(process.pid)
         process.wait()
         kills += 1
 
