@@ -47,9 +47,8 @@ def choose_patches(
 ) -> Tensor:  # fmt: skip
     """Visible patches int64 [count, K] as pre-training draws them, by attention rows [count, L] if there are any."""
     keep = max(1, int(patches * (1 - mask_ratio)))
-    rows = [None if attention is None else attention[index] for index in range(count)]
-    drawn = [draw_masks(row, patches, keep, focus, seed, 0, index, 1) for index, row in enumerate(rows)]
-    return torch.from_numpy(np.concatenate(drawn))
+    drawn = draw_masks(attention, [(0, index) for index in range(count)], patches, keep, focus, seed)
+    return torch.from_numpy(drawn[:, 0])
 
 
 @torch.inference_mode()

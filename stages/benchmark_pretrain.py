@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,19 +156,18 @@ class _Bench:
         teacher = load_teacher(self.config.teachers[0], self.device, self.dtype)
         cache = self._extract(teacher, "webdataset", "stored")
         lane = self._lane("mr_mae", {"t": cache}, {}, workers=0)
-        images = [cache.read(index, 0).image or b"" for index in range(self.config.batch_size)]
+        count = self.config.batch_size * self.config.steps
+        images = cycle([cache.read(index, 0).image or b"" for index in range(len(cache))])
 
         out = np.empty((*(2 * [self.views.image_size]), 3), np.uint8)
 
         def bare() -> float:
             began = time.perf_counter()
-            for _ in range(self.config.steps):
-                for image in images:
-                    decode_pixels(image, out)
+            for image in islice(images, count):
+                decode_pixels(image, out)
             return time.perf_counter() - began
 
         seconds = _by_turns({"bare": bare, "loader": lane.load}, max(11, self.config.rounds))
-        count = self.config.batch_size * self.config.steps
         rates = {f"{name}_images_per_s": count / statistics.median(times) for name, times in seconds.items()}
         return {"loader_over_bare_decoding": _ratio(seconds["bare"], seconds["loader"])} | rates
 

@@ -60,7 +60,9 @@ class CacheReader:
         """Whether records carry the JPEG of their view."""
         return self._store.stores_images
 
-    def read(self, index: int, view: int, rows: NDArray[Any] | None = None, dequantise: bool = False) -> Record:
+    def read(
+        self, index: int, view: int, rows: NDArray[Any] | None = None, dequantise: bool = False, keep: bool = True
+    ) -> Record:
         """One checked record.
 
         Args:
@@ -68,6 +70,7 @@ class CacheReader:
             view: 0 to header.views - 1.
             rows: token positions [K] to keep, in that order; all L when None.
             dequantise: float32 tokens in place of stored ones.
+            keep: own arrays; else this thread's next read overwrites those that `rows` hasn't copied.
 
         Raises:
             CacheDamage: the bytes are not those that were written; names shard, sample and view.
@@ -77,7 +80,7 @@ class CacheReader:
             self._refuse(index, view)
         shard, row = divmod(index, self._size)
         try:
-            raw = self._open((shard, view)).read(row, rows is None)
+            raw = self._open((shard, view)).read(row, keep and rows is None)
             if self._seal(index, view, raw) != raw.crc32c:
                 raise CacheDamage("its checksum differs")
         except CacheDamage as error:

@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache import CacheReader, Record, hash_source
 from pipeline.data.images import ImageSource, decode, decode_pixels
-from pipeline.data.masks import Focus, draw_masks, gumbel_noise
+from pipeline.data.masks import Focus, mask_noise, visible_patches
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import View, ViewConfig, draw_view, render, to_chw, view_of_epoch
 from pipeline.errors import CacheError, DataError, PipelineError
 
 Request = tuple[int, int]  # (epoch, sample index)
+_LOOK_AHEAD = 4096  # samples: an order gives thousands at once for the price of a few
 B_co = TypeVar("B_co", covariant=True)
 B = TypeVar("B")
 
@@ -48,12 +49,15 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[Request]]:
         steps_per_epoch = len(self.order) // self.images_per_step
         share = self.images_per_step // self.processes
-        for step in range(self.start_step, self.total_steps):
+        step = self.start_step
+        while step < self.total_steps:
             epoch, place = divmod(step, steps_per_epoch)
-            first = place * self.images_per_step + self.rank * share
-            mine = self.order.take(epoch, first, first + share)
-            for micro in np.split(mine, self.accum_iter):
-                yield [(epoch, int(index)) for index in micro]
+            ahead = min(max(1, _LOOK_AHEAD // share), steps_per_epoch - place, self.total_steps - step)
+            firsts = np.arange(place, place + ahead) * self.images_per_step + self.rank * share
+            mine = self.order.take(epoch, (firsts[:, None] + np.arange(share)).ravel())
+            for micro in mine.reshape(ahead * self.accum_iter, -1).tolist():
+                yield [(epoch, index) for index in micro]
+            step += ahead
 
 
 def load(dataset: IndexedDataset[B], requests: Any, workers: int) -> Iterator[B]:
@@ -176,44 +180,40 @@ class PretrainDataset:
 
     def __getitems__(self, requests: list[Request]) -> PretrainBatch:
         repeats, size = self.masks_per_sample, self.views.image_size
-        pixels = np.empty((len(requests) * repeats, size, size, 3), np.uint8)
-        masks, gumbel = [], []
+        views = [view_of_epoch(index, epoch, self.views.count) for epoch, index in requests]
+        noise = mask_noise(requests, self.patches, self.focus, self.seed, repeats)
+        shown: list[list[Record]] = []
+        masks: list[NDArray[np.int64]] = []
         targets: dict[str, list[tuple[NDArray[Any], NDArray[Any] | None]]] = {name: [] for name in self.caches}
-        for row, (epoch, index) in enumerate(requests):
-            view = view_of_epoch(index, epoch, self.views.count)
-            records = {name: cache.read(index, view) for name, cache in self.caches.items()}
-            self._show(index, view, list(records.values()), pixels[row * repeats])
-            pixels[row * repeats + 1 : (row + 1) * repeats] = pixels[row * repeats]
+        for (_, index), view, own in zip(requests, views, noise, strict=True):
+            # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
+            records = {name: cache.read(index, view, keep=False) for name, cache in self.caches.items()}
+            shown.append(list(records.values()))
             if self.defers_masks:
-                if self.focus == "sampled":
-                    gumbel.append(gumbel_noise(self.patches, self.seed, epoch, index, repeats))
                 continue
-            for ids in self._draw(epoch, index, records):
-                masks.append(ids)
-                for name, record in records.items():
-                    if self.rows != "none":
-                        targets[name].append(_rows_of(record, ids, self.rows))
-        return PretrainBatch(
-            to_chw(pixels),
-            torch.from_numpy(np.stack(masks)) if masks else None,
-            {name: _stack(rows) for name, rows in targets.items() if rows},
-            torch.tensor([index for _, index in requests for _ in range(repeats)]),
-            torch.from_numpy(np.concatenate(gumbel)) if gumbel else None,
+            masks.append(visible_patches(_attention_of(shown[-1]), own, self.keep, self.focus))
+            for name, record in records.items():
+                if self.rows != "none":
+                    targets[name].append(_rows_of(record, masks[-1], self.rows))
+        pixels = np.empty((len(requests), repeats, size, size, 3), np.uint8)
+        gumbel = noise.reshape(-1, self.patches) if self.defers_masks and self.focus == "sampled" else None
+        batch = PretrainBatch(
+            to_chw(pixels.reshape(-1, size, size, 3)),
+            torch.from_numpy(np.concatenate(masks)) if masks else None,
+            {name: _join(rows) for name, rows in targets.items() if rows},
+            torch.from_numpy(np.repeat([index for _, index in requests], repeats)),
+            None if gumbel is None else torch.from_numpy(gumbel),
         )
-
-    def _draw(self, epoch: int, index: int, records: Mapping[str, Record]) -> NDArray[np.int64]:
-        """`ids_keep` [masks_per_sample, K], focused by the first cache's attention."""
-        attention = next((record.attention for record in records.values()), None)
-        if attention is not None and attention.ndim == 2:  # a row for each head
-            attention = attention.astype(np.float32).mean(0)
-        return draw_masks(
-            attention, self.patches, self.keep, self.focus, self.seed, epoch, index, self.masks_per_sample
-        )
+        # Pixels after all records, not in between: the two push each other's code and data out of the CPU's cache.
+        for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
+            self._show(index, view, shown[row], pixels[row, 0])
+        pixels[:, 1:] = pixels[:, :1]
+        return batch
 
     def _show(self, index: int, view: int, records: list[Record], out: NDArray[np.uint8]) -> None:
         """The view that the teacher saw, byte for byte, into `out` [S, S, 3]."""
+        _agree(records)
         if records and records[0].image is not None:
-            _agree(records)
             decode_pixels(records[0].image, out)
             return
         if self.source is None:
@@ -227,30 +227,43 @@ class PretrainDataset:
             raise CacheError(
                 f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
             )
-        shown = _agree(records) if records else draw_view(self.views, index, view, image.height, image.width)
+        shown = _view_of(records[0]) if records else draw_view(self.views, index, view, image.height, image.width)
         out[...] = np.asarray(render(image, shown, self.views.image_size))
 
 
-def _agree(records: list[Record]) -> View:
-    """The one view of one image that all teachers saw."""
-    first = records[0]
+def _agree(records: list[Record]) -> None:
+    """CacheError unless all teachers saw the same view of the same image."""
     for record in records[1:]:
+        first = records[0]
         same_view = record.hflip == first.hflip and (record.box == first.box).all()
         if not same_view or record.source_hash != first.source_hash:
             raise CacheError(f"the caches show different views of {first.key}: extract them from the same images")
-    top, left, height, width = (int(side) for side in first.box)
-    return View((top, left, height, width), first.hflip)
 
 
-def _rows_of(record: Record, ids: NDArray[np.int64], rows: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
+def _view_of(record: Record) -> View:
+    top, left, height, width = record.box.tolist()
+    return View((top, left, height, width), record.hflip)
+
+
+def _attention_of(records: list[Record]) -> NDArray[Any] | None:
+    """The first record's attention [L]; None where there is no record, or none in it."""
+    attention: NDArray[Any] | None = records[0].attention if records else None
+    if attention is not None and attention.ndim == 2:  # a row for each head
+        attention = attention.astype(np.float32).mean(0)
+    return attention
+
+
+def _rows_of(record: Record, masks: NDArray[np.int64], rows: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Values [repeats, R, D] and scales [repeats, R] for `masks` [repeats, K]; copies."""
+    every = np.arange(len(record.tokens))
     if rows == "all":
-        return record.tokens, record.scale
-    if rows == "masked":
-        ids = np.setdiff1d(np.arange(len(record.tokens)), ids, assume_unique=True)
-    return record.tokens[ids], None if record.scale is None else record.scale[ids]
+        masks = np.broadcast_to(every, (len(masks), len(every)))
+    elif rows == "masked":
+        masks = np.stack([np.setdiff1d(every, mask, assume_unique=True) for mask in masks])
+    return record.tokens.take(masks, 0), None if record.scale is None else record.scale.take(masks)
 
 
-def _stack(rows: list[tuple[NDArray[Any], NDArray[Any] | None]]) -> tuple[Tensor, Tensor | None]:
-    values = torch.from_numpy(np.stack([value for value, _ in rows]))
+def _join(rows: list[tuple[NDArray[Any], NDArray[Any] | None]]) -> tuple[Tensor, Tensor | None]:
+    values = torch.from_numpy(np.concatenate([value for value, _ in rows]))
     scales = [scale for _, scale in rows if scale is not None]
-    return values, torch.from_numpy(np.stack(scales)) if scales else None
+    return values, torch.from_numpy(np.concatenate(scales)) if scales else None

@@ -5,6 +5,7 @@ replacement, with probability proportional to attention, is one sort: add Gumbel
 take the k largest (Efraimidis and Spirakis 2006; Kool et al., arXiv 1903.06059).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.rng import Stream, uniforms
+from pipeline.data.rng import Stream, uniforms_of_each
 
 Focus = Literal["sampled", "top-k", "random"]
 
@@ -21,30 +22,50 @@ _FLOOR = 1e-8
 
 
 def draw_masks(
-    attention: NDArray[Any] | None, patches: int, keep: int, focus: Focus, seed: int, epoch: int, index: int, count: int
+    attention: NDArray[Any] | None,
+    samples: Sequence[tuple[int, int]],
+    patches: int,
+    keep: int,
+    focus: Focus,
+    seed: int,
+    count: int = 1,
 ) -> NDArray[np.int64]:
-    """`ids_keep` int64 [count, keep]: the visible patches of `count` masks of one sample, ascending in each row.
+    """`ids_keep` int64 [B, count, keep]: the visible patches of `count` masks of each sample, a pair (epoch, index).
 
-    `attention` is float [patches], any positive scale; None is allowed with focus "random" alone. Random masks of one
-    sample are disjoint as long as count × keep ≤ patches, so that together they show each patch once.
+    `attention` is float [B, patches], any positive scale; None is allowed with focus "random" alone.
+    """
+    noise = mask_noise(samples, patches, focus, seed, count)
+    rows = [None] * len(samples) if attention is None else attention
+    return np.stack([visible_patches(row, own, keep, focus) for row, own in zip(rows, noise, strict=True)])
+
+
+def mask_noise(
+    samples: Sequence[tuple[int, int]], patches: int, focus: Focus, seed: int, count: int = 1
+) -> NDArray[np.float64]:
+    """What is random in the masks of some samples (epoch, index), whatever their attention: [B, count, patches].
+
+    Uniform in (0, 1); for focus "sampled" Gumbel, to be added to the attention's logarithm.
+    """
+    noise = uniforms_of_each(count * patches, Stream.MASK, seed, samples).reshape(len(samples), count, patches)
+    return -np.log(-np.log(noise)) if focus == "sampled" else noise
+
+
+def visible_patches(
+    attention: NDArray[Any] | None, noise: NDArray[np.float64], keep: int, focus: Focus
+) -> NDArray[np.int64]:
+    """`ids_keep` int64 [count, keep] of one sample, ascending in each row, by its `mask_noise` [count, patches].
+
+    Random masks are disjoint as long as count × keep ≤ patches, so that together they show each patch once.
     """
     if focus == "top-k" and attention is not None:
-        scores = np.asarray(attention, dtype=np.float64)
-        ids = np.broadcast_to(np.argsort(-scores, kind="stable")[:keep], (count, keep))
+        ids = np.tile(np.argsort(-attention.astype(np.float64), kind="stable")[:keep], (len(noise), 1))
     elif focus == "sampled" and attention is not None:
-        logits = np.log(np.maximum(np.asarray(attention, dtype=np.float64), _FLOOR))
-        scores = logits + gumbel_noise(patches, seed, epoch, index, count)
-        ids = np.argpartition(-scores, keep - 1, axis=1)[:, :keep]
+        scores = np.log(np.maximum(attention.astype(np.float64), _FLOOR)) + noise
+        ids = (-scores).argpartition(keep - 1, axis=1)[:, :keep].copy()
     else:
-        noise = uniforms(count * patches, Stream.MASK, seed, epoch, index).reshape(count, patches)
         ids = _split_permutation(noise, keep)
-    return np.sort(ids, axis=1).astype(np.int64, copy=False)
-
-
-def gumbel_noise(patches: int, seed: int, epoch: int, index: int, count: int) -> NDArray[np.float64]:
-    """What is added to a sample's log-attention before the largest are taken: float64 [count, patches]."""
-    noise = uniforms(count * patches, Stream.MASK, seed, epoch, index).reshape(count, patches)
-    return -np.log(-np.log(noise))
+    ids.sort(axis=1)
+    return ids.astype(np.int64, copy=False)
 
 
 def select_visible(attention: Tensor, gumbel: Tensor | None, keep: int) -> Tensor:
@@ -52,7 +73,7 @@ def select_visible(attention: Tensor, gumbel: Tensor | None, keep: int) -> Tenso
 
     Args:
         attention: float [B, L], any positive scale.
-        gumbel: float64 [B, L] of `gumbel_noise` for focus "sampled"; None for "top-k".
+        gumbel: float64 [B, L] of `mask_noise` for focus "sampled"; None for "top-k".
 
     Returns:
         int64 [B, keep], ascending in each row.
@@ -67,4 +88,4 @@ def _split_permutation(noise: NDArray[np.float64], keep: int) -> NDArray[np.int6
     count, patches = noise.shape
     if count * keep <= patches:
         return np.argsort(noise[0])[: count * keep].reshape(count, keep)
-    return np.argsort(noise, axis=1)[:, :keep]
+    return np.argsort(noise, axis=1)[:, :keep].copy()

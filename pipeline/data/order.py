@@ -58,7 +58,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class EpochOrder:
-    """The sequence of sample indices of every epoch: `order.take(epoch, start, stop)`.
+    """The sequence of sample indices of every epoch: `order.take(epoch, positions)`.
 
     Args:
         live: int64, the samples that exist (tombstones taken out), ascending.
@@ -79,14 +79,13 @@ class EpochOrder:
     def __len__(self) -> int:
         return len(self.live)
 
-    def take(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Sample indices int64 at the positions [start, stop) of the epoch."""
-        positions = np.arange(start, stop, dtype=np.int64)
+    def take(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sample indices int64 [n] at ascending positions int64 [n] of the epoch; many cost little more than one."""
         self._enter(epoch)
         if self.kind == "full":
             return self.live[self._permutation(positions)]
         places: NDArray[np.int64] = np.concatenate(
-            [self._in_window(positions, number) for number in self._windows(start, stop)]
+            [self._in_window(positions, number) for number in self._windows(positions)]
         )
         return self.live[places]
 
@@ -102,8 +101,8 @@ class EpochOrder:
             if len(self._ends) * self.window < len(counts):
                 self._ends = np.append(self._ends, len(self.live))
 
-    def _windows(self, start: int, stop: int) -> range:
-        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
+    def _windows(self, positions: NDArray[np.int64]) -> range:
+        first, last = np.searchsorted(self._ends, positions[[0, -1]], side="right")
         return range(int(first), int(last) + 1)
 
     def _in_window(self, positions: NDArray[np.int64], number: int) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ SC 2011), so a number drawn today is the number drawn after any upgrade of numpy
 """
 
 import threading
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -24,14 +25,22 @@ class Stream(IntEnum):
 
 def raw_bits(count: int, stream: Stream, seed: int, *counters: int) -> NDArray[np.uint64]:
     """`count` uniform uint64, a function of (stream, seed, up to three counters)."""
+    bits: NDArray[np.uint64] = raw_bits_of_each(count, stream, seed, (counters,))[0]
+    return bits
+
+
+def raw_bits_of_each(count: int, stream: Stream, seed: int, counters: Sequence[tuple[int, ...]]) -> NDArray[np.uint64]:
+    """`raw_bits` for each of n tuples of counters, of one length: uint64 [n, count]."""
     generator, state = _generator()
     words, key = state["state"]["counter"], state["state"]["key"]
     # The lowest counter word is Philox's own: it steps through the `count` draws.
-    words[:] = 0
-    words[1 : 1 + len(counters)] = counters
-    key[:] = seed, stream
-    generator.state = state
-    return generator.random_raw(count)
+    words[:], key[:] = 0, (seed, stream)
+    bits = np.empty((len(counters), count), np.uint64)
+    for row, each in zip(bits, counters, strict=True):
+        words[1 : 1 + len(each)] = each
+        generator.state = state
+        row[:] = generator.random_raw(count)
+    return bits
 
 
 _LOCAL = threading.local()
@@ -48,5 +57,13 @@ def _generator() -> tuple[np.random.Philox, Any]:
 
 def uniforms(count: int, stream: Stream, seed: int, *counters: int) -> NDArray[np.float64]:
     """`count` float64 in (0, 1): the open interval, so that logarithms are finite."""
-    bits = raw_bits(count, stream, seed, *counters)
+    return _open_unit(raw_bits(count, stream, seed, *counters))
+
+
+def uniforms_of_each(count: int, stream: Stream, seed: int, counters: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+    """`uniforms` for each of n tuples of counters: float64 [n, count], at less than half the price."""
+    return _open_unit(raw_bits_of_each(count, stream, seed, counters))
+
+
+def _open_unit(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

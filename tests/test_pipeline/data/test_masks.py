@@ -7,58 +7,68 @@ from pipeline.data.masks import Focus, draw_masks
 ATTENTION = np.random.default_rng(0).dirichlet(np.full(64, 0.5)).astype(np.float16)
 
 
+def samples(count: int) -> list[tuple[int, int]]:
+    return [(0, index) for index in range(count)]
+
+
 @pytest.mark.parametrize("focus", ["sampled", "top-k", "random"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_share_kept_is_exact(focus: Focus, count: int) -> None:
-    for index in range(50):
-        ids = draw_masks(ATTENTION, 64, 16, focus, 0, 0, index, count)
-        assert ids.shape == (count, 16)
-        assert ids.dtype == np.int64
-        assert (np.diff(ids, axis=1) > 0).all()  # ascending, no patch twice
-        assert ids.min() >= 0
-        assert ids.max() < 64
+    ids = draw_masks(np.tile(ATTENTION, (50, 1)), samples(50), 64, 16, focus, 0, count)
+    assert ids.shape == (50, count, 16)
+    assert ids.dtype == np.int64
+    assert (np.diff(ids, axis=2) > 0).all()  # ascending, no patch twice
+    assert ids.min() >= 0
+    assert ids.max() < 64
 
 
 def test_top_k_keeps_the_top() -> None:
-    ids = draw_masks(ATTENTION, 64, 16, "top-k", 0, 0, 0, 1)[0]
+    ids = draw_masks(ATTENTION[None], samples(1), 64, 16, "top-k", 0)[0, 0]
     assert set(ids) == set(np.argsort(-ATTENTION.astype(float), kind="stable")[:16])
 
 
 def test_sampling_follows_the_attention() -> None:
     """With one patch kept, the pick is a draw from the attention itself."""
     probability = np.array([0.5, 0.25, 0.15, 0.1])
-    picks = [draw_masks(probability, 4, 1, "sampled", 3, 0, index, 1)[0, 0] for index in range(4000)]
+    picks = draw_masks(np.tile(probability, (4000, 1)), samples(4000), 4, 1, "sampled", 3)[:, 0, 0]
     assert chisquare(np.bincount(picks, minlength=4), probability * 4000).pvalue > 1e-3
 
 
 def test_sampling_without_replacement_matches_sequential_draws() -> None:
     probability = np.array([0.6, 0.3, 0.1])
-    pairs = [tuple(draw_masks(probability, 3, 2, "sampled", 3, 1, index, 1)[0]) for index in range(6000)]
+    pairs = list(map(tuple, draw_masks(np.tile(probability, (6000, 1)), samples(6000), 3, 2, "sampled", 3)[:, 0]))
     expected = {(0, 1): 0.6 * 0.75 + 0.3 * 6 / 7, (0, 2): 0.6 * 0.25 + 0.1 * 6 / 9, (1, 2): 0.3 / 7 + 0.1 / 3}
     counts = [pairs.count(pair) for pair in expected]
     assert chisquare(counts, [share * 6000 for share in expected.values()]).pvalue > 1e-3
 
 
 def test_random_is_uniform() -> None:
-    picks = np.concatenate([draw_masks(None, 16, 4, "random", 0, 0, index, 1)[0] for index in range(3000)])
-    assert chisquare(np.bincount(picks, minlength=16)).pvalue > 1e-3
+    picks = draw_masks(None, samples(3000), 16, 4, "random", 0)
+    assert chisquare(np.bincount(picks.ravel(), minlength=16)).pvalue > 1e-3
 
 
 def test_random_masks_of_one_sample_are_complementary() -> None:
-    ids = draw_masks(None, 64, 16, "random", 0, 0, 0, 4)
-    assert sorted(ids.ravel()) == list(range(64))
+    ids = draw_masks(None, samples(2), 64, 16, "random", 0, 4)
+    assert sorted(ids[1].ravel()) == list(range(64))
 
 
 def test_zero_attention_stays_possible_and_finite() -> None:
-    ids = draw_masks(np.zeros(16, np.float16), 16, 16, "sampled", 0, 0, 0, 1)
-    assert sorted(ids[0]) == list(range(16))
+    ids = draw_masks(np.zeros((1, 16), np.float16), samples(1), 16, 16, "sampled", 0)
+    assert sorted(ids[0, 0]) == list(range(16))
 
 
 def test_masks_change_with_epoch_index_and_seed() -> None:
-    masks = {
-        tuple(draw_masks(ATTENTION, 64, 16, "sampled", s, e, i, 1)[0])
-        for s in range(2)
-        for e in range(3)
-        for i in range(5)
-    }
-    assert len(masks) == 30
+    every = [(epoch, index) for epoch in range(3) for index in range(5)]
+    drawn = [draw_masks(np.tile(ATTENTION, (15, 1)), every, 64, 16, "sampled", seed)[:, 0] for seed in range(2)]
+    assert len(set(map(tuple, np.concatenate(drawn)))) == 30
+
+
+@pytest.mark.parametrize("focus", ["sampled", "top-k", "random"])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_a_mask_does_not_depend_on_its_company(focus: Focus, count: int) -> None:
+    attention = np.random.default_rng(1).dirichlet(np.full(64, 0.5), 33).astype(np.float16)
+    every = [(7, 3 * index) for index in range(33)]
+    together = draw_masks(attention, every, 64, 16, focus, 5, count)
+    for row in range(33):
+        alone = draw_masks(attention[row : row + 1], every[row : row + 1], 64, 16, focus, 5, count)
+        assert np.array_equal(alone[0], together[row])
