@@ -12,10 +12,11 @@ import xxhash
 from awscrt.checksums import crc32c
 
 from pipeline.cache.base import TAILS, Scan, Seal
-from pipeline.cache.files import BLOCK, Descriptor, FileEntry, aligned
+from pipeline.cache.files import Descriptor, FileEntry, aligned
 from pipeline.cache.tar_view import TarView, padded
 from pipeline.errors import CacheDamage
 
+_RUN = 2 << 20  # bytes: with fewer, the code is cold again too often; more leave the CPU's cache
 _Member = tuple[int, int, int, int, int, int, int]
 """One record: its row, where it starts and stops in the tar, and behind its own start the ends of its image and the
 places of its safetensors file and of its JSON (two numbers)."""
@@ -23,7 +24,7 @@ places of its safetensors file and of its JSON (two numbers)."""
 
 def scan_tar(opened: TarView, view: int, rows: list[int], seal: Seal, seen: dict[str, FileEntry], name: str) -> Scan:
     """See `pipeline.cache.base.Store.scan`."""
-    scanner = _Scanner(opened, view, seal)
+    scanner = _Scanner(opened, view, seal, len(rows))
     members = _members(opened, rows, scanner.damaged)
     measure = scanner.walk(members)
     if measure is not None:
@@ -52,10 +53,11 @@ def _members(opened: TarView, rows: list[int], damaged: dict[int, str]) -> list[
 class _Scanner:
     """Walks one tar, and holds what it found: the parts of `Scan`."""
 
-    def __init__(self, opened: TarView, view: int, seal: Seal) -> None:
+    def __init__(self, opened: TarView, view: int, seal: Seal, most: int) -> None:
         self.opened, self.layout, self.view, self.seal = opened, opened.layout, view, seal
         self.damaged, self.infinite = dict[int, str](), list[int]()
-        self.kept, self.keys, self.tails, self.small = list[int](), list[bytes](), list[bytes](), list[bytes]()
+        self.kept = list[tuple[int, bytes, bytes]]()  # row, key, TAIL
+        self.small = np.empty((most, self.layout.small[1] - self.layout.small[0]), np.uint8)  # scale and attention
 
     def walk(self, members: list[_Member]) -> FileEntry | None:
         """Check every record and measure the tar; None when it can't be read whole."""
@@ -69,11 +71,10 @@ class _Scanner:
                 self._one_by_one(run, room)
                 continue
             hasher.update(block)
-            for member in run:
-                self._check(member, block, member[1] - start)
+            self._check(run, block)
         if not whole:
             return None
-        buffer = aligned(BLOCK).data
+        buffer = aligned(_RUN).data
         while got := tar.read_some(buffer, end):
             hasher.update(buffer[:got])
             end += got
@@ -87,40 +88,46 @@ class _Scanner:
             except CacheDamage as error:
                 self.damaged[member[0]] = str(error)
             else:
-                self._check(member, record, 0)
+                self._check([member], record)
 
-    def _check(self, member: _Member, block: memoryview, at: int) -> None:
-        """One record, which begins `at` bytes into the block."""
-        row, _, _, image_end, tensors, facts, facts_end = member
-        if row in self.damaged:
-            return
-        layout, first = self.layout, at + tensors
-        try:
-            self.opened.check_head(row, block[first : first + len(layout.head)].tobytes())
-            key, tail, stated = self.opened.parse_facts(row, block[at + facts : at + facts_end].tobytes())
-        except CacheDamage as error:
-            self.damaged[row] = str(error)
-            return
-        crc = self.seal.head(self.opened.span[row], self.view, key, tail)
-        for start, stop in layout.sealed:
-            crc = crc32c(block[first + start : first + stop], crc)
-        if crc32c(block[at + BLOCKSIZE : at + image_end], crc) != stated:
-            self.damaged[row] = "its checksum differs"
-            return
-        self.kept.append(row)
-        self.keys.append(key)
-        self.tails.append(tail)
-        start, stop = layout.small
-        self.small.append(block[first + start : first + stop].tobytes())
-        if layout.floats:
-            file = np.frombuffer(block[first : first + layout.bytes], np.uint8)
-            if not np.isfinite(layout.tensors(file)[0]).all():
-                self.infinite.append(row)
+    def _check(self, run: list[_Member], block: memoryview) -> None:
+        """Records that lie in a block, one behind the other."""
+        layout, span, view, damaged, origin = self.layout, self.opened.span, self.view, self.damaged, run[0][1]
+        head, (small, small_end), sealed = layout.head, layout.small, layout.sealed
+        parse_facts, seal_head, head_bytes = self.opened.parse_facts, self.seal.head, len(head)
+        kept, rest, width = self.kept, self.small.reshape(-1).data, small_end - small
+        for row, start, _, image_end, tensors, facts, facts_end in run:
+            if row in damaged:
+                continue
+            at = start - origin
+            first = at + tensors
+            if block[first : first + head_bytes].tobytes() != head:
+                damaged[row] = self.opened.strange_head(row)
+                continue
+            try:
+                key, tail, stated = parse_facts(row, block[at + facts : at + facts_end].tobytes())
+            except CacheDamage as error:
+                damaged[row] = str(error)
+                continue
+            crc = seal_head(span[row], view, key, tail)
+            for begin, end in sealed:
+                crc = crc32c(block[first + begin : first + end], crc)
+            if crc32c(block[at + BLOCKSIZE : at + image_end], crc) != stated:
+                damaged[row] = "its checksum differs"
+                continue
+            place = width * len(kept)
+            rest[place : place + width] = block[first + small : first + small_end]
+            kept.append((row, key, tail))
+            if layout.floats:
+                file = np.frombuffer(block[first : first + layout.bytes], np.uint8)
+                if not np.isfinite(layout.tensors(file)[0]).all():
+                    self.infinite.append(row)
 
     def result(self) -> Scan:
-        scale, attention = self.layout.stack(self.small)
-        tails = np.frombuffer(b"".join(self.tails), TAILS)
-        return Scan(self.kept, self.keys, tails, scale, attention, self.infinite, self.damaged)
+        rows, keys, tails = map(list, zip(*self.kept, strict=True)) if self.kept else ([], [], [])
+        scale, attention = self.layout.stack(self.small[: len(rows)])
+        packed = np.frombuffer(b"".join(tails), TAILS)
+        return Scan(rows, keys, packed, scale, attention, self.infinite, self.damaged)
 
 
 def _runs(members: list[_Member]) -> Iterator[list[_Member]]:
@@ -128,7 +135,7 @@ def _runs(members: list[_Member]) -> Iterator[list[_Member]]:
     run: list[_Member] = []
     for member in members:
         run.append(member)
-        if member[2] - run[0][1] >= BLOCK:
+        if member[2] - run[0][1] >= _RUN:
             yield run
             run = []
     if run:
@@ -139,7 +146,7 @@ class _Block:
     """Memory that grows to the largest run."""
 
     def __init__(self) -> None:
-        self._content = aligned(BLOCK)
+        self._content = aligned(_RUN)
 
     def fill(self, tar: Descriptor, offset: int, size: int) -> memoryview:
         """`size` bytes of `tar` from `offset`, until the next call. Raises CacheDamage."""

@@ -79,10 +79,9 @@ class TensorLayout:
         arrays = {"tokens": raw.tokens, "scale": raw.scale, "attention": raw.attention}
         return [self.head, *(np.ascontiguousarray(arrays[name]) for name in self._starts)]
 
-    def stack(self, small: list[bytes]) -> tuple[Any, Any]:
-        """Scale [n, L] and attention [n, (H,) L] of n records whose `small` bytes are given."""
-        width = (self.small[1] - self.small[0]) // 2
-        values, arrays, start = np.frombuffer(b"".join(small), "<f2").reshape(len(small), width), {}, 0
+    def stack(self, small: NDArray[np.uint8]) -> tuple[Any, Any]:
+        """Scale [n, L] and attention [n, (H,) L] of n records whose `small` bytes [n, bytes] are given."""
+        values, arrays, start = small.view("<f2"), {}, 0
         for name in self._halves:
             shape = self._specs[name][1]
             stop = start + int(np.prod(shape))
@@ -215,11 +214,6 @@ class TarView:
             return f"{self.tar.path.name} ends before or within {self.span[row]:09d}"
         return f"{self.tar.path.name} does not hold {self.span[row]:09d}"
 
-    def check_head(self, row: int, head: bytes) -> None:
-        """CacheDamage when a safetensors file doesn't begin as every one of this cache does."""
-        if head != self.layout.head:
-            raise CacheDamage(self.strange_head(row))
-
     def strange_head(self, row: int) -> str:
         return f"{self.tar.path.name}: the safetensors header of {self.span[row]:09d} differs"
 
@@ -227,7 +221,8 @@ class TarView:
         """A record's JSON → key, TAIL, crc32c."""
         try:
             facts = from_json(content)  # four times faster than json
-            tail = TAIL.pack(*facts["box"], facts["hflip"], facts["source_hash"])
+            top, left, height, width = facts["box"]
+            tail = TAIL.pack(top, left, height, width, facts["hflip"], facts["source_hash"])
             return facts["key"].encode(), tail, int(facts["crc32c"])
         except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
             raise CacheDamage(f"{self.tar.path.name}: {self.span[row]:09d}.json is not what was written") from error

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.cache.base import Scan, Seal, Store, hash_source
 from pipeline.cache.commits import FOLDER, Commit, commit_path, read_commit
@@ -271,16 +272,29 @@ def _files(root: Path) -> Iterator[str]:
 
 def _impossible(scan: Scan) -> Iterator[tuple[int, str]]:
     """(row, what can't be) of records whose checksum is right and whose content isn't; the first few of a kind."""
-    wrong: dict[str, Any] = {"tokens are not finite": np.isin(scan.rows, scan.infinite)}
+    wrong: dict[str, Any] = {}
+    if scan.infinite:
+        wrong["tokens are not finite"] = np.isin(scan.rows, scan.infinite)
     if scan.scale is not None:
         # As integers, float16 from the smallest above 0 to the largest are 1 to 0x7BFF.
         wrong["scales are not finite and positive"] = (scan.scale.view(np.uint16) - np.uint16(1)).max(1) >= 0x7BFF
     if scan.attention is not None:
-        attention = scan.attention.astype(np.float32)
-        good = (attention >= 0).all(-1) & (np.abs(attention.sum(-1) - 1) <= _SUM_TOLERANCE)
+        # As integers, float16 up to 0x8000 are those that are not negative.
+        positive = scan.attention.view(np.uint16).max(-1) <= 0x8000
+        good = positive & (np.abs(_sums(scan.attention) - 1) <= _SUM_TOLERANCE)
         wrong["attention does not sum to 1"] = ~good.all(tuple(range(1, good.ndim)))  # over heads, if there are
     box, hflip = scan.tails["box"], scan.tails["hflip"]
     wrong["the box is empty or outside the image"] = (box[:, :2] < 0).any(1) | (box[:, 2:] < 1).any(1)
     wrong["hflip is neither 0 nor 1"] = hflip > 1
     for problem, rows in wrong.items():
         yield from ((scan.rows[at], problem) for at in np.flatnonzero(rows)[:_NAMED].tolist())
+
+
+def _sums(halves: NDArray[np.float16]) -> NDArray[Any]:
+    """Sums over the last axis, float32; at least 65536 where something is not finite.
+
+    A float16's bits, 13 places to the left, are the float32 that is 2^112 times smaller: a fifth of numpy's own time.
+    """
+    shifted = halves.view(np.uint16).astype(np.uint32) << np.uint32(13)
+    sums: NDArray[Any] = (shifted.view(np.float32) @ np.ones(halves.shape[-1], np.float32)) * np.float32(2.0**112)
+    return sums
