@@ -156,10 +156,10 @@ class Room:
     __slots__ = ("attention", "back", "front", "scale", "sealed", "tokens")
 
     def __init__(self, layout: TensorLayout, front: int = BLOCKSIZE, facts: int = BLOCKSIZE) -> None:
-        self.front = aligned(front)
-        self.back = aligned(layout.facts + facts)
+        back = aligned(layout.facts + facts)
+        self.front, self.back = aligned(front).data, back.data  # slices of these cost half as much as an array's
         self.sealed = [self.back[start:stop] for start, stop in layout.sealed]
-        self.tokens, self.scale, self.attention = layout.tensors(self.back)
+        self.tokens, self.scale, self.attention = layout.tensors(back)
 
 
 class Rooms(threading.local):
@@ -187,7 +187,7 @@ class TarView:
         self._fields = memoryview(self.rows.tobytes()).cast("q")  # faster to index than an array
 
     def read(self, row: int, keep: bool = True) -> Raw:
-        start, jpg, tensors, facts = self._fields[FIELDS * row : FIELDS * row + FIELDS]
+        start, jpg, tensors, facts = self._fields[FIELDS * row : FIELDS * row + FIELDS].tolist()
         if start < 0:
             raise CacheDamage(self.absence(row))
         layout, front = self.layout, 2 * BLOCKSIZE + jpg + -jpg % BLOCKSIZE
