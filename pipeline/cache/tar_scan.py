@@ -12,11 +12,10 @@ import xxhash
 from awscrt.checksums import crc32c
 
 from pipeline.cache.base import TAILS, Scan, Seal
-from pipeline.cache.files import Descriptor, FileEntry, aligned
+from pipeline.cache.files import RUN, Descriptor, FileEntry, aligned
 from pipeline.cache.tar_view import TarView, padded
 from pipeline.errors import CacheDamage
 
-_RUN = 2 << 20  # bytes: with fewer, the code is cold again too often; more leave the CPU's cache
 _Member = tuple[int, int, int, int, int, int, int]
 """One record: its row, where it starts and stops in the tar, and behind its own start the ends of its image and the
 places of its safetensors file and of its JSON (two numbers)."""
@@ -74,7 +73,7 @@ class _Scanner:
             self._check(run, block)
         if not whole:
             return None
-        buffer = aligned(_RUN).data
+        buffer = aligned(RUN).data
         while got := tar.read_some(buffer, end):
             hasher.update(buffer[:got])
             end += got
@@ -135,7 +134,7 @@ def _runs(members: list[_Member]) -> Iterator[list[_Member]]:
     run: list[_Member] = []
     for member in members:
         run.append(member)
-        if member[2] - run[0][1] >= _RUN:
+        if member[2] - run[0][1] >= RUN:
             yield run
             run = []
     if run:
@@ -146,7 +145,7 @@ class _Block:
     """Memory that grows to the largest run."""
 
     def __init__(self) -> None:
-        self._content = aligned(_RUN)
+        self._content = aligned(RUN)
 
     def fill(self, tar: Descriptor, offset: int, size: int) -> memoryview:
         """`size` bytes of `tar` from `offset`, until the next call. Raises CacheDamage."""

@@ -13,7 +13,7 @@ from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from pipeline.cache.base import TAIL, Scan, Seal
-from pipeline.cache.files import BLOCK, Descriptor, FileEntry, aligned, cut_table, file_of, read_whole
+from pipeline.cache.files import RUN, Descriptor, FileEntry, aligned, cut_table, file_of, read_whole
 from pipeline.cache.manifest import CacheHeader
 from pipeline.cache.zarr_view import Layout, PackedRows, array_specs, chunk_file, parse_strings, table_sizes, tails_of
 from pipeline.errors import CacheDamage
@@ -107,7 +107,7 @@ class _Tokens:
         """Check every record and measure the file; None when it can't be read whole."""
         size, count, wanted = self._size, self._count, self._wanted
         heads, rest, stated = self._heads, self._rest, self._stated
-        hasher, whole, step = xxhash.xxh3_128(), True, -(-BLOCK // size)
+        hasher, whole, step = xxhash.xxh3_128(), True, -(-RUN // size)
         update = hasher.update
         block = aligned(step * size)
         parts: list[Any] = [block[at * size : (at + 1) * size] for at in range(step)]
