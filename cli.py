@@ -331,7 +331,7 @@ def benchmark() -> None:
 _BENCHMARKS = {
     "cache": """Cache reads, writes and verification against bare loops that do the least that could do the job.
 
-    Reads a cache (path) or writes a synthetic one into a temporary folder. Costs about a minute and 500 MB.""",
+    Reads a cache (path) or writes a synthetic one into a temporary folder. Costs about a minute and 3 GB.""",
     "decode": """JPEG decoders on your own images: images/s, and whether their pixels agree.
 
     Reads images (data.path), writes nothing. Costs half a minute.""",
@@ -392,7 +392,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 def _readable(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+        digits = 6 if 0.999 < abs(value) < 1 else 4  # a cosine of 0.99997 is not 1
+        return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
     if isinstance(value, Iterable) and not isinstance(value, str):
         return json.dumps(value)
     return str(value)

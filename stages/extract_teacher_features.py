@@ -52,7 +52,7 @@ class CacheOutput(Config):
     attention: Literal["mean", "heads"] = "mean"  # heads: one row each, for people who want to look
     calibration: int = Field(256, ge=1)  # samples that the channel statistics are measured on
     max_nmse: float = Field(1e-2, gt=0)  # what a shard may lose in its worst channel; int8 loses about 5e-5
-    min_cosine: float = Field(0.999, gt=0, le=1)  # of its LayerNormed tokens, on average; int8 keeps about 0.9998
+    min_cosine: float = Field(0.999, gt=0, le=1)  # of its LayerNormed tokens, on average; int8 keeps about 0.99997
 
     @model_validator(mode="after")
     def _only_floats_compress(self) -> "CacheOutput":

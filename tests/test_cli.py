@@ -28,6 +28,13 @@ def test_help_says_what_a_command_reads_writes_and_costs(command: str) -> None:
         assert word in text, f"{command} --help doesn't say what it {word}s"
 
 
+def test_facts_are_rounded_but_never_to_perfection(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._print_facts({"cosine": 0.99996791, "top1": 0.87654, "views_per_s": 35.98123, "rate": 12345.6, "all": 1.0})
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [
+        "0.999968", "0.8765", "35.98", "12346", "1"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

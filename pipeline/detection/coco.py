@@ -25,6 +25,7 @@ from pipeline.errors import DataError
 
 log = logging.getLogger(__name__)
 
+_FAR = 10  # sides of the image; tools do draw polygons that leave it a little
 _POINTS = 3  # a polygon of fewer has no area, and pycocotools takes two points for a box
 
 
@@ -229,9 +230,14 @@ def _problem(record: _Annotation, images: Mapping[int, _Image], labels: Mapping[
     if record.category_id not in labels:
         return f"category_id {record.category_id} is not among the categories"
     segment = record.segmentation
-    if not isinstance(segment, _Rle):
-        return "segmentation: a polygon has an odd number of coordinates" if any(len(p) % 2 for p in segment) else ""
     image = images[record.image_id]
+    if not isinstance(segment, _Rle):
+        if any(len(polygon) % 2 for polygon in segment):
+            return "segmentation: a polygon has an odd number of coordinates"
+        reach = _FAR * max(image.height, image.width)  # pycocotools walks along every edge, pixel by pixel
+        ends = [end(polygon, default=0.0) for polygon in segment for end in (min, max)]
+        far = max(ends, key=abs, default=0.0)
+        return f"segmentation: a polygon goes to {far:g}, far outside its image" if abs(far) > reach else ""
     if segment.size != [image.height, image.width]:
         return f"segmentation: its size {segment.size} is not the image's, [{image.height}, {image.width}]"
     counts = segment.counts if isinstance(segment.counts, list) else _decompressed(segment.counts)

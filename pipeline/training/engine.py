@@ -23,7 +23,7 @@ from pipeline.training.ema import EmaConfig, build_ema
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.interruption import Interrupted, Interruption
 from pipeline.training.metrics import Meter, MetricsWriter, Stopwatch, peak_memory
-from pipeline.training.optim import CosineSchedule, OptimConfig, build_adamw, parameter_groups, set_lr
+from pipeline.training.optim import OptimConfig, build_adamw, parameter_groups, set_lr
 from pipeline.training.run import Run, StepPlan
 
 Losses = Callable[[nn.Module, B], dict[str, Tensor]]  # scalars; "loss" is the one that is minimised
@@ -123,12 +123,7 @@ class _Loop:
         if run.config.compile:
             model.compile()  # in place: names in checkpoints stay
         self.model, self.optimizer = run.accelerator.prepare(model, self.plain_optimizer)
-        self.schedule = CosineSchedule(
-            optim.peak_lr(plan.batch_size),
-            optim.min_lr,
-            min(round(optim.warmup_epochs * plan.steps_per_epoch), plan.total_steps // 2),
-            plan.total_steps,
-        )
+        self.schedule = optim.schedule(plan.batch_size, plan.steps_per_epoch, plan.total_steps)
         self.meter = Meter(run.device, run.resumed.meter if run.resumed else None)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=run.device)
         self.last_good: Path | None = run.resumed.path if run.resumed else None

@@ -15,22 +15,6 @@ from pipeline.config import Config, Pair
 _UNDECAYED = ("pos_embed", "cls_token", "mask_token")
 
 
-class OptimConfig(Config):
-    """AdamW with warm-up and a cosine; the rate is given per 256 images, as in MAE."""
-
-    blr: float = Field(1.5e-4, ge=0)  # base learning rate: lr = blr × batch_size / 256
-    lr: float | None = Field(None, ge=0)  # absolute learning rate; in place of blr
-    min_lr: float = Field(0.0, ge=0)
-    warmup_epochs: float = Field(40, ge=0)
-    weight_decay: float = Field(0.05, ge=0)
-    betas: Pair = (0.9, 0.95)
-    layer_decay: float = Field(1.0, gt=0, le=1)  # rate of layer i × layer_decay^(depth + 1 - i), fine-tuning only
-    clip_grad: float | None = Field(None, gt=0)  # maximal gradient norm
-
-    def peak_lr(self, batch_size: int) -> float:
-        return self.lr if self.lr is not None else self.blr * batch_size / 256
-
-
 @dataclass(frozen=True)
 class CosineSchedule:
     """Linear warm-up from 0, then half a cosine down to `min_lr` (Loshchilov and Hutter 2017, as MAE applies it)."""
@@ -45,6 +29,28 @@ class CosineSchedule:
             return self.peak * step / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.minimum + (self.peak - self.minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class OptimConfig(Config):
+    """AdamW with warm-up and a cosine; the rate is given per 256 images, as in MAE."""
+
+    blr: float = Field(1.5e-4, ge=0)  # base learning rate: lr = blr × batch_size / 256
+    lr: float | None = Field(None, ge=0)  # absolute learning rate; in place of blr
+    min_lr: float = Field(0.0, ge=0)
+    warmup_epochs: float | None = Field(None, ge=0)  # null: a tenth of the run, as 40 of 400 epochs in the paper
+    weight_decay: float = Field(0.05, ge=0)
+    betas: Pair = (0.9, 0.95)
+    layer_decay: float = Field(1.0, gt=0, le=1)  # rate of layer i × layer_decay^(depth + 1 - i), fine-tuning only
+    clip_grad: float | None = Field(None, gt=0)  # maximal gradient norm
+
+    def peak_lr(self, batch_size: int) -> float:
+        return self.lr if self.lr is not None else self.blr * batch_size / 256
+
+    def schedule(self, batch_size: int, steps_per_epoch: int, total_steps: int) -> CosineSchedule:
+        """The rate of every step; the warm-up takes half of the run at most."""
+        share = total_steps / 10 if self.warmup_epochs is None else self.warmup_epochs * steps_per_epoch
+        warmup = min(round(share), total_steps // 2)
+        return CosineSchedule(self.peak_lr(batch_size), self.min_lr, warmup, total_steps)
 
 
 def parameter_groups(

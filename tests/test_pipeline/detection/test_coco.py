@@ -117,6 +117,8 @@ def test_what_pycocotools_compresses_is_accepted(tmp_path: Path) -> None:
         ({"id": 499}, r"annotation 499: the id is there twice"),
         ({"iscrowd": 2}, r"annotation 500: iscrowd: input should be less than or equal to 1"),
         ({"segmentation": None}, r"annotation 500: segmentation"),
+        ({"segmentation": [[1, 1, 5, 5, 9, 1e9]]}, r"annotation 500: segmentation: a polygon goes to 1e\+09"),
+        ({"segmentation": [[1, 1, 5, 5, -1e9, 9], []]}, r"annotation 500: segmentation: a polygon goes to -1e\+09"),
         ({"segmentation": [[1, 1, 5, 5, 9]]}, r"annotation 500: segmentation: a polygon has an odd number"),
         ({"segmentation": {"size": [5, 5], "counts": [25]}}, r"annotation 500: segmentation: its size \[5, 5\] is not"),
         (

@@ -27,6 +27,17 @@ def test_schedule_warms_up_and_follows_half_a_cosine() -> None:
     assert schedule(110) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "warmup_epochs", "expected"), [(400, None, 400), (100, None, 100), (100, 7.5, 75), (4, 40, 20)]
+)
+def test_the_warm_up_is_a_tenth_of_the_run_unless_said_and_never_more_than_half(
+    epochs: int, warmup_epochs: float | None, expected: int
+) -> None:
+    schedule = OptimConfig(warmup_epochs=warmup_epochs).schedule(256, 10, 10 * epochs)
+    assert schedule.warmup_steps == expected
+    assert schedule(expected) == schedule.peak == 1.5e-4
+
+
 def test_rate_is_given_per_256_images() -> None:
     assert OptimConfig(blr=1.5e-4).peak_lr(4096) == pytest.approx(2.4e-3)
     assert OptimConfig(lr=1e-3).peak_lr(4096) == 1e-3
@@ -96,7 +107,7 @@ def test_the_fine_tuning_schedule_of_vit_b_is_the_published_one() -> None:
     """MAE's by the fractional epoch: lr·e/5, then min + (lr - min)·½(1 + cos π(e - 5)/95); lr = blr·batch/256."""
     per_epoch = 1_281_167 // 1024
     config = OptimConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65)
-    schedule = CosineSchedule(config.peak_lr(1024), config.min_lr, 5 * per_epoch, 100 * per_epoch)
+    schedule = config.schedule(1024, per_epoch, 100 * per_epoch)
     for step in range(0, 100 * per_epoch, 997):
         epoch = step / per_epoch
         cosine = 1e-6 + (2e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * (epoch - 5) / 95))
