@@ -38,7 +38,7 @@ def test_students() -> None:
     for block in blocks("students.md"):
         exec(block, names)
     assert set(names["losses"]) >= {"loss", "pixel_loss", "mimic_loss"}
-    assert names["losses"]["pred"].shape == (1, 196, 768)
+    assert names["losses"]["pred"].shape == (1, 147, 768)
     assert any(parameter.grad is not None for parameter in names["student"].parameters())
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.models.masking import restore
 from pipeline.models.patches import sincos_positions
@@ -55,7 +56,7 @@ class Decoder(nn.Module):
         return tokens
 
     def predict_pixels(self, x: Tensor) -> Tensor:
-        """[B, L, d] to pixels [B, L, p*p*3], in the order of `patchify`."""
+        """Tokens [B, N, d] to pixels [B, N, p*p*3], within a patch in the order of `patchify`."""
         x = self.decoder_pred(x)
         return x
 
@@ -67,6 +68,7 @@ def pixel_loss(pred: Tensor, target: Tensor, norm_pix_loss: bool) -> Tensor:
     """
     target = target.float()
     if norm_pix_loss:
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (variance + 1e-6).sqrt()
-    return (pred.float() - target).square().mean()
+        # LayerNorm is one pass, but divides by the biased variance: the unbiased one is n / (n - 1) times that.
+        n = target.shape[-1]
+        target = F.layer_norm(target, (n,), eps=1e-6 * (n - 1) / n) * ((n - 1) / n) ** 0.5
+    return F.mse_loss(pred.float(), target)

@@ -118,26 +118,27 @@ class Student(nn.Module):
 
         Returns:
             float32 scalars `loss`, `pixel_loss` and `mimic_loss` (each only if the objective has it; with several
-            teachers also `mimic_loss/<teacher>`, before weighting), and `pred` [B, L, p*p*3] if pixels are predicted.
+            teachers also `mimic_loss/<teacher>`, before weighting), and `pred` [B, L - K, p*p*3], the masked cells' pixels
+            in ascending order, if pixels are predicted.
 
         Raises:
             ConfigError: a teacher's targets are missing, of another shape, or lack the statistics they need.
         """
         ids_masked = complement(ids_keep, self.grid[0] * self.grid[1])  # [B, L-K]
         encoded = self.encoder(images, ids_keep)
-        decoded = self.decoder(encoded.latent, ids_keep)  # [B, L, d]
+        decoded = gather_tokens(self.decoder(encoded.latent, ids_keep), ids_masked)  # [B, L-K, d]
         result: dict[str, Tensor] = {}
         loss = images.new_zeros((), dtype=torch.float32)
 
         if self.objective.mimics:
-            tokens = encoded.hidden if self.objective.mimics == "encoder" else [gather_tokens(decoded, ids_masked)]
+            tokens = encoded.hidden if self.objective.mimics == "encoder" else [decoded]
             result |= self._mimic_losses(tokens, targets or {})
             loss = loss + self.mimic_weight * result["mimic_loss"]
 
         if self.objective.pixels:
-            result["pred"] = self.decoder.predict_pixels(decoded)  # [B, L, p*p*3]
+            result["pred"] = self.decoder.predict_pixels(decoded)  # [B, L-K, p*p*3]
             true = gather_tokens(patchify(images, self.encoder.patch_size), ids_masked)  # [B, L-K, p*p*3]
-            result["pixel_loss"] = pixel_loss(gather_tokens(result["pred"], ids_masked), true, self.norm_pix_loss)
+            result["pixel_loss"] = pixel_loss(result["pred"], true, self.norm_pix_loss)
             loss = loss + self.pixel_weight * result["pixel_loss"]
 
         return {"loss": loss, **result}

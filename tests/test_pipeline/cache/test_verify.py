@@ -434,6 +434,15 @@ def test_values_that_cannot_be(tmp_path: Path, store: str, field: str, value: fl
     assert message in found[0].message
 
 
+def test_attention_may_lie_in_one_place_and_zeros_have_signs(tmp_path: Path, store: str) -> None:
+    header = make_header(store)
+    path = make_cache(tmp_path / "cache", header)
+    data = make_shard(header, 1)
+    data.attention[2, 1] = [1, 0, 0, -0.0, 6e-8, 0]
+    open_writer(path).write_shard(1, data)
+    assert verify(path, "full").sound
+
+
 @pytest.mark.parametrize("quantiser", ["float16", "float32"])
 def test_tokens_that_are_not_finite(tmp_path: Path, store: str, quantiser: str) -> None:
     header = make_header(store, quantiser_name=quantiser)
