@@ -70,5 +70,6 @@ def pixel_loss(pred: Tensor, target: Tensor, norm_pix_loss: bool) -> Tensor:
     if norm_pix_loss:
         # LayerNorm is one pass, but divides by the biased variance: the unbiased one is n / (n - 1) times that.
         n = target.shape[-1]
-        target = F.layer_norm(target, (n,), eps=1e-6 * (n - 1) / n) * ((n - 1) / n) ** 0.5
+        share = (n - 1) / n
+        target = F.layer_norm(target, (n,), target.new_full((n,), share**0.5), eps=1e-6 * share)
     return F.mse_loss(pred.float(), target)

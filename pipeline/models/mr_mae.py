@@ -118,8 +118,8 @@ class Student(nn.Module):
 
         Returns:
             float32 scalars `loss`, `pixel_loss` and `mimic_loss` (each only if the objective has it; with several
-            teachers also `mimic_loss/<teacher>`, before weighting), and `pred` [B, L - K, p*p*3], the masked cells' pixels
-            in ascending order, if pixels are predicted.
+            teachers also `mimic_loss/<teacher>`, before weighting). If pixels are predicted also `pred`
+            [B, L - K, p*p*3], those of the masked cells in ascending order.
 
         Raises:
             ConfigError: a teacher's targets are missing, of another shape, or lack the statistics they need.
