@@ -37,7 +37,7 @@ def normalise(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] → float32, as students take it."""
     mean = torch.tensor(_MEAN, device=images.device).view(1, 3, 1, 1) * 255
     std = torch.tensor(_STD, device=images.device).view(1, 3, 1, 1) * 255
-    return (images.float() - mean) / std
+    return images.float().sub_(mean).div_(std)
 
 
 def denormalise(images: Tensor) -> Tensor:

@@ -13,6 +13,14 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return cells.reshape(B, h * w, patch * patch * C)
 
 
+def patches_at(images: Tensor, patch: int, ids: Tensor) -> Tensor:
+    """`patchify` at the cells `ids` [B, K] int64 alone: [B, K, patch*patch*3]. No other pixel is read."""
+    B, C, H, W = images.shape
+    cells = images.reshape(B, C, H // patch, patch, W // patch, patch).permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, p, C]
+    rows, columns = torch.div(ids, W // patch, rounding_mode="floor"), ids % (W // patch)
+    return cells[torch.arange(B, device=ids.device)[:, None], rows, columns].flatten(2)
+
+
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """The inverse of `patchify`: [B, L, patch*patch*3] to [B, 3, H, W]."""
     B, _, size = patches.shape
