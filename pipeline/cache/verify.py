@@ -293,8 +293,8 @@ def _impossible(scan: Scan) -> Iterator[tuple[int, str]]:
 def _sums(halves: NDArray[np.float16]) -> NDArray[Any]:
     """Sums of the absolute values over the last axis, float32; at least 65536 where something is not finite.
 
-    A float16's bits but the sign, 13 places to the left, are the float32 that is 2^112 times smaller: a quarter of
-    numpy's own time.
+    A float16's bits but the sign, 13 places to the left, are the float32 that is 2^112 times smaller: faster
+    than numpy's own sum.
     """
     shifted = (halves.view(np.uint16) & np.uint16(0x7FFF)).astype(np.uint32) << np.uint32(13)
     sums: NDArray[Any] = (shifted.view(np.float32) @ np.ones(halves.shape[-1], np.float32)) * np.float32(2.0**112)
