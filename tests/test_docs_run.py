@@ -30,15 +30,19 @@ STUDENT = "student.dim=48 student.num_heads=3"
 DECODER = "student.decoder_dim=32 student.decoder_depth=1 student.decoder_heads=2"
 # A call that fits gets these words too; the last word of a key counts.
 SMALL = [
-    (r" (extract-teacher-features|pretrain|finetune|knn|linear-probe|detect) (?!.*(--eval|images=))", "data.workers=0"),
+    (
+        r"(?<! benchmark) (extract-teacher-features|pretrain|finetune|knn|linear-probe|detect) (?!.*(--eval|images=))",
+        "data.workers=0",
+    ),
     (r" (finetune|knn|linear-probe) .*(--config|val\.path=)", "val.workers=0"),
     (r" (teachers\.\w+|teacher)\.spec=", r"\1.weights=random \1.image_size=32"),  # no hub, and 2 x 2 patches
     (r" extract-teacher-features ", "views.image_size=32 batch_size=16"),
     (r" extract-teacher-features .*--config", "teacher.image_size=32"),
     (r" extract-teacher-features .*--config configs/imagenet\.yaml", "teacher.weights=random"),
     (r" --shard-range ", "--shard-range 0:1"),
-    (r" pretrain ", f"student.image_size=32 views.image_size=32 student.depth=4 {STUDENT} {DECODER}"),
-    (r" (pretrain|finetune|detect) (?!.*--eval)", "batch_size=8 max_steps=2"),
+    (r" pretrain ", f"student.image_size=32 student.depth=4 {STUDENT} {DECODER}"),
+    (r"(?<! benchmark) pretrain ", "views.image_size=32"),
+    (r"(?<! benchmark) (pretrain|finetune|detect) (?!.*--eval)", "batch_size=8 max_steps=2"),
     (r" (finetune|knn) .*student\.name=", f"student.image_size=32 student.depth=4 {STUDENT}"),
     (r" finetune .*--config", "image_size=32"),
     (r" linear-probe ", "epochs=2"),
@@ -47,6 +51,8 @@ SMALL = [
     (r" detect .*--config configs/coco\.yaml", f"student.image_size=32 student.depth=4 {STUDENT}"),
     (r" benchmark student ", "batch_size=1 image_size=32 rounds=1 compile=false peak_memory=false"),
     (r" benchmark student ", "students=[mrmae_vit_tiny_patch16,mrmae_convvit_small_patch16]"),
+    (r" benchmark pretrain ", "images=16 batch_size=4 rounds=3 workers=0 compile=false"),
+    (r" benchmark pretrain ", 'teachers=[{"spec":"clip_vitb16","weights":"random","image_size":32}]'),
     (r" benchmark detector ", "image_size=64 rounds=0 students=[mrmae_vit_tiny_patch16]"),
 ]
 # What is written so in the documents is read so here.
