@@ -51,8 +51,9 @@ from pipeline.cache import (
     read_commit,
     verify,
 )
-from pipeline.cache.files import RUN, Descriptor, aligned, file_of, sync_folder
+from pipeline.cache.files import Descriptor, aligned, file_of, sync_folder
 from pipeline.cache.tar_view import index_of
+from pipeline.cache.walk import RUN
 from pipeline.config import Config, PathField
 from pipeline.errors import CacheError
 

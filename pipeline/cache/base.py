@@ -15,6 +15,7 @@ from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from pipeline.cache.files import FileEntry
+from pipeline.cache.walk import Walker
 
 TAIL = Struct("<4iBQ")  # box (top, left, height, width), hflip, source hash: as a record's checksum covers them
 TAILS: np.dtype[Any] = np.dtype([("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")])  # the same for numpy
@@ -136,6 +137,15 @@ def hash_source(content: bytes) -> int:
 
 
 @dataclass(slots=True)
+class Walk:
+    """What scans of one shard share."""
+
+    seal: Seal
+    walker: Walker
+    seen: dict[str, FileEntry] = field(default_factory=dict)  # the measures of files that were read whole
+
+
+@dataclass(slots=True)
 class Scan:
     """What a scan of one view of one shard found: records whose checksum is right, and what is wrong with others.
 
@@ -188,12 +198,10 @@ class Store(Protocol):
         """Open one view of a committed shard. Raises CacheDamage."""
         ...
 
-    def scan(
-        self, shard: int, view: int, rows: list[int], seal: Seal, seen: dict[str, FileEntry], fresh: bool = False
-    ) -> Scan:
+    def scan(self, shard: int, view: int, rows: list[int], walk: Walk, fresh: bool = False) -> Scan:
         """Read every byte of one view once and check the records of `rows`, ascending.
 
-        Puts the measure of each file that could be read whole into `seen`. `fresh` distrusts sidecars.
+        Puts the measure of each file that could be read whole into `walk.seen`. `fresh` distrusts sidecars.
         Raises CacheDamage when nothing of the view can be read.
         """
         ...

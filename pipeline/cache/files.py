@@ -26,7 +26,6 @@ from pipeline.errors import CacheDamage, CacheError
 PARTIAL = ".partial"
 CHECKSUM_BYTES = 4
 BLOCK = 1 << 20  # bytes that are walked more than once while the CPU's cache holds them
-RUN = 2 * BLOCK  # bytes that verification reads at once: with fewer its code is cold again too often
 _PAGE = 4096
 
 

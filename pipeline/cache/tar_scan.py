@@ -1,19 +1,18 @@
 """Verifying one view of one shard of the webdataset store: every byte hashed, every record's checksum, in one pass.
 
-A few records are read at once and walked twice, by the file's hash and by their own checksums, while the CPU's cache
-holds them.
+A few records are read at once and walked twice: a second thread hashes the tar, this one checks its records.
 """
 
 from collections.abc import Iterator
 from tarfile import BLOCKSIZE
 
 import numpy as np
-import xxhash
 from awscrt.checksums import crc32c
 
-from pipeline.cache.base import TAILS, Scan, Seal
-from pipeline.cache.files import RUN, Descriptor, FileEntry, aligned
+from pipeline.cache.base import TAILS, Scan, Walk
+from pipeline.cache.files import FileEntry, aligned
 from pipeline.cache.tar_view import TarView, padded
+from pipeline.cache.walk import RUN
 from pipeline.errors import CacheDamage
 
 _Member = tuple[int, int, int, int, int, int, int]
@@ -21,13 +20,13 @@ _Member = tuple[int, int, int, int, int, int, int]
 places of its safetensors file and of its JSON (two numbers)."""
 
 
-def scan_tar(opened: TarView, view: int, rows: list[int], seal: Seal, seen: dict[str, FileEntry], name: str) -> Scan:
+def scan_tar(opened: TarView, view: int, rows: list[int], walk: Walk, name: str) -> Scan:
     """See `pipeline.cache.base.Store.scan`."""
-    scanner = _Scanner(opened, view, seal, len(rows))
+    scanner = _Scanner(opened, view, walk, len(rows))
     members = _members(opened, rows, scanner.damaged)
     measure = scanner.walk(members)
     if measure is not None:
-        seen[name] = measure
+        walk.seen[name] = measure
     return scanner.result()
 
 
@@ -52,42 +51,34 @@ def _members(opened: TarView, rows: list[int], damaged: dict[int, str]) -> list[
 class _Scanner:
     """Walks one tar, and holds what it found: the parts of `Scan`."""
 
-    def __init__(self, opened: TarView, view: int, seal: Seal, most: int) -> None:
-        self.opened, self.layout, self.view, self.seal = opened, opened.layout, view, seal
+    def __init__(self, opened: TarView, view: int, walk: Walk, most: int) -> None:
+        self.opened, self.layout, self.view = opened, opened.layout, view
+        self.seal, self.walker = walk.seal, walk.walker
         self.damaged, self.infinite = dict[int, str](), list[int]()
         self.kept = list[tuple[int, bytes, bytes]]()  # row, key, TAIL
         self.small = np.empty((most, self.layout.small[1] - self.layout.small[0]), np.uint8)  # scale and attention
 
     def walk(self, members: list[_Member]) -> FileEntry | None:
         """Check every record and measure the tar; None when it can't be read whole."""
-        tar, hasher, room, whole, end = self.opened.tar, xxhash.xxh3_128(), _Block(), True, 0
-        for run in _runs(members):
-            start, end = run[0][1], run[-1][2]
-            try:
-                block = room.fill(tar, start, end - start)
-            except CacheDamage:
-                whole = False
-                self._one_by_one(run, room)
-                continue
-            hasher.update(block)
-            self._check(run, block)
-        if not whole:
-            return None
-        buffer = aligned(RUN).data
-        while got := tar.read_some(buffer, end):
-            hasher.update(buffer[:got])
-            end += got
-        return FileEntry(bytes=end, xxh3_128=hasher.hexdigest())
+        runs = list(_runs(members))
+        sizes = [run[-1][2] - run[0][1] for run in runs]
+        for run, block in zip(runs, self.walker.blocks(self.opened.tar, sizes), strict=True):
+            if isinstance(block, CacheDamage):
+                self._one_by_one(run)
+            else:
+                self._check(run, block.data)  # slices of it cost half as much as an array's
+        return self.walker.measure
 
-    def _one_by_one(self, run: list[_Member], room: "_Block") -> None:
+    def _one_by_one(self, run: list[_Member]) -> None:
         """The records of a run that can't be read whole."""
         for member in run:
+            record = aligned(member[2] - member[1])
             try:
-                record = room.fill(self.opened.tar, member[1], member[2] - member[1])
+                self.opened.tar.read_into(record, member[1])
             except CacheDamage as error:
                 self.damaged[member[0]] = str(error)
             else:
-                self._check([member], record)
+                self._check([member], record.data)
 
     def _check(self, run: list[_Member], block: memoryview) -> None:
         """Records that lie in a block, one behind the other."""
@@ -139,18 +130,3 @@ def _runs(members: list[_Member]) -> Iterator[list[_Member]]:
             run = []
     if run:
         yield run
-
-
-class _Block:
-    """Memory that grows to the largest run."""
-
-    def __init__(self) -> None:
-        self._content = aligned(RUN)
-
-    def fill(self, tar: Descriptor, offset: int, size: int) -> memoryview:
-        """`size` bytes of `tar` from `offset`, until the next call. Raises CacheDamage."""
-        if len(self._content) < size:
-            self._content = aligned(size + size // 4)
-        content = self._content[:size]
-        tar.read_into(content, offset)
-        return content.data  # slices of it cost half as much as an array's

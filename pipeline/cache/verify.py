@@ -9,6 +9,7 @@ The teacher and the images are handed in; this wing imports neither.
 """
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,12 +21,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.base import Scan, Seal, Store, hash_source
+from pipeline.cache.base import Scan, Seal, Store, Walk, hash_source
 from pipeline.cache.commits import FOLDER, Commit, commit_path, read_commit
 from pipeline.cache.deep import Reextract, compare
 from pipeline.cache.files import PARTIAL, FileEntry, file_of, hash_file
 from pipeline.cache.manifest import FILE, CacheHeader, read_header
 from pipeline.cache.report import Finding, Report
+from pipeline.cache.walk import Walker
 from pipeline.cache.writer import store_of
 from pipeline.errors import CacheDamage, PipelineError
 
@@ -120,7 +122,7 @@ class _Verifier:
     def __init__(self, path: Path, header: CacheHeader, source: Source | None, full: bool) -> None:
         self._path, self._header, self._source, self._full = path, header, source, full
         self._store: Store = store_of(path, header)
-        self._seal = Seal(header.fingerprint)
+        self._seal, self._own = Seal(header.fingerprint), threading.local()
 
     def check_cache(self, report: Report) -> None:
         """What concerns no shard: metadata files, the dataset as a whole, files that don't belong here."""
@@ -199,13 +201,20 @@ class _Verifier:
         return bool(problems)
 
     def _check_records(self, shard: int, commit: Commit, report: Report, broken: set[str], stale: bool) -> None:
-        seen: dict[str, FileEntry] = {}
+        walk = Walk(self._seal, self._walker())
         for view in range(self._header.views):
-            findings = list(self._scan(shard, view, commit, report, seen, stale))
+            findings = list(self._scan(shard, view, commit, report, walk, stale))
             if findings and not stale and self._check_sidecars(shard, report, thorough=True):
-                findings = list(self._scan(shard, view, commit, report, seen, fresh=True))
+                findings = list(self._scan(shard, view, commit, report, walk, fresh=True))
             report.findings += findings
-        self._check_hashes(shard, commit, report, broken, seen)
+        self._check_hashes(shard, commit, report, broken, walk.seen)
+
+    def _walker(self) -> Walker:
+        """This thread's; its memory serves one shard after the other."""
+        if not hasattr(self._own, "walker"):
+            self._own.walker = Walker()
+        walker: Walker = self._own.walker
+        return walker
 
     def _check_hashes(
         self, shard: int, commit: Commit, report: Report, broken: set[str], seen: dict[str, FileEntry]
@@ -222,14 +231,14 @@ class _Verifier:
             report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
 
     def _scan(
-        self, shard: int, view: int, commit: Commit, report: Report, seen: dict[str, FileEntry], fresh: bool
+        self, shard: int, view: int, commit: Commit, report: Report, walk: Walk, fresh: bool
     ) -> Iterator[Finding]:
         """Findings of one view: each damaged record, then values that can't be."""
         span = self._header.shard_range(shard)
         dead = {stone.index for stone in commit.tombstones}
         rows = [row for row, index in enumerate(span) if index not in dead]
         try:
-            scan = self._store.scan(shard, view, rows, self._seal, seen, fresh)
+            scan = self._store.scan(shard, view, rows, walk, fresh)
         except CacheDamage as error:
             yield Finding("file", f"shard {shard}, view {view}: {error}", shard=shard, view=view)
             return

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.base import TAIL, Raw, Scan, Seal, ShardData
+from pipeline.cache.base import TAIL, Raw, Scan, Seal, ShardData, Walk
 from pipeline.cache.files import Descriptor, FileEntry, checksum, file_of, one_line, read_table, sync_folder, write_file
 from pipeline.cache.manifest import CacheHeader, canonical
 from pipeline.cache.tar_scan import scan_tar
@@ -77,10 +77,8 @@ class WebdatasetStore:
             rows = np.frombuffer(read_table(index, len(span) * FIELDS * 8), "<i8").reshape(-1, FIELDS)
         return TarView(tar, rows, span, self._layout, self._rooms)
 
-    def scan(
-        self, shard: int, view: int, rows: list[int], seal: Seal, seen: dict[str, FileEntry], fresh: bool = False
-    ) -> Scan:
-        return scan_tar(self.open_view(shard, view, fresh), view, rows, seal, seen, _tar_name(shard, view))
+    def scan(self, shard: int, view: int, rows: list[int], walk: Walk, fresh: bool = False) -> Scan:
+        return scan_tar(self.open_view(shard, view, fresh), view, rows, walk, _tar_name(shard, view))
 
     def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
         problems: dict[str, str] = {}

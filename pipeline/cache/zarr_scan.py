@@ -1,7 +1,7 @@
 """Verifying one view of one shard of the zarr store: every byte hashed, every record's checksum, in one pass.
 
-A block of tokens is read once and walked twice, by the file's hash and by its records' checksums, while the CPU's cache
-holds it. The chunks' own checksums are left aside: the file's hash covers more.
+A block of tokens is read once and walked twice: a second thread hashes the file, this one checks its records. The
+chunks' own checksums are left aside: the file's hash covers more.
 """
 
 from pathlib import Path
@@ -12,25 +12,24 @@ import xxhash
 from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
-from pipeline.cache.base import TAIL, Scan, Seal
-from pipeline.cache.files import RUN, Descriptor, FileEntry, aligned, cut_table, file_of, read_whole
+from pipeline.cache.base import TAIL, Scan, Walk
+from pipeline.cache.files import Descriptor, FileEntry, aligned, cut_table, file_of, read_whole
 from pipeline.cache.manifest import CacheHeader
+from pipeline.cache.walk import RUN
 from pipeline.cache.zarr_view import Layout, PackedRows, array_specs, chunk_file, parse_strings, table_sizes, tails_of
 from pipeline.errors import CacheDamage
 
 
-def scan_chunks(
-    root: Path, header: CacheHeader, shard: int, view: int, rows: list[int], seal: Seal, seen: dict[str, FileEntry]
-) -> Scan:
+def scan_chunks(root: Path, header: CacheHeader, shard: int, view: int, rows: list[int], walk: Walk) -> Scan:
     """See `pipeline.cache.base.Store.scan`."""
-    chunks = _Chunks(root, header, shard, view, seen)
-    tokens = _Tokens(chunks, rows, header.shard_range(shard), seal)
+    chunks = _Chunks(root, header, shard, view, walk.seen)
+    tokens = _Tokens(chunks, rows, header.shard_range(shard), walk)
     name = chunk_file("tokens", shard, view, 4)
     file = Descriptor(file_of(root, name))
     if header.compression is not None:
         tokens.check_packed(PackedRows(file.path, header.samples_per_shard))
     elif (measure := tokens.check_file(file)) is not None:
-        seen[name] = measure
+        walk.seen[name] = measure
     sound = [row for row in rows if row not in tokens.damaged]
     at = np.array(sound, np.intp)
     return Scan(
@@ -75,19 +74,19 @@ class _Chunks:
 class _Tokens:
     """The checksums of one view's records, as far as they go without the tokens, and what became of the records."""
 
-    def __init__(self, chunks: _Chunks, rows: list[int], span: range, seal: Seal) -> None:
+    def __init__(self, chunks: _Chunks, rows: list[int], span: range, walk: Walk) -> None:
         self.damaged, self.infinite = dict[int, str](), list[int]()
         self._rows, self._wanted, self._stated = rows, frozenset(rows), chunks.crc32c
         self._dtype, self._shape = chunks.header.quantiser.dtype, (chunks.header.tokens, chunks.header.dim)
         self._size, self._floats = chunks.layout.places["tokens"][3], self._dtype.kind == "f"
         tails, keys, step = chunks.tails.tobytes(), chunks.keys, TAIL.size
         self._heads = [
-            seal.head(index, chunks.view, keys[row], tails[row * step : (row + 1) * step])
+            walk.seal.head(index, chunks.view, keys[row], tails[row * step : (row + 1) * step])
             for row, index in enumerate(span)
         ]
         halves = [half.reshape(len(half), -1).view(np.uint8) for half in chunks.halves.values()]
         self._rest: list[Any] = list(np.concatenate(halves, 1)) if halves else [b""] * len(keys)
-        self._count = len(keys)
+        self._count, self._walker = len(keys), walk.walker
 
     def _check(self, row: int, tokens: Any) -> None:
         """A record's checksum: before, of, and behind its tokens (bytes)."""
@@ -107,31 +106,24 @@ class _Tokens:
         """Check every record and measure the file; None when it can't be read whole."""
         size, count, wanted = self._size, self._count, self._wanted
         heads, rest, stated = self._heads, self._rest, self._stated
-        hasher, whole, step = xxhash.xxh3_128(), True, -(-RUN // size)
-        update = hasher.update
-        block = aligned(step * size)
-        parts: list[Any] = [block[at * size : (at + 1) * size] for at in range(step)]
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            try:
-                file.read_into(block[: (stop - start) * size], start * size)
-            except CacheDamage:
-                whole = False
-                self._check_apart(file, [row for row in range(start, stop) if row in wanted], parts[0])
+        step = -(-RUN // size)
+        runs = [range(start, min(start + step, count)) for start in range(0, count, step)]
+        for run, block in zip(runs, self._walker.blocks(file, [len(run) * size for run in runs]), strict=True):
+            if isinstance(block, CacheDamage):
+                self._check_apart(file, [row for row in run if row in wanted])
                 continue
-            for row, part in zip(range(start, stop), parts, strict=False):
-                update(part)
-                if row in wanted and crc32c(rest[row], crc32c(part, heads[row])) != stated[row]:
+            content, at = block.data, 0  # slices of it cost half as much as an array's
+            for row in run:
+                if row in wanted and crc32c(rest[row], crc32c(content[at : at + size], heads[row])) != stated[row]:
                     self.damaged[row] = _DIFFERS
+                at += size
             if self._floats:
-                self._look_at(start, [row for row in range(start, stop) if row in wanted], block)
-        if not whole:
-            return None
-        hasher.update(file.read_from(count * size))
-        return FileEntry(bytes=file.size(), xxh3_128=hasher.hexdigest())
+                self._look_at(run.start, [row for row in run if row in wanted], block)
+        return self._walker.measure
 
-    def _check_apart(self, file: Descriptor, rows: list[int], part: NDArray[np.uint8]) -> None:
+    def _check_apart(self, file: Descriptor, rows: list[int]) -> None:
         """Rows of a block that can't be read whole, one by one."""
+        part = aligned(self._size)
         for row in rows:
             try:
                 file.read_into(part, row * self._size)

@@ -19,7 +19,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from pipeline.cache.base import Scan, Seal, ShardData
+from pipeline.cache.base import Scan, Seal, ShardData, Walk
 from pipeline.cache.files import (
     FileEntry,
     file_of,
@@ -141,10 +141,8 @@ class ZarrStore:
     def open_view(self, shard: int, view: int) -> "ZarrView":
         return ZarrView(self._root, self._header, shard, view, self._rooms)
 
-    def scan(
-        self, shard: int, view: int, rows: list[int], seal: Seal, seen: dict[str, FileEntry], fresh: bool = False
-    ) -> Scan:
-        return scan_chunks(self._root, self._header, shard, view, rows, seal, seen)
+    def scan(self, shard: int, view: int, rows: list[int], walk: Walk, fresh: bool = False) -> Scan:
+        return scan_chunks(self._root, self._header, shard, view, rows, walk)
 
     def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
         problems = {}
