@@ -6,13 +6,13 @@ Every figure pairs our code with the least that could do the job, over the same 
     read_tight    the same reads                     against that loop with our checksum's library
     npy           the same reads                     against the webdataset library's .npy decode (aim: >= 10)
     write         write_shard, with its commit       against plain writes and the same fsyncs     (aim: >= 0.7)
-    verify        verify at level full, one thread   against xxh3-128 by hashlib.file_digest      (aim: >= 0.7)
+    verify        verify at level full               against xxh3-128 by hashlib.file_digest      (aim: >= 0.7)
     verify_tight  the same                           against xxh3-128 and our crc32c over our own blocks
-    threads       verify with as many threads as cores, at most 4, against one hashlib.file_digest
 
 The loop of `read` takes google-crc32c, which zarr takes too; the cache itself takes awscrt's, which is twice as fast.
-Verification walks every byte twice, by the file's hash and by the records' checksums; `file_digest` once. The tight
-pairs show what is left of a loop that has everything that the cache has, and does nothing else.
+Verification walks every byte twice, by the file's hash and by the records' checksums, and reads ahead in a second
+thread; `file_digest` does it once, in one thread. The tight pairs show what is left of a loop that has everything that
+the cache has, and does nothing else.
 Files are warm: the figures speak of our overhead, not of the disk.
 """
 
@@ -117,9 +117,8 @@ def _read_and_verify(config: BenchmarkCacheConfig, path: Path, scratch: Path) ->
             "read": _compare((bare, ours), config.repeats, len(indices), "records"),
             "read_tight": _compare((tight, ours), config.repeats, len(indices), "records"),
             "npy": _compare((npy, ours), max(3, config.repeats // 3), len(indices), "records"),
-            "verify": _verify(path, reader, config.repeats, 1, _digest_file),
-            "verify_tight": _verify(path, reader, config.repeats, 1, _both_sums),
-            "threads": _verify(path, reader, config.repeats, min(4, len(os.sched_getaffinity(0))), _digest_file),
+            "verify": _verify(path, reader, config.repeats, _digest_file),
+            "verify_tight": _verify(path, reader, config.repeats, _both_sums),
         }
 
 
@@ -213,9 +212,7 @@ def _both_sums(path: Path) -> None:
         offset += got
 
 
-def _verify(
-    path: Path, reader: CacheReader, repeats: int, threads: int, digest: Callable[[Path], Any]
-) -> dict[str, Any]:
+def _verify(path: Path, reader: CacheReader, repeats: int, digest: Callable[[Path], Any]) -> dict[str, Any]:
     header, missing = reader.header, set(reader.missing_shards())
     commits = [read_commit(path, header, shard) for shard in range(header.shards) if shard not in missing]
     files = [file_of(path, file) for commit in commits for file in commit.files]
@@ -225,7 +222,7 @@ def _verify(
         for file in files:
             digest(file)
 
-    return _compare((bare, lambda: verify(path, "full", threads=threads)), repeats, size, "bytes")
+    return _compare((bare, lambda: verify(path, "full")), repeats, size, "bytes")
 
 
 def _write(config: BenchmarkCacheConfig, header: CacheHeader, data: ShardData, scratch: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Verifying one view of one shard of the webdataset store: every byte hashed, every record's checksum, in one pass.
 
-A few records are read at once and walked twice: a second thread hashes the tar, this one checks its records.
+A few records are read at once and walked twice, by the file's hash and by their own checksums, while the CPU's cache
+holds them and a second thread reads the next.
 """
 
 from collections.abc import Iterator

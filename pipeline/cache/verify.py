@@ -71,7 +71,7 @@ def verify(
         source: the images; compares the dataset's digest at any level, keys and image hashes from `full` on.
         reextract: the live teacher; needed by `deep`, which asks it about `samples` random records.
         progress: called with (shards done, shards).
-        threads: shards that are checked at once; reading, hashing and checksums leave the interpreter to each other.
+        threads: shards that are checked at once; from `full` on each has a second thread, which reads ahead.
 
     Raises:
         CacheError: there is no cache at `path`, or a file of it may not be read.

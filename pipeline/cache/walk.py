@@ -1,6 +1,7 @@
-"""Walking a file from its first byte to its last in two threads: one reads and hashes, the caller checks what was read.
+"""Walking a file from its first byte to its last: it is read ahead in a second thread, and hashed block by block.
 
-Each takes about as long as hashing alone, and leaves the interpreter to the other while it is at work.
+Reading, be it from a disk or out of the system's page cache, takes about as long as the checksums over what was read,
+and leaves the interpreter to the caller meanwhile.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from pipeline.cache.files import BLOCK, Descriptor, FileEntry, aligned
 from pipeline.errors import CacheDamage
 
-RUN = 4 * BLOCK  # bytes that are handed over at once: with fewer, the threads' waking each other shows
+RUN = 3 * BLOCK  # bytes that are handed over at once: with fewer, the threads' waking each other shows
 _ROOMS = 2  # blocks in memory, one with the caller and one that is filled; with three the CPU's cache overflows
 
 Block = NDArray[np.uint8] | CacheDamage  # what was read, or why it wasn't
+_Free = SimpleQueue[int | None]  # rooms to be filled; None: no more
+_Full = SimpleQueue[tuple[int, Block] | None]  # rooms with what is in them; None: nothing more will come
 
 
 class Walker:
@@ -33,47 +36,38 @@ class Walker:
 
         What lies behind them is hashed as well; then `measure` is there.
         """
-        free, full = SimpleQueue[int | None](), SimpleQueue[tuple[int, Block] | None]()
+        self.measure, hasher, whole = None, xxhash.xxh3_128(), True
+        free, full = _Free(), _Full()
         for room in range(_ROOMS):
             free.put(room)
         reading = self._pool.submit(self._read, file, sizes, free, full)
         try:
             while (filled := full.get()) is not None:
                 room, block = filled
+                if isinstance(block, CacheDamage):
+                    whole = False
+                else:
+                    hasher.update(block.data)
                 yield block
                 free.put(room)
         finally:
             free.put(None)  # a caller who stops early stops the reading
-        self.measure = reading.result()
+        reading.result()  # raises what went wrong in it
+        if whole:
+            size, buffer = sum(sizes), aligned(BLOCK).data
+            while got := file.read_some(buffer, size):
+                hasher.update(buffer[:got])
+                size += got
+            self.measure = FileEntry(bytes=size, xxh3_128=hasher.hexdigest())
 
-    def _read(
-        self,
-        file: Descriptor,
-        sizes: Sequence[int],
-        free: "SimpleQueue[int | None]",
-        full: "SimpleQueue[tuple[int, Block] | None]",
-    ) -> FileEntry | None:
-        hasher, offset, whole = xxhash.xxh3_128(), 0, True
+    def _read(self, file: Descriptor, sizes: Sequence[int], free: _Free, full: _Full) -> None:
+        offset = 0
         try:
             for size in sizes:
                 if (room := free.get()) is None:
-                    return None
-                block = self._fill(room, file, offset, size)
-                full.put((room, block))
-                if isinstance(block, CacheDamage):
-                    whole = False
-                else:
-                    hasher.update(block.data)  # it can't be overwritten meanwhile: only this thread does that
+                    return
+                full.put((room, self._fill(room, file, offset, size)))
                 offset += size
-            if not whole:
-                return None
-            buffer = aligned(BLOCK).data
-            while got := file.read_some(buffer, offset):
-                hasher.update(buffer[:got])
-                offset += got
-            return FileEntry(bytes=offset, xxh3_128=hasher.hexdigest())
-        except CacheDamage:
-            return None
         finally:
             full.put(None)
 

@@ -116,10 +116,10 @@ def test_benchmark_measures_both_stores_and_given_caches(tmp_path: Path) -> None
     )
     answer = benchmark_cache.run(config)
     for store in ("zarr", "webdataset"):
-        assert set(answer[store]) == {"read", "read_tight", "npy", "verify", "verify_tight", "threads", "write"}
+        assert set(answer[store]) == {"read", "read_tight", "npy", "verify", "verify_tight", "write"}
         assert all(len(figure["ratios"]) >= 2 and figure["ratio"] > 0 for figure in answer[store].values())
     assert list(tmp_path.iterdir()) == []
     given = make_cache(tmp_path / "cache", make_header("zarr"), {5: "bad"})
     answer = benchmark_cache.run(config.model_copy(update={"path": given}))
-    assert set(answer["zarr"]) == {"read", "read_tight", "npy", "verify", "verify_tight", "threads"}
+    assert set(answer["zarr"]) == {"read", "read_tight", "npy", "verify", "verify_tight"}
     json.dumps(answer)
