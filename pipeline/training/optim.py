@@ -79,7 +79,7 @@ def parameter_groups(
 
 def build_adamw(groups: Iterable[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the groups; the rate is set before every step, so the initial one is 0."""
-    return torch.optim.AdamW(list(groups), lr=0.0, betas=config.betas)
+    return torch.optim.AdamW(list(groups), lr=0.0, betas=config.betas, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
