@@ -68,7 +68,7 @@ class _Scanner:
                 self._one_by_one(run)
             else:
                 self._check(run, block.data)  # slices of it cost half as much as an array's
-        return self.walker.measure
+        return self.walker.measure  # there, since `strict` asks for one block more
 
     def _one_by_one(self, run: list[_Member]) -> None:
         """The records of a run that can't be read whole."""

@@ -26,7 +26,7 @@ from pipeline.cache.commits import FOLDER, Commit, commit_path, read_commit
 from pipeline.cache.deep import Reextract, compare
 from pipeline.cache.files import PARTIAL, FileEntry, file_of, hash_file
 from pipeline.cache.manifest import FILE, CacheHeader, read_header
-from pipeline.cache.report import Finding, Report
+from pipeline.cache.report import Report
 from pipeline.cache.walk import Walker
 from pipeline.cache.writer import store_of
 from pipeline.errors import CacheDamage, PipelineError
@@ -71,7 +71,7 @@ def verify(
         source: the images; compares the dataset's digest at any level, keys and image hashes from `full` on.
         reextract: the live teacher; needed by `deep`, which asks it about `samples` random records.
         progress: called with (shards done, shards).
-        threads: shards that are checked at once; from `full` on each has a second thread, which reads ahead.
+        threads: shards that are checked at once; from `full` on each has a second thread, which reads tokens ahead.
 
     Raises:
         CacheError: there is no cache at `path`, or a file of it may not be read.
@@ -117,7 +117,7 @@ def _in_order(check: Callable[[int], Report], shards: int, threads: int) -> Iter
 
 
 class _Verifier:
-    """Checks a cache, shard by shard; memory is bounded by the small arrays of one view of one shard (a thread)."""
+    """Checks a cache, shard by shard; a thread holds the small arrays of one view of one shard, and a few blocks."""
 
     def __init__(self, path: Path, header: CacheHeader, source: Source | None, full: bool) -> None:
         self._path, self._header, self._source, self._full = path, header, source, full
@@ -203,10 +203,10 @@ class _Verifier:
     def _check_records(self, shard: int, commit: Commit, report: Report, broken: set[str], stale: bool) -> None:
         walk = Walk(self._seal, self._walker())
         for view in range(self._header.views):
-            findings = list(self._scan(shard, view, commit, report, walk, stale))
-            if findings and not stale and self._check_sidecars(shard, report, thorough=True):
-                findings = list(self._scan(shard, view, commit, report, walk, fresh=True))
-            report.findings += findings
+            part = self._check_view(shard, view, commit, walk, stale)
+            if not part.sound and not stale and self._check_sidecars(shard, report, thorough=True):
+                part = self._check_view(shard, view, commit, walk, fresh=True)
+            report.merge(part)
         self._check_hashes(shard, commit, report, broken, walk.seen)
 
     def _walker(self) -> Walker:
@@ -230,31 +230,31 @@ class _Verifier:
                 problem = f"can't be checked: {error}"
             report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
 
-    def _scan(
-        self, shard: int, view: int, commit: Commit, report: Report, walk: Walk, fresh: bool
-    ) -> Iterator[Finding]:
-        """Findings of one view: each damaged record, then values that can't be."""
+    def _check_view(self, shard: int, view: int, commit: Commit, walk: Walk, fresh: bool) -> Report:
+        """Each damaged record of one view, values that can't be, and images that are not those it was made of."""
+        part = Report(path=str(self._path), level="")
         span = self._header.shard_range(shard)
         dead = {stone.index for stone in commit.tombstones}
         rows = [row for row, index in enumerate(span) if index not in dead]
         try:
             scan = self._store.scan(shard, view, rows, walk, fresh)
         except CacheDamage as error:
-            yield Finding("file", f"shard {shard}, view {view}: {error}", shard=shard, view=view)
-            return
-        report.counts["records"] += len(scan.rows)
+            part.add("file", f"shard {shard}, view {view}: {error}", shard=shard, view=view)
+            return part
+        part.counts["records"] = len(scan.rows)
         for row, problem in islice(scan.damaged.items(), _NAMED):
             message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
-            yield Finding("record", message, shard=shard, sample=span[row], view=view)
+            part.add("record", message, shard=shard, sample=span[row], view=view)
         if len(scan.damaged) > _NAMED:
             message = f"shard {shard}, view {view}: {len(scan.damaged) - _NAMED} more damaged samples"
-            yield Finding("record", message, shard=shard, view=view)
+            part.add("record", message, shard=shard, view=view)
         for row, problem in _impossible(scan):
             message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
-            yield Finding("values", message, shard=shard, sample=span[row], view=view)
+            part.add("values", message, shard=shard, sample=span[row], view=view)
         if self._source is not None and view == 0:
             for row, key, source_hash in zip(scan.rows, scan.keys, scan.tails["source_hash"].tolist(), strict=True):
-                self._join(self._source, report, span[row], key.decode(), source_hash)
+                self._join(self._source, part, span[row], key.decode(), source_hash)
+        return part
 
     def _join(self, source: Source, report: Report, index: int, key: str, source_hash: int) -> None:
         """Compare a sound record with the image that it was made of."""

@@ -34,14 +34,14 @@ class Walker:
     def blocks(self, file: Descriptor, sizes: Sequence[int]) -> Iterator[Block]:
         """The file from its start on in blocks of `sizes` bytes, each good until the next is asked for.
 
-        What lies behind them is hashed as well; then `measure` is there.
+        Asked for one more, it hashes what lies behind them, and ends; then `measure` is there.
         """
         self.measure, hasher, whole = None, xxhash.xxh3_128(), True
         free, full = _Free(), _Full()
         for room in range(_ROOMS):
             free.put(room)
-        reading = self._pool.submit(self._read, file, sizes, free, full)
         try:
+            reading = self._pool.submit(self._read, file, sizes, free, full)
             while (filled := full.get()) is not None:
                 room, block = filled
                 if isinstance(block, CacheDamage):

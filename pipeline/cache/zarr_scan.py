@@ -121,7 +121,7 @@ class _Tokens:
                 self.damaged.update(dict.fromkeys(sorted(different & wanted), _DIFFERS))
             if self._floats:
                 self._look_at(run.start, [row for row in run if row in wanted], block)
-        return self._walker.measure
+        return self._walker.measure  # there, since `strict` asks for one block more
 
     def _check_apart(self, file: Descriptor, rows: list[int]) -> None:
         """Rows of a block that can't be read whole, one by one."""

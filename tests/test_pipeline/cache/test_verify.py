@@ -21,7 +21,9 @@ from pipeline.cache import (
     open_writer,
     read_header,
     repair,
+    tar_scan,
     verify,
+    zarr_scan,
 )
 from pipeline.cache import files as cache_files
 from pipeline.cache.commits import Commit, write_commit
@@ -101,6 +103,7 @@ def mend(path: Path, report: Report) -> None:
     reads_all(path)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("level", ["quick", "full"])
 def test_a_sound_cache_passes(cache: Path, level: str) -> None:
     report = verify(cache, level, source=Photos())  # type: ignore[arg-type]
@@ -134,6 +137,15 @@ def test_a_compressed_cache_passes_and_its_damage_is_named(tmp_path: Path) -> No
         reads_all(path)
 
 
+@pytest.fixture(params=["one block", "a block for each record"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much of a shard is handed over at once: these shards are much smaller than a block is."""
+    if request.param != "one block":
+        monkeypatch.setattr(zarr_scan, "RUN", 1)
+        monkeypatch.setattr(tar_scan, "RUN", 1)
+
+
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("store", STORES)
 def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: str) -> None:
     """Three bits of every file, among them the first and the last."""
@@ -182,6 +194,7 @@ def everything(path: Path) -> list[object]:
     return [arrays, [(r.key, r.box.tolist(), r.hflip, r.source_hash, r.image) for r in records]]
 
 
+@pytest.mark.usefixtures("blocks")
 def test_a_bad_sector_is_a_finding(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification names what can't be read and goes on; so does a reader for other samples."""
     bad = os.stat(target_of(cache, "tokens", 1, 1)).st_ino
@@ -498,8 +511,9 @@ def test_the_index_of_another_tar_is_rebuilt_without_extraction(tmp_path: Path) 
     shutil.copy(path / "index/000001-01.index", path / "index/000000-01.index")
     with pytest.raises(CacheDamage, match=r"shard 0, sample [01], view 1"):
         reads_all(path)
-    report = verify(path, "full")
+    report = verify(path, "full", source=Photos())
     assert {(f.kind, f.file) for f in report.findings} == {("uncovered", "index/000000-01.index")}
+    assert report.counts["records"] == 18  # the view was scanned twice
     mend(path, report)
 
 

@@ -1,7 +1,9 @@
 """Two threads walk a file: every byte arrives in its block, and in the measure; nothing hangs when either gives up."""
 
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,19 @@ def test_a_caller_who_stops_early_leaves_a_walker_that_works(file: Path) -> None
         break
     assert sum(map(len, walker.blocks(Descriptor(file), [1_000] * 100))) == 100_000  # type: ignore[arg-type]
     assert walker.measure == hash_file(file)
+
+
+def test_an_interrupt_between_the_threads_leaves_none_waiting(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, reading = ThreadPoolExecutor.submit, list[Future[None]]()
+
+    def interrupted(*args: Any) -> None:
+        reading.append(submit(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(Walker().blocks(Descriptor(file), [1_000] * 100))
+    reading[0].result(10)
 
 
 def test_an_error_of_the_second_thread_is_raised_in_the_first(file: Path) -> None:
