@@ -31,7 +31,7 @@ DECODER = "student.decoder_dim=32 student.decoder_depth=1 student.decoder_heads=
 # A call that fits gets these words too; the last word of a key counts.
 SMALL = [
     (
-        r"(?<! benchmark) (extract-teacher-features|pretrain|finetune|knn|linear-probe|detect) (?!.*(--eval|images=))",
+        r"^mrmae (extract-teacher-features|pretrain|finetune|knn|linear-probe|detect) (?!.*(--eval|images=))",
         "data.workers=0",
     ),
     (r" (finetune|knn|linear-probe) .*(--config|val\.path=)", "val.workers=0"),
@@ -41,8 +41,8 @@ SMALL = [
     (r" extract-teacher-features .*--config configs/imagenet\.yaml", "teacher.weights=random"),
     (r" --shard-range ", "--shard-range 0:1"),
     (r" pretrain ", f"student.image_size=32 student.depth=4 {STUDENT} {DECODER}"),
-    (r"(?<! benchmark) pretrain ", "views.image_size=32"),
-    (r"(?<! benchmark) (pretrain|finetune|detect) (?!.*--eval)", "batch_size=8 max_steps=2"),
+    (r"^mrmae pretrain ", "views.image_size=32"),
+    (r"^mrmae (pretrain|finetune|detect) (?!.*--eval)", "batch_size=8 max_steps=2"),
     (r" (finetune|knn) .*student\.name=", f"student.image_size=32 student.depth=4 {STUDENT}"),
     (r" finetune .*--config", "image_size=32"),
     (r" linear-probe ", "epochs=2"),

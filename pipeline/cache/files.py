@@ -264,10 +264,13 @@ def checksum(payload: bytes) -> bytes:
 
 def hash_file(path: Path) -> FileEntry:
     """Measure a file as a commit record states it; CacheDamage when it is missing or can't be read."""
-    descriptor = Descriptor(path)
-    hasher, offset = xxhash.xxh3_128(), 0
-    buffer = aligned(max(1, min(BLOCK, descriptor.size()))).data
-    while got := descriptor.read_some(buffer, offset):
+    return hash_rest(Descriptor(path), xxhash.xxh3_128(), 0)
+
+
+def hash_rest(file: Descriptor, hasher: xxhash.xxh3_128, offset: int) -> FileEntry:
+    """Measure a file whose first `offset` bytes are in `hasher` already. Raises CacheDamage."""
+    buffer = aligned(BLOCK).data
+    while got := file.read_some(buffer, offset):
         hasher.update(buffer[:got])
         offset += got
     return FileEntry(bytes=offset, xxh3_128=hasher.hexdigest())

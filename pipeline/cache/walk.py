@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.cache.files import BLOCK, Descriptor, FileEntry, aligned
+from pipeline.cache.files import BLOCK, Descriptor, FileEntry, aligned, hash_rest
 from pipeline.errors import CacheDamage
 
 RUN = 3 * BLOCK  # bytes that are handed over at once: with fewer, the threads' waking each other shows
@@ -54,11 +54,7 @@ class Walker:
             free.put(None)  # a caller who stops early stops the reading
         reading.result()  # raises what went wrong in it
         if whole:
-            size, buffer = sum(sizes), aligned(BLOCK).data
-            while got := file.read_some(buffer, size):
-                hasher.update(buffer[:got])
-                size += got
-            self.measure = FileEntry(bytes=size, xxh3_128=hasher.hexdigest())
+            self.measure = hash_rest(file, hasher, sum(sizes))
 
     def _read(self, file: Descriptor, sizes: Sequence[int], free: _Free, full: _Full) -> None:
         offset = 0

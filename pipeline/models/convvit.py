@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.masking import gather_tokens, scatter_tokens, visible_map, visible_pixels
-from pipeline.models.patches import as_map, conv_in_cells, patches_at, sincos_positions
+from pipeline.models.patches import as_map, conv_in_cells, patchify, sincos_positions
 from pipeline.models.vit import EncoderOutput, LayerNorm, apply, drop_rates, initialise, run_blocks, transformer
 
 
@@ -123,7 +123,7 @@ class ConvViT(nn.Module):
 
     def _stages_sparse(self, images: Tensor, ids_keep: Tensor, decode: bool) -> tuple[Tensor, list[Tensor]]:
         h, w = self.grid
-        cells = patches_at(images, self.patch_size, ids_keep)  # [B, K, p*p*3]: masked pixels end here
+        cells = gather_tokens(patchify(images, self.patch_size), ids_keep)  # [B, K, p*p*3]: masked pixels end here
         x, outputs = cells.view(*cells.shape[:2], -1, 3), []  # [B, K, p*p, 3]
         for stage, factor in (("1", 4), ("2", 2)):
             x = getattr(self, f"patch_embed{stage}").forward_cells(x)  # [B, K, f*f, C]

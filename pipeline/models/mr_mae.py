@@ -27,7 +27,7 @@ from pipeline.models.flat import flatten_parts
 from pipeline.models.mae import Decoder, pixel_loss
 from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.mimic import Mimic
-from pipeline.models.patches import patches_at
+from pipeline.models.patches import patchify
 from pipeline.models.vit import ViT
 
 
@@ -137,7 +137,7 @@ class Student(nn.Module):
 
         if self.objective.pixels:
             result["pred"] = self.decoder.predict_pixels(decoded)  # [B, L-K, p*p*3]
-            true = patches_at(images, self.encoder.patch_size, ids_masked)  # [B, L-K, p*p*3]
+            true = gather_tokens(patchify(images, self.encoder.patch_size), ids_masked)  # [B, L-K, p*p*3]
             result["pixel_loss"] = pixel_loss(result["pred"], true, self.norm_pix_loss)
             loss = loss + self.pixel_weight * result["pixel_loss"]
 

@@ -13,15 +13,6 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return cells.reshape(B, h * w, patch * patch * C)
 
 
-def patches_at(images: Tensor, patch: int, ids: Tensor) -> Tensor:
-    """`patchify` at the cells `ids` [B, K] int64 alone: [B, K, patch*patch*3]."""
-    patches = patchify(images, patch)
-    B, L, size = patches.shape
-    rows = ids + L * torch.arange(B, device=ids.device).unsqueeze(1)
-    # Whole rows of one table: on a CPU half the time of indexing the image, or of `gather`, which takes single values.
-    return patches.flatten(0, 1).index_select(0, rows.flatten()).view(*ids.shape, size)
-
-
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """The inverse of `patchify`: [B, L, patch*patch*3] to [B, 3, H, W]."""
     B, _, size = patches.shape

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.patches import as_map, conv_in_cells, patches_at, patchify, sincos_positions
+from pipeline.models.masking import gather_tokens
+from pipeline.models.patches import as_map, conv_in_cells, patchify, sincos_positions
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -80,11 +81,10 @@ class ViT(nn.Module):
 
     def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """The last block's output [B, 1+K, D], not normed, and the tapped blocks' patch tokens."""
+        patches = patchify(images, self.patch_size)  # [B, L, p*p*3]
         positions = self.pos_embed[:, 1:]
-        if ids_keep is None:
-            patches = patchify(images, self.patch_size)  # [B, L, p*p*3]
-        else:
-            patches = patches_at(images, self.patch_size, ids_keep)  # [B, K, p*p*3]: masked pixels end here
+        if ids_keep is not None:
+            patches = gather_tokens(patches, ids_keep)  # [B, K, p*p*3]: masked pixels end here
             positions = self.pos_embed[0, 1:][ids_keep]  # [B, K, D]
         x = self.patch_embed(patches) + positions
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)

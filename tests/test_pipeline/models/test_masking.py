@@ -13,6 +13,12 @@ def test_complement_is_the_other_cells_in_ascending_order() -> None:
         assert masked == sorted(set(range(15)) - set(kept))
 
 
+def test_gather_takes_each_samples_own_rows() -> None:
+    ids, tokens = draw(), torch.randn(4, 16, 7)[:, 1:]  # a part of something, as patches behind a class token are
+    expected = torch.stack([own[rows] for own, rows in zip(tokens, ids, strict=True)])
+    assert torch.equal(gather_tokens(tokens, ids), expected)
+
+
 def test_scatter_undoes_gather_and_leaves_zeros() -> None:
     ids, tokens = draw(), torch.randn(4, 15, 7)
     back = scatter_tokens(gather_tokens(tokens, ids), ids, 15)

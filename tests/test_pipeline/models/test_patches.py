@@ -5,15 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.masking import gather_tokens
-from pipeline.models.patches import (
-    conv_in_cells,
-    patches_at,
-    patchify,
-    resample_positions,
-    sincos_positions,
-    unpatchify,
-)
+from pipeline.models.patches import conv_in_cells, patchify, resample_positions, sincos_positions, unpatchify
 
 
 def test_a_patch_is_rows_of_columns_of_channels() -> None:
@@ -22,13 +14,6 @@ def test_a_patch_is_rows_of_columns_of_channels() -> None:
     assert patches.shape == (2, 15, 48)
     third_row = images[1, :, 8:12, 4:8]  # cell 11 of the 3 × 5 grid: row 2, column 1
     assert torch.equal(patches[1, 11].view(4, 4, 3), third_row.permute(1, 2, 0))
-
-
-@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-def test_patches_at_some_cells_are_those_of_patchify(memory: torch.memory_format) -> None:
-    images = torch.randn(2, 3, 12, 20).contiguous(memory_format=memory)
-    ids = torch.tensor([[14, 0, 7], [3, 4, 5]])
-    assert torch.equal(patches_at(images, 4, ids), gather_tokens(patchify(images, 4), ids))
 
 
 def test_unpatchify_undoes_patchify() -> None:
