@@ -45,7 +45,7 @@ class VerifyConfig(Config):
     samples: int = Field(64, ge=1)  # records that deep computes again
     repair: bool = False  # extract again what is damaged, or lost images that can be read by now
     workers: int = Field(2, ge=0)
-    threads: int | None = Field(None, ge=1)  # shards that are checked at once; None: by the number of cores, at most 4
+    threads: int | None = Field(None, ge=1)  # shards that are checked at once; None: one for two cores, at most 4
 
 
 class Verification:
@@ -120,8 +120,7 @@ def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
         def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
             return extractor.reextract(indices, views, header.attention)
 
-    cores = len(os.sched_getaffinity(0))  # a second thread reads tokens for each; images are not read ahead
-    threads = config.threads or min(4, cores if source is not None else -(-cores // 2))
+    threads = config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))  # each has a second that reads
     with Progress(1, "verify", "shard") as progress:
 
         def advance(_done: int, total: int) -> None:
