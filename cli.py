@@ -51,7 +51,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}", 2
     if type(error).__name__ == "OutOfMemoryError":
-        return "the accelerator's memory is full: lower batch_size, or raise accum_iter", 2
+        return "the accelerator's memory is full: raise accum_iter in training, lower batch_size in everything else", 2
     first = (str(error).strip().splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first} (mrmae --debug ... shows where)", 2
 

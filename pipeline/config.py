@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, model_validator
 from yaml import YAMLError
 
 from pipeline.errors import ConfigError
@@ -27,6 +27,20 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sections(cls, values: Any) -> Any:
+        """A section that is given in part keeps the rest of this command's default: one key is no other recipe."""
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        filled = {
+            name: _fill(defaults[name].model_dump(), given)
+            for name, given in values.items()
+            if isinstance(given, dict) and isinstance(defaults.get(name), Config)
+        }
+        return {**values, **filled}
+
 
 C = TypeVar("C", bound=Config)
 
@@ -35,6 +49,11 @@ _SECTIONS = frozenset(
     {"extract-teacher-features", "pretrain", "finetune", "detect", "knn", "linear-probe", "visualize", "export"}
     | {"demo", "plan", "ablate"}
 )
+
+
+def _fill(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    nested = [key for key, value in given.items() if isinstance(value, dict) and isinstance(default.get(key), dict)]
+    return {**default, **given, **{key: _fill(default[key], given[key]) for key in nested}}
 
 
 def _expand(value: object) -> object:
@@ -55,10 +74,16 @@ def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str]
         ConfigError: naming the key and what it allows.
     """
     root = _read_yaml(file) if file is not None else OmegaConf.create({})
+    given: set[str] = set()
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{override}' is no override: write key=value, for instance batch_size=256")
+        if key in given:  # as when a shell expands braces, and all words but the last would be lost
+            raise ConfigError(
+                f"{key}=... is given more than once: give it once; quote a pattern: '{key}=...{{00..09}}'"
+            )
+        given.add(key)
     try:
         changes = OmegaConf.from_dotlist(list(overrides))
         sections = [str(key) for key in root if key in _SECTIONS]

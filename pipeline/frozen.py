@@ -92,7 +92,7 @@ def _features(
     if kept is not None and len(kept) == len(labels):
         return kept, labels
     features, _ = extract_features(subject.encode, _batches(source, subject.size, config.crop, workers, label))
-    if file:
+    if file and processes().is_main_process:
         file.write(features)
     return features, labels
 

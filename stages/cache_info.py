@@ -10,7 +10,7 @@ from pipeline.cache.budget import readable
 from pipeline.cache.commits import committed_shards
 from pipeline.config import Config, PathField
 
-SLOWER = "which makes a read about six times slower than a plain one"  # docs/benchmarks.md
+SLOWER = "which makes a read about six times slower than a plain one"
 
 
 class CacheInfoConfig(Config):

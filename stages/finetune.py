@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import reduce
 from PIL import Image
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import BeforeValidator, Field, Strict, model_validator
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -49,6 +49,8 @@ from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, StepPlan
 
+_TIMM_REFUSES = (AssertionError, ValueError, KeyError, IndexError, NameError)  # what a policy it can't read raises
+
 
 class AugmentConfig(Config):
     """Augmentation and label noise; null or 0 switches a part off."""
@@ -60,6 +62,20 @@ class AugmentConfig(Config):
     cutmix: float = Field(1.0, ge=0)
     smoothing: float = Field(0.1, ge=0, lt=1)
     erase: float = Field(0.25, ge=0, le=1)  # probability of random erasing
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> "AugmentConfig":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"augment.scale={list(self.scale)}: needs 0 < low <= high <= 1")
+        if self.rand_augment is not None:
+            try:
+                rand_augment_transform(self.rand_augment, {})
+            except _TIMM_REFUSES as error:
+                raise ValueError(
+                    f"augment.rand_augment={self.rand_augment!r} is no policy of timm's: write for instance "
+                    "rand-m9-mstd0.5-inc1, or null"
+                ) from error
+        return self
 
 
 class FinetuneConfig(RunConfig):
@@ -94,7 +110,7 @@ class EvaluateConfig(FinetuneConfig):
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tune; returns top-1 and top-5 of the last and the best checkpoint."""
+    """Fine-tune; returns the last metrics, top-1 and top-5 of the last checkpoint among them."""
     train, val, classes = open_splits(config.data, config.val)
     torch.manual_seed(config.seed)
     start = read_start(config.init, config.student)
@@ -162,7 +178,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     result: dict[str, Any] = {**rows[-1], "images": len(val)}
     if len(models) > 1:
         result["each"] = {str(path): row["top1"] for path, row in zip(config.init, rows, strict=False)}
-    write_record(config.output, "finetune_eval", {**result, "init": [str(path) for path in config.init]})
+    if processes().is_main_process:
+        write_record(config.output, "finetune_eval", {**result, "init": [str(path) for path in config.init]})
     return result
 
 

@@ -37,5 +37,6 @@ def run(config: KnnConfig) -> dict[str, Any]:
         num_classes=frozen.num_classes,
         device=processes().device,
     )
-    write_record(config.output, "knn", result)
+    if processes().is_main_process:
+        write_record(config.output, "knn", result)
     return dict(result)

@@ -17,6 +17,8 @@ from pipeline.processes import processes
 
 log = logging.getLogger(__name__)
 
+_FEW_STEPS = 50  # the first ninth only warms up, and the batch norm's means take tens of steps to forget their start
+
 
 class LinearProbeConfig(FrozenConfig):
     """Everything `linear-probe` takes."""
@@ -24,13 +26,16 @@ class LinearProbeConfig(FrozenConfig):
     epochs: int = Field(90, ge=1)
     batch_size: int = Field(4096, ge=2)  # the batch norm wants two
     # Per 256 images, all trained at once.
-    blrs: Annotated[tuple[float, ...], Strict(False)] = (0.02, 0.05, 0.1, 0.2, 0.5)
+    blrs: Annotated[tuple[float, ...], Strict(False)] = Field((0.02, 0.05, 0.1, 0.2, 0.5), min_length=1)
 
 
 def run(config: LinearProbeConfig) -> dict[str, Any]:
     """Returns top1 and top5 of the best learning rate, and every rate's."""
     frozen = frozen_features(config)
     batch_size = min(config.batch_size, len(frozen.train_x))
+    steps = config.epochs * (len(frozen.train_x) // batch_size)
+    if steps < _FEW_STEPS:
+        log.warning("%d steps train a classifier but little: lower batch_size or raise epochs", steps)
     result = linear_probe(
         frozen.train_x,
         frozen.train_y,
@@ -44,7 +49,8 @@ def run(config: LinearProbeConfig) -> dict[str, Any]:
         device=processes().device,
     )
     _warn_at_the_edge(config.blrs, [one["top1"] for one in result["all"]])
-    write_record(config.output, "linear_probe", result)
+    if processes().is_main_process:
+        write_record(config.output, "linear_probe", result)
     return dict(result)
 
 

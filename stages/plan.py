@@ -1,8 +1,9 @@
 """`mrmae plan`: what a teacher cache will cost and what it can save, before a disk is filled by surprise.
 
-Bytes come from the format, hours from given rates and from whichever is slower, accelerators or decoding. The saving's
-ceiling comes from counted multiplications: a step with a live teacher costs the student's forward and backward plus the
-teacher's forward; with a cache, the student alone. docs/scaling.md goes through two plans.
+Bytes come from the format, hours from given rates and from whichever is slower, accelerators or decoding: a lower
+bound, for writing to the disk, cropping and encoding JPEGs are not counted. The saving's ceiling comes from counted
+multiplications: a step with a live teacher costs the student's forward and backward plus the teacher's forward; with a
+cache, the student alone. docs/scaling.md goes through two plans.
 """
 
 from typing import Any, Literal
@@ -32,10 +33,10 @@ class PlanConfig(Config):
     epochs: int = Field(default=400, ge=1)
     gpus: int = Field(default=8, ge=1)
     cores: int = Field(default=16, ge=1)  # CPU cores a GPU, for decoding
-    extraction_rate: float = Field(default=1000.0, gt=0)  # views, of one GPU; measure: `mrmae benchmark extract`
-    training_rate: float = Field(default=2000.0, gt=0)  # images, of all GPUs together; measure: `benchmark pretrain`
-    photo_rate: float = Field(default=220.0, gt=0)  # photos that a core decodes; measure: `mrmae benchmark decode`
-    stored_rate: float = Field(default=950.0, gt=0)  # stored 224-px views that a core decodes
+    extraction_rate: float = Field(default=1000.0, gt=0)  # views, of one GPU; assumed, see `mrmae benchmark extract`
+    training_rate: float = Field(default=2000.0, gt=0)  # images, of all GPUs; assumed, see `mrmae benchmark pretrain`
+    photo_rate: float = Field(default=223.0, gt=0)  # photos that a core decodes; `mrmae benchmark decode`
+    stored_rate: float = Field(default=960.0, gt=0)  # stored 224-px photos that a core decodes and crops
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
 
 

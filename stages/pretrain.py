@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import xxhash
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ from pipeline.processes import processes
 from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.weights import state_digest
 from pipeline.training.checkpoint import resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
@@ -63,6 +66,12 @@ class MaskConfig(Config):
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     focus: Literal["sampled", "top-k", "random"] = "sampled"  # by the teacher's attention; random without a cache
     masks_per_sample: int = Field(1, ge=1, le=8)  # masks trained of each image read; batch_size counts masks
+
+    @model_validator(mode="after")
+    def _several_differ(self) -> "MaskConfig":
+        if self.focus == "top-k" and self.masks_per_sample > 1:
+            raise ValueError("focus=top-k knows one mask a sample: use focus=sampled, or masks_per_sample=1")
+        return self
 
 
 class OrderConfig(Config):
@@ -139,11 +148,13 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     student = _build(config, known)
     if config.mimic.objective != "mae":
         _give_statistics(config, student, known, source)
+    identity = _identity(config, known, student, views, source) | {"samples": _samples(live)}
     if config.init:
         state, _ = read_weights(resolve_checkpoint(config.init))
         load_weights(student, state, strict=False)
+        identity["init"] = state_digest(state)
 
-    run = Run(config, _identity(config, known, student, views, source))
+    run = Run(config, identity, may_change=("samples",))
     if known.caches and config.check_records and run.is_main:
         log.info("checked %s", check_records(known.caches, source, live, config.seed, config.check_records))
     plan = StepPlan.of(len(live), config, run.processes, per_image=config.mask.masks_per_sample)
@@ -220,6 +231,8 @@ def _open_source(config: PretrainConfig, known: _Knowledge) -> ImageSource | Non
     if config.data.path is None:
         if not any(cache.stores_images for cache in list(known.caches.values())[:1]):
             raise ConfigError("'data.path' is missing: give data.path=... (only a webdataset cache holds the images)")
+        if config.data.limit is not None:
+            raise ConfigError("data.limit chooses among the images of data.path, and there is none: leave it out")
         return None
     source = open_images(config.data.path, config.data.limit)
     if known.caches:
@@ -296,4 +309,10 @@ def _identity(
         "views": views.model_dump(mode="json"),
         "data": source.digest() if source and not known.caches else None,  # with caches, their fingerprints know it
         "student": student.spec,
+        "teachers_in_order": list(known.dims),  # the first one's attention is the focus
     }
+
+
+def _samples(live: NDArray[np.int64]) -> str:
+    """Which samples take part: repairing a cache may bring some back, and then every epoch has another order."""
+    return f"{len(live)} ({xxhash.xxh3_64_hexdigest(live.tobytes())})"

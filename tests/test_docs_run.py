@@ -213,9 +213,11 @@ def made_small(call: Call) -> list[str]:
     """The words for mrmae: without a launcher, with what SMALL adds."""
     words = launched(call.words) if call.words[0] in LAUNCHERS else call.words[1:]
     line = " ".join(["mrmae", *words, ""])
-    return words + [
-        word for pattern, more in SMALL for fit in re.finditer(pattern, line) for word in fit.expand(more).split()
-    ]
+    more = [word for pattern, row in SMALL for fit in re.finditer(pattern, line) for word in fit.expand(row).split()]
+    # Once a key, as mrmae wants them, and the last word of a key counts.
+    return list(
+        {word.partition("=")[0] if "=" in word else (at, word): word for at, word in enumerate(words + more)}.values()
+    )
 
 
 def test_the_tables_have_no_row_that_nothing_needs() -> None:

@@ -55,8 +55,15 @@ def views_of(caches: Mapping[str, CacheReader]) -> ViewConfig:
 
 
 def live_samples(caches: Mapping[str, CacheReader]) -> NDArray[np.int64]:
-    """The samples that every cache holds, ascending."""
-    return functools.reduce(np.intersect1d, (cache.live_indices() for cache in caches.values()))
+    """The samples that every cache holds, ascending.
+
+    Raises:
+        CacheError: there is none.
+    """
+    live: NDArray[np.int64] = functools.reduce(np.intersect1d, (cache.live_indices() for cache in caches.values()))
+    if not len(live):
+        raise CacheError(f"no sample lives in {' and '.join(caches)}: `mrmae cache-info` says why; extract again")
+    return live
 
 
 def match_images(caches: Mapping[str, CacheReader], source: ImageSource) -> None:

@@ -4,7 +4,8 @@
     images = open_images("/data/train-{000000..001281}.tar") # KEY.jpg beside KEY.cls
     images.key(7), images.label(7), images.read(7)
 
-The order is sorted by key and never changes, so index 7 is the same sample in every stage and on every machine.
+Folders are sorted by key, tars keep their members' order and come as the pattern names them; so index 7 is the same
+sample in every stage and on every machine.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from glob import escape, glob
+from glob import escape, glob, iglob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,7 +142,7 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
     """List the images at `path`; with `limit`, that many of them, evenly spread.
 
     Raises:
-        DataError: nothing there, no images in it, or images both beside and inside class folders.
+        DataError: nothing there, no images in it, or images both beside and inside class folders, or beside tars.
     """
     expanded = os.path.abspath(os.path.expanduser(path))
     tars = _find_tars(expanded)
@@ -242,7 +243,13 @@ def _convert(image: Image.Image) -> Image.Image:
 def _find_tars(path: str) -> tuple[str, ...]:
     """The tars that a folder, a file, a glob or a brace pattern names; () when it is a folder of images."""
     if os.path.isdir(path):
-        return tuple(sorted(glob(os.path.join(escape(path), "*.tar"))))
+        tars = tuple(sorted(glob(os.path.join(escape(path), "*.tar"))))
+        if tars and (stray := _first_image(path)):
+            raise DataError(
+                f"data.path={path}: tars ({os.path.basename(tars[0])}) and images ({stray}) side by side: name the "
+                "tars by a pattern such as '*.tar', or move one kind away"
+            )
+        return tars
     patterns = list(braceexpand.braceexpand(path))
     found = [name for pattern in patterns for name in (sorted(glob(pattern)) or [pattern])]
     missing = [name for name in found if not os.path.isfile(name)]
@@ -251,6 +258,15 @@ def _find_tars(path: str) -> tuple[str, ...]:
     if not all(name.endswith(".tar") for name in found):
         raise DataError(f"data.path={path}: expected a folder of images or .tar files")
     return tuple(found)
+
+
+def _first_image(folder: str) -> str | None:
+    """The key of some image in a folder, or in one of its sub-folders; not deeper, where the search might be long."""
+    for pattern in ("", "*/"):
+        for entry in iglob(os.path.join(escape(folder), f"{pattern}*.*")):
+            if os.path.splitext(entry)[1].lower() in EXTENSIONS:
+                return os.path.relpath(entry, folder)
+    return None
 
 
 def _list_folder(root: Path) -> ImageSource:

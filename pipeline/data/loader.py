@@ -6,21 +6,21 @@ number of processes nor of workers, and a run resumes by starting the sampler at
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.cache import CacheReader, Record, hash_source
 from pipeline.data.images import ImageSource, decode, decode_pixels
 from pipeline.data.masks import Focus, mask_noise, visible_patches
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import View, ViewConfig, draw_view, render, to_chw, view_of_epoch
-from pipeline.errors import CacheError, DataError, PipelineError
+from pipeline.errors import CacheError, ConfigError, DataError, PipelineError
 
 Request = tuple[int, int]  # (epoch, sample index)
 _LOOK_AHEAD = 4096  # samples: an order gives thousands at once for the price of a few
@@ -87,9 +87,36 @@ class _Guarded(Dataset[Any], Generic[B]):
 
     def __getitems__(self, requests: list[Request]) -> B | PipelineError:
         try:
-            return self._dataset.__getitems__(requests)
+            batch = self._dataset.__getitems__(requests)
+            if get_worker_info() is not None:
+                _share(batch)
+            return batch
         except PipelineError as error:
             return error
+
+
+def _share(value: Any) -> None:
+    """Move a batch's tensors into shared memory.
+
+    The queue would do it too, but in a thread whose failure nobody hears of: the training process would wait for ever.
+    """
+    if isinstance(value, Tensor):
+        try:
+            value.share_memory_()
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            raise ConfigError(
+                f"shared memory is full, and workers hand batches over in it ({error}): give /dev/shm more, in a "
+                "container by --shm-size=32g or --ipc=host, or lower data.workers"
+            ) from error
+    elif is_dataclass(value):
+        _share([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, Mapping):
+        _share(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _share(each)
 
 
 def _identity(batch: B) -> B:

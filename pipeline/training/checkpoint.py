@@ -30,11 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config import Config, save_config
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, StorageError
 
 log = logging.getLogger(__name__)
 
 _RECORD = "checkpoint.json"
+_OF_CONFIG = ("weight_decay", "betas", "lr_scale")  # of a group of the optimiser's; the rate is set before every step
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: it is torn or no checkpoint.
+        StorageError: it can't be read, which says nothing about what it holds.
     """
     try:
         record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
@@ -118,8 +120,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
         identity, metrics, meter = (dict(record.get(key, {})) for key in ("identity", "metrics", "meter"))
         return Checkpoint(path, int(record["step"]), identity, metrics, meter)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no complete checkpoint ({error})") from error
+    except OSError as error:
+        raise StorageError(
+            f"checkpoint {path} can't be read ({error.strerror or error}): mend the disk or network and run again, or "
+            "move it away to go on from the one before"
+        ) from error
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -136,8 +143,10 @@ def resolve_checkpoint(path: Path) -> Path:
     """What `init` may name: a weights file, a checkpoint folder, or a run folder (its newest sound checkpoint).
 
     Raises:
-        CheckpointError: nothing usable there.
+        CheckpointError: nothing usable there, or a checkpoint that is not what was written.
     """
+    if (path / _RECORD).is_file():
+        return load_checkpoint(path).path
     if path.is_file() or (path / "model.safetensors").is_file():
         return path
     newest = newest_checkpoint(path / "checkpoints") if path.is_dir() else None
@@ -148,13 +157,19 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, result: nn.Module) -> None:
-    """Load weights, optimiser state and, where `result` is another than `model`, its average: exactly."""
+    """Load weights, optimiser state and, where `result` is another than `model`, its average: exactly.
+
+    Decay, betas and each layer's share of the rate stay what `optimizer` was built with: they are the config's.
+    """
     averaged = result is not model
     weights = "trained.safetensors" if averaged else "model.safetensors"
     model.load_state_dict(load_file(checkpoint.path / weights), strict=True)
     if averaged:
         result.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=True)
+    of_config = [{key: group[key] for key in _OF_CONFIG if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint.optimizer_state())
+    for group, values in zip(optimizer.param_groups, of_config, strict=True):
+        group.update(values)
     log.info("resumed from %s", checkpoint.path)
 
 
@@ -189,6 +204,15 @@ def make_best(path: Path) -> None:
     for former in path.parent.glob("best-*"):
         if former != path:
             shutil.rmtree(former, ignore_errors=True)
+
+
+def retire_best(best: Checkpoint) -> None:
+    """Give a `best` of steps that will be trained again another name, so that theirs is free; it stays the best."""
+    folder = best.path.resolve()
+    if not folder.name.endswith("-former"):
+        former = folder.with_name(f"best-{best.step:08d}-former")
+        folder.rename(former)
+        make_best(former)
 
 
 def prune(folder: Path, keep: int, newest: str) -> None:

@@ -5,6 +5,7 @@ the model, the optimiser and one integer, and, for the next row of metrics, the 
 replayed on resume.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from pipeline.errors import TrainingError
 from pipeline.progress import Progress
 from pipeline.training.ahead import B, ahead
-from pipeline.training.checkpoint import best_checkpoint, make_best, prune, restore, save_checkpoint
+from pipeline.training.checkpoint import best_checkpoint, make_best, prune, restore, retire_best, save_checkpoint
 from pipeline.training.ema import EmaConfig, build_ema
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.interruption import Interrupted, Interruption
 from pipeline.training.metrics import Meter, MetricsWriter, Stopwatch, peak_memory
 from pipeline.training.optim import OptimConfig, build_adamw, parameter_groups, set_lr
 from pipeline.training.run import Run, StepPlan
+
+log = logging.getLogger(__name__)
 
 Losses = Callable[[nn.Module, B], dict[str, Tensor]]  # scalars; "loss" is the one that is minimised
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
@@ -69,6 +72,9 @@ def fit(
             f"output={run.folder} holds a run of {run.start_step} steps, this one would have {plan.total_steps}: "
             "choose another output, or more epochs or max_steps"
         )
+    if run.is_main:
+        images = plan.batch_size // (plan.processes * plan.accum_iter)
+        log.info("a step: %d processes x %d micro-batches of %d", plan.processes, plan.accum_iter, images)
     loop = _Loop(run, model, spec, plan, optim, layer_ids, best, ema or EmaConfig(), grad_norms)
     stream = ahead(batches(run.start_step), run.device)
 
@@ -129,10 +135,22 @@ class _Loop:
         self.last_good: Path | None = run.resumed.path if run.resumed else None
         self.writer = MetricsWriter(run.folder / "metrics.jsonl", run.start_step, writes=run.is_main)
         self.latest: dict[str, Any] = (run.resumed.metrics if run.resumed else {}) | self.writer.latest
-        former = best_checkpoint(run.checkpoints) if best and run.resumed else None
-        self.best_value = float(former.metrics.get(best, "-inf")) if best and former else float("-inf")
+        self.best_value = self._former_best() if best and run.resumed else float("-inf")
         self.grad_norms = grad_norms
         self.watch = Stopwatch()
+
+    def _former_best(self) -> float:
+        """What the best checkpoint up to now reached; one of steps that are still to come is none of this run's."""
+        former = best_checkpoint(self.run.checkpoints)
+        self.run.accelerator.wait_for_everyone()  # all have looked before one renames it
+        if former is None or self.best is None:
+            return float("-inf")
+        if former.step > self.run.start_step:
+            if self.run.is_main:
+                log.warning("%s is of step %d, after this start: the best is chosen anew", former.path, former.step)
+                retire_best(former)
+            return float("-inf")
+        return float(former.metrics.get(self.best, "-inf"))
 
     def train_step(self, step: int, batches: Iterator[B], losses: Losses[B]) -> None:
         self.model.train()

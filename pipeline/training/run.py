@@ -9,7 +9,10 @@ output/
 """
 
 import importlib.util
+import json
+import logging
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +20,15 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object
 from pydantic import Field
 
 from pipeline.config import Config, PathField, save_config
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.processes import without_cuda
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class RunConfig(Config):
@@ -81,9 +86,19 @@ class StepPlan:
 
 
 class Run:
-    """Opens the output folder, finds where to go on, and holds accelerate's view of the processes."""
+    """Opens the output folder, finds where to go on, and holds accelerate's view of the processes.
 
-    def __init__(self, config: RunConfig, identity: dict[str, Any]) -> None:
+    Args:
+        identity: JSON-able; what must not change between stop and resume.
+        may_change: keys of it that cost a warning alone, since the run can go on, though not as it would have.
+
+    Raises:
+        ConfigError: the folder can't be written, or holds a run and resume=never.
+        CheckpointError: the folder's run has another identity, none of its checkpoints is whole, or the processes see
+            different ones.
+    """
+
+    def __init__(self, config: RunConfig, identity: dict[str, Any], may_change: Collection[str] = ()) -> None:
         self.config, self.identity = config, identity
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
@@ -95,9 +110,9 @@ class Run:
             project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
             step_scheduler_with_optimizer=False,
         )
-        self.resumed = self._find_checkpoint()
+        self.resumed = self._find_checkpoint(may_change)
         # Every process has looked before the first one writes into the folder.
-        self.accelerator.wait_for_everyone()
+        self._agree()
         if self.is_main:
             self._open_folder()
             self._open_trackers()
@@ -134,22 +149,43 @@ class Run:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.device), "sum"))
 
-    def _find_checkpoint(self) -> Checkpoint | None:
+    def _find_checkpoint(self, may_change: Collection[str]) -> Checkpoint | None:
         found = newest_checkpoint(self.checkpoints)
         if found is None:
+            if any(self.checkpoints.glob("step-*")):
+                raise CheckpointError(
+                    f"output={self.folder} holds checkpoints, none of them whole: restore one, or move them away to "
+                    "start anew"
+                )
             return None
         if self.config.resume == "never":
             raise ConfigError(
                 f"output={self.folder} holds a run already: choose another output, or resume=auto to go on"
             )
         for key, value in self.identity.items():
-            former = found.identity.get(key)
-            if former != value:
+            former = found.identity.get(key, value)  # a run from before this key existed says nothing about it
+            if former != value and key in may_change:
+                log.warning(
+                    "%s was %s when the run stopped and is %s now: it goes on, but not exactly", key, former, value
+                )
+            elif former != value:
                 raise CheckpointError(
                     f"output={self.folder} holds a run with {key}={former}, this one has {key}={value}: "
                     "choose another output, or the former value to go on"
                 )
         return found
+
+    def _agree(self) -> None:
+        """Processes that went on from different steps, or with different samples, would train apart in silence."""
+        mine = {"step": self.start_step, **self.identity}
+        everyone = gather_object([json.dumps(mine, sort_keys=True)])
+        if len(set(everyone)) > 1:
+            views = [json.loads(each) for each in everyone]
+            key = next(key for key in mine if any(view[key] != mine[key] for view in views))
+            raise CheckpointError(
+                f"the processes disagree on {key} ({', '.join(sorted({str(view[key]) for view in views}))}): output, "
+                "cache and data must be the same for all of them, on a disk that they share or as equal copies"
+            )
 
     def _open_folder(self) -> None:
         try:

@@ -49,6 +49,7 @@ def test_a_saved_config_loads_again(tmp_path: Path) -> None:
         (["data.path=/x", "rate=.nan"], r"rate=nan: .*finite"),
         (["data.path=${nowhere}"], r"nowhere"),
         (["data.path"], r"write key=value"),
+        (["data.path=/t-0.tar", "data.path=/t-1.tar"], r"data.path=... is given more than once: .* quote a pattern"),
     ],
 )
 def test_errors_name_the_key(overrides: list[str], message: str) -> None:
@@ -67,3 +68,23 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes) -> None:
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_config(Outer, tmp_path / "absent.yaml")
+
+
+class Deep(Config):
+    inner: Inner = Inner(path=Path("/default"), limit=3)
+    width: int = 8
+
+
+class Recipe(Config):
+    inner: Inner = Inner(path=Path("/default"), limit=3)
+    deep: Deep = Deep(inner=Inner(path=Path("/deep")), width=16)
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_default(tmp_path: Path) -> None:
+    assert load_config(Recipe, None, ["inner.path=/mine"]).inner == Inner(path=Path("/mine"), limit=3)
+    file = tmp_path / "config.yaml"
+    file.write_text("deep: {inner: {limit: 5}}\n")
+    assert load_config(Recipe, file).deep == Deep(inner=Inner(path=Path("/deep"), limit=5), width=16)
+    # The recipe's own section counts, not the one of its class: its limit is None.
+    assert load_config(Recipe, None, ["deep.inner.path=/mine"]).deep == Deep(inner=Inner(path=Path("/mine")), width=16)
+    assert Recipe(inner=Inner(path=Path("/whole"))).inner.limit is None  # a whole section, from Python, is itself

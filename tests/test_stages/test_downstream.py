@@ -138,6 +138,10 @@ def test_the_probe_warns_at_the_edge_of_its_rates(colours: Path, caplog: pytest.
     assert said(0.01, 300.0, 1e7) == said(300.0) == ""
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         linear_probe.LinearProbeConfig.model_validate({**keys, "batch_size": 1})
+    with pytest.raises(ValueError, match="at least 1 item"):
+        linear_probe.LinearProbeConfig.model_validate({**keys, "blrs": []})
+    keys["epochs"] = 1
+    assert "steps train a classifier but little: lower batch_size or raise epochs" in said(0.01, 300.0, 1e7)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

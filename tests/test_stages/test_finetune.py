@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import cli
 from pipeline.assembly import normalise
+from pipeline.config import load_config
 from pipeline.data.labelled import evaluation_batches, open_labelled
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import topk_accuracy
@@ -20,7 +21,7 @@ from pipeline.evaluation.records import read_records
 from pipeline.models import Classifier, build_student, load_model, save_weights
 from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune
-from stages.finetune import DataConfig, EvaluateConfig
+from stages.finetune import DataConfig, EvaluateConfig, FinetuneConfig
 from tests.test_stages.conftest import ENCODER, PLAIN, finetune_config, sets
 
 CONV = {"name": "mrmae_convvit_small_patch16", "image_size": 64, "dim": 48, "depth": 1, "num_heads": 3}
@@ -87,6 +88,24 @@ def test_mixing_wants_even_micro_batches(colours: Path, tmp_path: Path, part: st
     assert "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
     finetune.run(finetune_config(colours, tmp_path / "out", **keys, augment=PLAIN))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("augment.scale=[0.5,0.2]", r"augment\.scale=\[0\.5, 0\.2\]: needs 0 < low <= high <= 1"),
+        ("augment.rand_augment=m9", r"augment\.rand_augment='m9' is no policy of timm's"),
+    ],
+)
+def test_augmentation_that_can_not_be_drawn_is_refused_before_anything_is_written(key: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(FinetuneConfig, None, ["data.path=/x", "output=/y", key])
+
+
+def test_one_key_of_the_optimiser_leaves_the_rest_of_the_recipe() -> None:
+    config = load_config(FinetuneConfig, None, ["data.path=/x", "output=/y", "optim.clip_grad=1"])
+    assert config.optim == FinetuneConfig.model_fields["optim"].default.model_copy(update={"clip_grad": 1.0})
+    assert config.optim.layer_decay == 0.65
 
 
 def test_rand_augment_is_bicubic(colours: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError,
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.engine import _Loop
 from stages import knn, pretrain
+from stages.pretrain import MaskConfig
 from tests.test_stages.conftest import MICRO, TEACHER, pretrain_config
 
 Make = Callable[..., Path]
@@ -175,12 +177,15 @@ def test_two_teachers(make_cache: Make, image_tree: Path, tmp_path: Path) -> Non
         ({"batch_size": 25}, TrainingError, r"lower batch_size"),
         ({"batch_size": 6, "accum_iter": 4}, TrainingError, r"no multiple of 4"),
         ({"init": "/nowhere"}, CheckpointError, r"/nowhere does not exist"),
+        ({"data": {"limit": 8}, "cache": "webdataset"}, ConfigError, r"data\.limit chooses among .* leave it out"),
     ],
 )
 def test_what_does_not_fit_gets_a_clear_line(
     make_cache: Make, image_tree: Path, tmp_path: Path, changes: dict[str, Any], error: type, message: str
 ) -> None:
     keys = {**inputs(make_cache(), image_tree), **changes}
+    if changes.get("cache") == "webdataset":
+        keys["cache"] = {"path": str(make_cache("stored", cache__store="webdataset"))}
     with pytest.raises(error, match=message):
         pretrain.run(pretrain_config(tmp_path / "run", **keys))
 
@@ -226,6 +231,43 @@ def test_another_run_in_the_output_is_not_overwritten(make_cache: Make, image_tr
         pretrain.run(pretrain_config(tmp_path / "run", seed=1, **common))
     with pytest.raises(ConfigError, match=r"holds a run already"):
         pretrain.run(pretrain_config(tmp_path / "run", resume="never", **common))
+
+
+def test_teachers_in_another_order_are_another_run(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    """The first one's attention chooses the patches, and the optimiser knows its parameters by their order."""
+    paths = {name: {"path": str(make_cache(name, views__count=1))} for name in ("a", "b")}
+    data = {"path": str(image_tree), "workers": 0}
+    pretrain.run(pretrain_config(tmp_path / "run", data=data, caches=paths, max_steps=2))
+    turned = {name: paths[name] for name in ("b", "a")}
+    with pytest.raises(CheckpointError, match=r"with teachers_in_order=\['a', 'b'\], this one has .*\['b', 'a'\]"):
+        pretrain.run(pretrain_config(tmp_path / "run", data=data, caches=turned, max_steps=4))
+
+
+def test_another_init_is_another_run(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    common = {**inputs(make_cache(), image_tree), "max_steps": 1}
+    for seed in (1, 2):
+        pretrain.run(pretrain_config(tmp_path / str(seed), seed=seed, **common))
+    pretrain.run(pretrain_config(tmp_path / "run", init=str(tmp_path / "1"), **common))
+    with pytest.raises(CheckpointError, match="holds a run with init="):
+        pretrain.run(pretrain_config(tmp_path / "run", init=str(tmp_path / "2"), **common))
+
+
+def test_a_repair_between_stop_and_resume_is_said(
+    make_cache: Make, image_tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = inputs(make_cache(), image_tree)
+    live = pretrain.live_samples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "live_samples", lambda caches: live(caches)[:-1])
+        pretrain.run(pretrain_config(tmp_path / "run", **{**common, "max_steps": 2}))
+    with caplog.at_level("WARNING"):
+        pretrain.run(pretrain_config(tmp_path / "run", **common))
+    assert re.search(r"samples was 23 \(\w+\) when the run stopped and is 24 \(\w+\) now", caplog.text)
+
+
+def test_the_same_mask_is_not_trained_several_times() -> None:
+    with pytest.raises(ValueError, match="top-k knows one mask a sample"):
+        MaskConfig(focus="top-k", masks_per_sample=2)
 
 
 def test_a_non_finite_loss_stops_with_step_rate_and_checkpoint(
@@ -308,15 +350,16 @@ def test_cached_equals_online(
     make_cache: Make, image_tree: Path, tmp_path: Path, quantiser: str, tolerance: float, focus: str
 ) -> None:
     """The same views and masks, so the same losses: what a cache changes is the price of a step."""
+    masks = 1 if focus == "top-k" else 2
     common: dict[str, Any] = {
-        "data": {"path": str(image_tree), "workers": 0}, "mask": {"focus": focus, "masks_per_sample": 2}, "epochs": 3,
-        "max_steps": None,
+        "data": {"path": str(image_tree), "workers": 0}, "epochs": 3, "max_steps": None,
+        "mask": {"focus": focus, "masks_per_sample": masks},
     }  # fmt: skip
     path = make_cache(cache__quantiser=quantiser)
     pretrain.run(pretrain_config(tmp_path / "cached", cache={"path": str(path)}, **common))
     views = {"count": 2, "image_size": 64}
     pretrain.run(pretrain_config(tmp_path / "online", teacher=TEACHER, views=views, **common))
-    assert len(losses(tmp_path / "cached")) == 18
+    assert len(losses(tmp_path / "cached")) == 9 * masks
     assert dict(losses(tmp_path / "online")) == pytest.approx(dict(losses(tmp_path / "cached")), rel=tolerance)
 
 

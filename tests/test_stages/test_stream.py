@@ -15,6 +15,7 @@ from pipeline.data.caches import live_samples, open_caches, views_of
 from pipeline.data.images import open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
 from pipeline.data.order import EpochOrder
+from pipeline.errors import ConfigError
 
 GLOBAL, EPOCHS = 8, 3
 
@@ -68,6 +69,29 @@ def test_processes_and_workers_change_no_global_batch(
 def test_a_stream_starts_anywhere(cache: Path, image_tree: Path, start: int) -> None:
     whole = global_batches([stream(cache, image_tree, 0)])
     assert global_batches([stream(cache, image_tree, 1, start=start)]) == whole[start:]
+
+
+def test_full_shared_memory_is_said_and_nobody_waits_for_ever(
+    cache: Path, image_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[torch.Tensor] = []
+
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        """As in a container with little of it: the workers, which are forked, meet it at their fifth tensor."""
+        shared.append(tensor)
+        if len(shared) > 4:
+            raise RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+            )
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fill)
+    with pytest.raises(
+        ConfigError, match=r"shared memory is full.*--shm-size=32g or --ipc=host, or lower data\.workers"
+    ):
+        list(stream(cache, image_tree, workers=1))
+    assert len(list(stream(cache, image_tree, workers=0))) == 18  # nothing is handed over
+    assert shared == []
 
 
 def private_bytes(cache: Path, images: Path, steps: int, every: int) -> list[int]:

@@ -77,6 +77,22 @@ def test_digest_knows_keys_and_lengths(tmp_path: Path) -> None:
     assert len({before, longer, open_images(str(tmp_path)).digest()}) == 3
 
 
+@pytest.mark.parametrize("image", ["a.jpg", "class/a.JPEG"])
+def test_tars_beside_images_are_refused_unless_a_pattern_names_them(tmp_path: Path, image: str) -> None:
+    with tarfile.open(tmp_path / "left-over.tar", "w") as tar:
+        member = tarfile.TarInfo("b.jpg")
+        member.size = len(JPEG)
+        tar.addfile(member, io.BytesIO(JPEG))
+    (tmp_path / "val").mkdir()  # other sub-folders don't matter
+    (tmp_path / "val/more.tar").write_bytes(b"")
+    assert len(open_images(str(tmp_path))) == 1
+    (tmp_path / image).parent.mkdir(exist_ok=True)
+    (tmp_path / image).write_bytes(JPEG)
+    with pytest.raises(DataError, match=rf"tars \(left-over\.tar\) and images \({image}\) side by side"):
+        open_images(str(tmp_path))
+    assert len(open_images(str(tmp_path / "*.tar"))) == 1
+
+
 @pytest.mark.parametrize("path", ["absent", "absent-{0..3}.tar", "empty", "file.txt", "mixed", "torn.tar"])
 def test_what_cannot_be_listed(tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()

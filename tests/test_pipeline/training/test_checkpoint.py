@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, StorageError
 from pipeline.training.checkpoint import (
     best_checkpoint,
     load_checkpoint,
@@ -19,6 +19,7 @@ from pipeline.training.checkpoint import (
     newest_checkpoint,
     prune,
     resolve_checkpoint,
+    retire_best,
     save_checkpoint,
 )
 from pipeline.training.ema import EmaConfig
@@ -236,3 +237,39 @@ def test_prune_never_takes_the_sound_one_for_a_torn_later_one(tmp_path: Path) ->
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.step == 5
+
+
+def test_a_disk_that_does_not_answer_is_no_torn_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    open_file = Path.open
+
+    def stale(path: Path, *how: Any, **keys: Any) -> Any:
+        if path.parent == newest and path.name == "model.safetensors":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return open_file(path, *how, **keys)
+
+    monkeypatch.setattr(Path, "open", stale)
+    with pytest.raises(StorageError, match=r"step-00000002 can't be read \(Stale file handle\).*move it away"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_no_init(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
+        resolve_checkpoint(path)
+
+
+def test_a_best_of_steps_to_come_gives_up_its_name_but_stays(tmp_path: Path) -> None:
+    make_best(save(tmp_path, 7, "best"))
+    for _ in range(2):
+        best = best_checkpoint(tmp_path)
+        assert best is not None
+        assert best.step == 7
+        retire_best(best)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best-00000007-former"]
+    make_best(save(tmp_path, 7, "best"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best-00000007"]

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -261,3 +262,36 @@ def test_each_checkpoint_holds_its_config_and_the_folder_that_of_the_newest_star
     assert "log_every: 2" in held["step-00000012"]
     assert "log_every: 2" in held["best"]
     assert "log_every: 2" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_best_of_steps_that_are_trained_again_is_chosen_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    best, last = (tmp_path / "checkpoints" / name / "model.safetensors" for name in ("best", "step-00000012"))
+    Training(tmp_path, evaluate_every=STEPS, config={"keep_checkpoints": 9})()
+    former = best.read_bytes()
+    for step in (6, 9, 12):
+        shutil.rmtree(tmp_path / f"checkpoints/step-{step:08d}")
+    with caplog.at_level(logging.WARNING):
+        Training(tmp_path, evaluate_every=STEPS, optim={"lr": 0.02})()
+    assert "is of step 12, after this start: the best is chosen anew" in caplog.text
+    assert best.read_bytes() == last.read_bytes() != former
+
+
+def test_decay_and_betas_are_those_of_the_newest_start(tmp_path: Path) -> None:
+    seen: list[tuple[float, tuple[float, float]]] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        seen.append(
+            (max(group["weight_decay"] for group in optimizer.param_groups), optimizer.param_groups[0]["betas"])
+        )
+
+    with pytest.raises(Killed):
+        Training(tmp_path, at_step=kill(7))()
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        Training(tmp_path, optim={"weight_decay": 0.3, "betas": (0.8, 0.9)})()
+    finally:
+        handle.remove()
+    assert set(seen) == {(0.3, (0.8, 0.9))}
+    assert len(seen) == STEPS - 6

@@ -1,6 +1,8 @@
 """A run's folder and its trackers."""
 
 import importlib.util
+import json
+import logging
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -8,8 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import nn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.training import run as run_module
+from pipeline.training.checkpoint import save_checkpoint
 from pipeline.training.run import Run, RunConfig
 
 
@@ -73,3 +78,45 @@ def test_tensorboard_lies_in_the_run_folder(tmp_path: Path) -> None:
     run.accelerator.log({"loss": 0.5}, step=3)
     run.close()
     assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
+
+
+def stop(output: Path, step: int, identity: dict[str, Any]) -> Path:
+    path = output / f"checkpoints/step-{step:08d}"
+    save_checkpoint(path, nn.Linear(1, 1), {}, step=step, identity=identity, metrics={})
+    return path
+
+
+def test_what_may_change_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stop(tmp_path, 3, {"seed": 0, "samples": "10 (a)"})
+    with pytest.raises(CheckpointError, match=r"with samples=10 \(a\), this one has samples=11 \(b\)"):
+        Run(config(tmp_path), {"seed": 0, "samples": "11 (b)"})
+    with caplog.at_level(logging.WARNING):
+        run = Run(config(tmp_path), {"seed": 0, "samples": "11 (b)", "new": 1}, may_change=("samples",))
+    assert run.start_step == 3  # and a key that the stopped run didn't know is no difference
+    assert "samples was 10 (a) when the run stopped and is 11 (b) now" in caplog.text
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_over(tmp_path: Path) -> None:
+    (stop(tmp_path, 3, {}) / "model.safetensors").unlink()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(CheckpointError, match=r"holds checkpoints, none of them whole: .* move them away"):
+        Run(config(tmp_path), {})
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [({"step": 0}, r"disagree on step \(0, 3\): output"), ({"samples": "9"}, r"disagree on samples \(10, 9\)")],
+)
+def test_processes_that_see_different_things_do_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], message: str
+) -> None:
+    identity = {"seed": 0, "samples": "10"}
+    stop(tmp_path, 3, identity)
+
+    def gather(mine: list[str]) -> list[str]:
+        return [*mine, json.dumps({**json.loads(mine[0]), **other}, sort_keys=True)]
+
+    monkeypatch.setattr(run_module, "gather_object", gather)
+    with pytest.raises(CheckpointError, match=message):
+        Run(config(tmp_path), identity)
