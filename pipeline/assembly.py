@@ -157,10 +157,22 @@ def read_start(init: Path | None, student: StudentConfig | None) -> Start:
     Raises:
         ConfigError: as `student_arguments`. CheckpointError: the weights aren't there.
     """
-    state, spec = read_weights(resolve_checkpoint(init)) if init else (None, None)
+    state, spec = _read(init) if init else (None, None)
     encoder = encoder_arguments(init, student, spec)
     completed = student.model_copy(update=encoder) if student else None
     return Start(encoder, completed, state, f"weights {state_digest(state)[:16]}" if state else None)
+
+
+def _read(init: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Weights, and what they are of if they say it."""
+    state, spec = read_weights(resolve_checkpoint(init))
+    if spec is None:
+        log.warning(
+            "init=%s doesn't say how pixels were normalised: taking ImageNet's mean and deviation, as MAE and ConvMAE "
+            "do; timm's augreg weights want 0.5 instead and would give other features (teacher.spec=timm:NAME knows)",
+            init,
+        )
+    return state, spec
 
 
 def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | Classifier:
@@ -172,13 +184,16 @@ def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | 
     Raises:
         ConfigError: as `student_arguments`. CheckpointError: the weights aren't there or don't fit.
     """
-    state, spec = read_weights(resolve_checkpoint(init)) if init else (None, None)
+    state, spec = _read(init) if init else (None, None)
     arguments = student_arguments(init, student, spec)
     described = spec is not None and spec.get("name") == arguments["name"]
     model: Student | Classifier
     if spec is not None and described:
         changes = arguments if spec.get("kind") == "student" else _of_encoder(arguments)
         model = build_from_spec({**spec, **changes})
+    elif state is not None and {"head.weight", "fc_norm.weight"} <= state.keys():  # a classifier that pools by the mean
+        described = True
+        model = build_classifier(num_classes=len(state["head.weight"]), pool="mean", **_of_encoder(arguments))
     else:
         model = build_student(**arguments, objective="mae")
     if state is not None:

@@ -44,7 +44,7 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
-# A file with one of these at its root describes a chain; no command has a key of such a name.
+# A file with one of these at its root describes a chain, unless the command itself has such a key (`pretrain` has knn).
 _SECTIONS = frozenset(
     {"extract-teacher-features", "pretrain", "finetune", "detect", "knn", "linear-probe", "visualize", "export"}
     | {"demo", "plan", "ablate"}
@@ -86,11 +86,13 @@ def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str]
         given.add(key)
     try:
         changes = OmegaConf.from_dotlist(list(overrides))
-        sections = [str(key) for key in root if key in _SECTIONS]
+        sections = [str(key) for key in root if key in _SECTIONS and key not in cls.model_fields]
         if sections and section and section not in root and file is not None:
             raise ConfigError(f"--config {file} has no section '{section}' (it has {', '.join(sections)})")
         if section in root:
-            root[section] = OmegaConf.merge(root[section], changes)
+            if not isinstance(root[section] or root, DictConfig):
+                raise ConfigError(f"--config {file}: expected keys and values in section '{section}'")
+            root[section] = OmegaConf.merge(root[section] or {}, changes)
             merged = root[section]  # interpolations in it still see the values beside it
         else:
             merged = OmegaConf.merge(root, changes)

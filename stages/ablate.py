@@ -25,6 +25,7 @@ import matplotlib
 import xxhash
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
 
 from pipeline.config import Config, PathField
@@ -72,20 +73,22 @@ class Row:
     figures: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
-    def summary(self, measure: str) -> tuple[float, float] | None:
-        """Mean, and sample standard deviation (0 of one value)."""
+    def summary(self, measure: str) -> tuple[float, float | None] | None:
+        """Mean, and sample standard deviation, which one value doesn't have."""
         values = self.figures.get(measure)
         if not values:
             return None
-        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda line: None) -> str:
     """Run everything that isn't done; returns the table.
 
     Raises:
+        ConfigError: the file lacks a section that will be needed.
         PipelineError: a command failed; its log is named. Interrupted: it was stopped.
     """
+    _check_sections(config, file)
     for name in dict.fromkeys(variant.cache for variant in config.variants.values() if variant.cache is not None):
         _extract(config, file, name, say)
     rows: dict[str, Row] = {name: Row(variant.group) for name, variant in config.variants.items()}
@@ -96,6 +99,23 @@ def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda li
                 rows[name].figures.setdefault(measure, []).append(value)
             rows[name].seconds.append(seconds)
     return _write(config, rows)
+
+
+def _check_sections(config: AblateConfig, file: Path) -> None:
+    """Before hours of work: the file has a section for each command that will run, and all of it resolves."""
+    steps: list[str] = [*config.measures]
+    if any(variant.pretrain is not None for variant in config.variants.values()):
+        steps.append("pretrain")
+    if any(variant.cache is not None for variant in config.variants.values()):
+        steps.append("extract-teacher-features")
+    root = cast(DictConfig, OmegaConf.load(file))
+    for step in steps:
+        if not isinstance(root.get(step), DictConfig):
+            raise ConfigError(f"--config {file} has no section '{step}': add it, or leave it out of ablate.measures")
+        try:
+            OmegaConf.to_container(root[step], resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"--config {file}, section '{step}': {str(error).splitlines()[0]}") from error
 
 
 def _extract(config: AblateConfig, file: Path, name: str, say: Callable[[str], None]) -> None:
@@ -216,9 +236,11 @@ def _write(config: AblateConfig, rows: Mapping[str, Row]) -> str:
         if row.group != group and row.group:
             lines.append(f"| *{row.group}* |" + " |" * (len(measures) + 1))
         group = row.group
-        cells = ["–" if (s := row.summary(m)) is None else f"{s[0]:.3f} ± {s[1]:.3f}" for m in measures]
+        cells = [_cell(row.summary(measure)) for measure in measures]
         lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(row.seconds) / 60:.1f} |")
-    text = f"Top-1, mean ± sample standard deviation of {len(config.seeds)} seeds.\n\n" + "\n".join(lines) + "\n"
+    seeds = len(config.seeds)
+    what = f"mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else "one seed: no spread was measured"
+    text = f"Top-1, {what}.\n\n" + "\n".join(lines) + "\n"
     (config.output / "table.md").write_text(text, encoding="utf-8")
     with (config.output / "table.csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
@@ -229,6 +251,13 @@ def _write(config: AblateConfig, rows: Mapping[str, Row]) -> str:
                 writer.writerow([row.group, name, seed, *figures, round(row.seconds[place], 1)])
     _draw(config.output / "bars.png", rows, measures)
     return text
+
+
+def _cell(summary: tuple[float, float | None] | None) -> str:
+    if summary is None:
+        return "–"
+    mean, spread = summary
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
 
 
 def _draw(path: Path, rows: Mapping[str, Row], measures: list[str]) -> None:

@@ -36,6 +36,7 @@ from pipeline.extraction import Extractor
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
 
+RANDOM_TEACHER = TeacherConfig(spec="timm:vit_tiny_patch16_224", weights="random")
 NO_BOUNDS = {"max_nmse": float("inf"), "min_cosine": 0.0}
 
 
@@ -44,7 +45,7 @@ class BenchmarkExtractConfig(Config):
 
     data: DataConfig | None = None  # images; drawn ones of 224 x 224 when left out
     workers: int = Field(2, ge=0)  # decoding processes, for drawn images
-    teacher: TeacherConfig = TeacherConfig(spec="timm:vit_tiny_patch16_224", weights="random")
+    teacher: TeacherConfig | None = None  # a ViT-Ti of random weights when left out
     views: ViewConfig = ViewConfig()
     store: Literal["zarr", "webdataset"] = "zarr"
     images: int = Field(512, ge=16)  # that each round takes
@@ -85,7 +86,8 @@ class _Bench:
     ) -> None:
         self.config, self.source, self.device, self.scratch = config, source, device, scratch
         self.dtype = teacher_dtype(config.precision, device)
-        self.teacher = self._teacher(config.teacher)
+        self.choice = config.teacher or RANDOM_TEACHER
+        self.teacher = self._teacher(self.choice)
         self.renderer = ViewRenderer(source, config.views, store_jpeg=config.store == "webdataset")
         samples = [(0, index) for index in range(max(1, config.batch_size // config.views.count))]
         self.views = self.renderer.__getitems__(samples).readable_pixels().to(device)
@@ -102,7 +104,7 @@ class _Bench:
 
     def shared(self) -> dict[str, Any]:
         """Time of two token choices in one pass, over that of two passes."""
-        choices = [self.config.teacher, self.config.teacher.model_copy(update={"tokens": "block", "layers": 2})]
+        choices = [self.choice, self.choice.model_copy(update={"tokens": "block", "layers": 2})]
         # Built twice: teachers that go through one pass together share one network from then on.
         together, apart = ([self._teacher(choice) for choice in choices] for _ in range(2))
         times = self._by_turns(
@@ -116,8 +118,7 @@ class _Bench:
     def reduced(self) -> dict[str, float]:
         """How far bf16 autocast takes tokens and attention from fp32, on one batch."""
         exact, rough = (
-            load_teacher(self.config.teacher, self.device, dtype)(self.views)
-            for dtype in (torch.float32, torch.bfloat16)
+            load_teacher(self.choice, self.device, dtype)(self.views) for dtype in (torch.float32, torch.bfloat16)
         )
         dim = (exact.tokens.shape[-1],)
         cosine = cosine_similarity(layer_norm(exact.tokens, dim), layer_norm(rough.tokens, dim), dim=-1)

@@ -47,10 +47,12 @@ def knn_classify(
     train = F.normalize(train_x.to(device, torch.float32), dim=1)
     train_labels = train_y.to(device)
     votes = []
-    for rows in torch.split(test_x, chunk):
-        test = F.normalize(rows.to(device, torch.float32), dim=1)
-        similarity, neighbours = _nearest(test, train, min(k, len(train)))
-        votes.append(_vote(similarity, train_labels[neighbours], classes, temperature))
+    # In training this runs under autocast, and neighbours lie closer together than bf16 can tell.
+    with torch.autocast(device.type, enabled=False):
+        for rows in torch.split(test_x, chunk):
+            test = F.normalize(rows.to(device, torch.float32), dim=1)
+            similarity, neighbours = _nearest(test, train, min(k, len(train)))
+            votes.append(_vote(similarity, train_labels[neighbours], classes, temperature))
     return topk_accuracy(torch.cat(votes), test_y.to(device), ks=(1, 5))
 
 

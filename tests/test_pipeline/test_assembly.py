@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pipeline.assembly import load_encoder, student_arguments
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models import Student, build_classifier, build_student, save_weights
+from pipeline.models import Classifier, Student, build_classifier, build_student, save_weights
 from pipeline.models.config import StudentConfig
 
 NAME = "mrmae_convvit_small_patch16"
@@ -61,3 +63,18 @@ def test_an_encoder_is_loaded_at_another_size(tmp_path: Path, kind: str) -> None
     assert len(again.state_dict()) == len(model.state_dict())
     with pytest.raises(CheckpointError, match="don't fit this model"):
         load_encoder(tmp_path, StudentConfig(depth=2))
+
+
+@pytest.mark.parametrize("name", [NAME, "mrmae_vit_tiny_patch16"])
+def test_the_lone_file_of_a_classifier_that_pools_by_the_mean_is_a_subject(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_classifier(name, 3, **SIZES)
+    file = tmp_path / "public.safetensors"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
+    again = load_encoder(file, StudentConfig.model_validate({"name": name, **SIZES}))
+    assert isinstance(again, Classifier)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(again.eval().forward_tokens(images), model.eval().forward_tokens(images))
+    assert "doesn't say how pixels were normalised" in caplog.text

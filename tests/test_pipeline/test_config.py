@@ -88,3 +88,29 @@ def test_a_section_given_in_part_keeps_the_rest_of_its_default(tmp_path: Path) -
     # The recipe's own section counts, not the one of its class: its limit is None.
     assert load_config(Recipe, None, ["deep.inner.path=/mine"]).deep == Deep(inner=Inner(path=Path("/mine")), width=16)
     assert Recipe(inner=Inner(path=Path("/whole"))).inner.limit is None  # a whole section, from Python, is itself
+
+
+class Flat(Config):
+    knn: Inner | None = None
+    rate: float = 1.0
+
+
+def test_a_key_that_is_called_like_a_command_is_no_section(tmp_path: Path) -> None:
+    config = Flat(knn=Inner(path=Path("/x")), rate=2.0)
+    for each in (config, Flat()):
+        save_config(each, tmp_path / "config.yaml")
+        assert load_config(Flat, tmp_path / "config.yaml", section="pretrain") == each
+    (tmp_path / "chain.yaml").write_text("pretrain: {rate: 3.0}\nknn: {data: {path: /y}}\nexport: {}\n")
+    assert load_config(Flat, tmp_path / "chain.yaml", section="pretrain") == Flat(rate=3.0)
+    (tmp_path / "chain.yaml").write_text("finetune: {rate: 3.0}\nknn: {path: /y}\n")
+    with pytest.raises(ConfigError, match=r"has no section 'pretrain' \(it has finetune\)"):
+        load_config(Flat, tmp_path / "chain.yaml", section="pretrain")
+
+
+def test_a_section_may_be_empty_but_not_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "chain.yaml"
+    file.write_text("export:\nknn:\n")
+    assert load_config(Outer, file, ["data.path=/x"], section="export").data.path == Path("/x")
+    file.write_text("export: [1, 2]\n")
+    with pytest.raises(ConfigError, match="expected keys and values in section 'export'"):
+        load_config(Outer, file, ["data.path=/x"], section="export")

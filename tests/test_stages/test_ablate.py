@@ -85,7 +85,8 @@ def test_every_measure_ends_in_the_table(image_tree: Path, tmp_path: Path) -> No
     records = json.loads((run / "metrics.json").read_text())
     last = [json.loads(line) for line in (run / "finetuned/metrics.jsonl").read_text().splitlines()][-1]
     figures = (records["knn"]["top1"], records["linear_probe"]["top1"], last["top1"])
-    assert f"| mr_mae | {' | '.join(f'{figure:.3f} ± 0.000' for figure in figures)} |" in table
+    assert f"| mr_mae | {' | '.join(f'{figure:.3f}' for figure in figures)} |" in table
+    assert table.startswith("Top-1, one seed: no spread was measured.")
 
 
 def test_a_command_that_is_stopped_may_save_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +122,21 @@ def test_a_cache_that_is_not_listed(image_tree: Path, tmp_path: Path) -> None:
     file = write_config(tmp_path, image_tree, caches={"other": []})
     with pytest.raises(ConfigError, match=r"variants\.mr_mae\.cache=one: caches has other"):
         load_config(AblateConfig, file, section="ablate")
+
+
+@pytest.mark.parametrize("lost", ["knn", "pretrain", "extract-teacher-features"])
+def test_a_section_that_is_missing_is_said_before_anything_runs(
+    image_tree: Path, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_config(tmp_path, image_tree)
+    config = load_config(AblateConfig, file, section="ablate")
+    chain = OmegaConf.load(file)
+    del chain[lost]
+    OmegaConf.save(chain, file)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(ConfigError, match=f"has no section '{lost}': add it"):
+        ablate.run(config, file)
+    chain[lost] = {"data": {"path": "${oc.env:NOT_SET_ANYWHERE}"}}
+    OmegaConf.save(chain, file)
+    with pytest.raises(ConfigError, match=f"section '{lost}': .*NOT_SET_ANYWHERE"):
+        ablate.run(config, file)

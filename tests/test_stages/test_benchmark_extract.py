@@ -1,3 +1,4 @@
+from pipeline.config import load_config
 from stages.benchmark_extract import BenchmarkExtractConfig, run
 from tests.test_stages.conftest import TEACHER
 
@@ -13,3 +14,9 @@ def test_figures_are_there_and_make_sense() -> None:
     assert figures["stage"]["decode_views_per_s"] > 0
     assert 0 < figures["shared"]["ratio"] < 1.5
     assert 0.9 < figures["bf16"]["cosine_mean"] < 1
+
+
+def test_a_named_teacher_has_its_own_weights() -> None:
+    teacher = load_config(BenchmarkExtractConfig, None, ["teacher.spec=clip_vitb16"]).teacher
+    assert teacher is not None
+    assert (teacher.spec, teacher.weights) == ("clip_vitb16", None)

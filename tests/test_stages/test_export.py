@@ -125,6 +125,10 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(CheckpointError, match="the exported features differ"):
             export()
     with monkeypatch.context() as patch:
+        patch.setattr(stages.export, "_tokens", lambda model: lambda images: images.new_full((3, 16, 48), torch.nan))
+        with pytest.raises(CheckpointError, match="the exported features differ"):
+            export()
+    with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ConfigError, match=r"pip install -e '\.\[onnx\]'"):
             export(onnx=True)

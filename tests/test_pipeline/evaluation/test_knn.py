@@ -64,3 +64,19 @@ def test_fewer_neighbours_than_k_and_classes_unseen() -> None:
     train = torch.eye(3)
     result = knn_classify(train, torch.tensor([0, 1, 2]), train, torch.tensor([0, 1, 7]), k=20, num_classes=9)
     assert result["top1"] == pytest.approx(2 / 3)
+
+
+def test_autocast_does_not_blur_neighbours_that_lie_close_together() -> None:
+    """As in pre-training: features share most of their length, and bf16 knows two digits of a cosine."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(10, 64, generator=generator)
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(count) % 10
+        return 25 + centres[labels] + 0.7 * torch.randn(count, 64, generator=generator), labels
+
+    sets = (*draw(300), *draw(100))
+    exact = knn_classify(*sets)
+    assert exact["top1"] > 0.9
+    with torch.autocast("cpu", torch.bfloat16):
+        assert knn_classify(*sets) == exact
