@@ -89,12 +89,13 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
     Raises:
         TeacherError: it can't be built, or speaks with other weights than the cache's.
     """
-    recorded = description["weights"]
-    if weights is None and recorded.endswith((".safetensors", ".pth", ".pt", ".bin")):
+    recorded, spec = description["weights"], description["spec"]
+    ours = spec.startswith("mrmae:")
+    if weights is None and not ours and recorded.endswith((".safetensors", ".pth", ".pt", ".bin")):
         raise TeacherError(f"the cache was made with the local weights {recorded}: say where they lie with --weights")
     config = TeacherConfig(
-        spec=description["spec"],
-        weights=weights or ("random" if recorded == "random" else None),
+        spec=f"mrmae:{weights}" if ours and weights else spec,  # the run has moved or has been trained on
+        weights=None if ours else weights or ("random" if recorded == "random" else None),
         image_size=description["image_size"],
         tokens=description["tokens"],
         layers=description["layers"],

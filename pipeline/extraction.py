@@ -152,7 +152,7 @@ class Extractor:
             times = {"started": began, "seconds": time.time() - began, "batch_size": self.batch_size}
             yield shard, [one.finish(times) for one in filling]
 
-    def reextract(self, indices: Sequence[int], views: Sequence[int], attention: str) -> Iterator[Reextracted]:
+    def reextract(self, indices: Sequence[int], views: Sequence[int], header: CacheHeader) -> Iterator[Reextracted]:
         """Records of the first teacher computed anew, one for each (index, view), for verification at level deep.
 
         Raises:
@@ -160,13 +160,17 @@ class Extractor:
         """
         wanted = iter(views)
         teacher = self.teachers[0]
+        # Another version of the encoder writes the same view in other bytes.
+        same_bytes = header.preprocessing == preprocessing(self.views.image_size, self.store)
         for batch in self._render_batches(indices, self.views):
             for row, index in enumerate(batch.indices):
                 if index in batch.errors:
                     raise DataError(f"image {self.source.key(index)}: {batch.errors[index]}")
                 view = next(wanted)
-                out = teacher(batch.pixels[row, view].unsqueeze(0).to(teacher.device), heads=attention == "heads")
-                rows = _attention(out, attention)
+                out = teacher(
+                    batch.pixels[row, view].unsqueeze(0).to(teacher.device), heads=header.attention == "heads"
+                )
+                rows = _attention(out, header.attention)
                 top, left, height, width = (int(side) for side in batch.box[row, view])
                 yield Reextracted(
                     tokens=out.tokens[0].float().cpu().numpy(),
@@ -174,7 +178,7 @@ class Extractor:
                     box=(top, left, height, width),
                     hflip=bool(batch.hflip[row, view]),
                     source_hash=int(batch.source_hash[row]),
-                    image=batch.images[row][view] if batch.images is not None else None,
+                    image=batch.images[row][view] if batch.images is not None and same_bytes else None,
                 )
 
     def _teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "_Taught":

@@ -9,7 +9,7 @@ cache, the student alone. docs/scaling.md goes through two plans.
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cache.budget import estimate_bytes, readable
@@ -38,6 +38,12 @@ class PlanConfig(Config):
     photo_rate: float = Field(default=223.0, gt=0)  # photos that a core decodes; `mrmae benchmark decode`
     stored_rate: float = Field(default=960.0, gt=0)  # stored 224-px photos that a core decodes and crops
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _as_extraction_allows(self) -> "PlanConfig":
+        if self.compressed and (self.quantiser == "int8" or self.store != "zarr"):
+            raise ValueError("compressed=true is for quantiser=float16 or float32 in store=zarr, as in extraction")
+        return self
 
 
 def run(config: PlanConfig) -> dict[str, Any]:

@@ -7,6 +7,8 @@ deep    also renders some records again and asks the live teacher
 --repair extracts what is damaged, and every shard that lost an image which can be read by now.
 """
 
+import functools
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -29,10 +31,14 @@ from pipeline.cache import (
 )
 from pipeline.config import Config, PathField
 from pipeline.data.images import ImageSource, decode, open_images
+from pipeline.data.rendering import preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheDamage, CacheError, DataError
 from pipeline.extraction import Extractor
 from pipeline.progress import Progress
+from pipeline.teachers import Teacher
+
+log = logging.getLogger(__name__)
 
 
 class VerifyConfig(Config):
@@ -78,22 +84,34 @@ def run(config: VerifyConfig) -> Verification:
     """Verify, and after a repair verify again.
 
     Raises:
-        CacheError: there is no cache. DataError, TeacherError: deep or repair lack the images or the teacher.
+        CacheError: there is no cache, or it can't be repaired from these images.
+        DataError, TeacherError: deep or repair lack the images or the teacher. StorageError: a disk doesn't answer.
     """
     source, images = _images(config)
     report = _verify(config, source)
     mended = None
     revived = _revivable(config, report, source) if config.repair else []
     if config.repair and (revived or not report.sound):
+        _check_dataset(config, report)
         header = read_header(config.path)
-        extractor = _extractor(config, header, source)
+        extractor = functools.cache(lambda: _extractor(config, header, source))  # what is rebuilt needs no teacher
 
         def extract_shard(shard: int) -> ShardData:
-            return next(iter(extractor.shards([header], [shard])))[1][0]
+            return next(iter(extractor().shards([header], [shard])))[1][0]
 
         mended = repair(config.path, report, extract_shard, revived)
         report = _verify(config, source)
     return Verification(report, mended, images)
+
+
+def _check_dataset(config: VerifyConfig, report: Report) -> None:
+    """Refuse to extract from images that the cache was not made of: the result would pass for the old one."""
+    foreign = [finding.message for finding in report.findings if finding.kind == "dataset"]
+    if foreign and report.damaged_shards():
+        raise CacheError(
+            f"{config.path}: shards {report.damaged_shards()} are damaged, and {foreign[0]}: say with --data where the "
+            "cache's own images lie, or extract again into a new folder"
+        )
 
 
 def _revivable(config: VerifyConfig, report: Report, source: ImageSource | None) -> list[int]:
@@ -118,7 +136,7 @@ def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
         extractor = _extractor(config, header, source)
 
         def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
-            return extractor.reextract(indices, views, header.attention)
+            return extractor.reextract(indices, views, header)
 
     threads = config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))  # each has a second that reads
     with Progress(1, "verify", "shard") as progress:
@@ -140,19 +158,35 @@ def _images(config: VerifyConfig) -> tuple[ImageSource | None, str]:
         return None, "not checked"  # `verify` reports the damage itself
     try:
         return open_images(config.data or dataset.source, dataset.count), "checked"
-    except DataError:
-        if config.data is not None or config.level == "deep" or config.repair:
+    except (DataError, OSError):
+        if config.data is not None or config.level == "deep":
             raise
         return None, f"not found at {dataset.source} (--data says where they lie now)"
 
 
 def _extractor(config: VerifyConfig, header: CacheHeader, source: ImageSource | None) -> Extractor:
     if source is None:
-        raise CacheError(f"{config.path}: cache.json is damaged, so its images can't be found; extract it again")
+        raise CacheError(
+            f"{config.path}: extracting anew needs the images, which are not at {header.dataset.source}: say with "
+            "--data where they lie"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = teacher_of_cache(header.teacher, config.weights, device)
     views = ViewConfig.model_validate(header.view_policy.model_dump())
+    _warn_of_versions(config, header, teacher)
     return Extractor(source, views, [teacher], _batch_size(config, header), config.workers, header.store)
+
+
+def _warn_of_versions(config: VerifyConfig, header: CacheHeader, teacher: Teacher) -> None:
+    """Another decoder or torch gives the same views and tokens but for their last bits; the header names the old."""
+    now = {**teacher.identity(), **preprocessing(header.view_policy.image_size, header.store)}
+    then = {**header.teacher, **header.preprocessing}
+    others = [key for key in then if key not in ("spec", "weights", "name") and now.get(key) != then[key]]
+    if others:
+        differ = "; ".join(f"{key} was {then[key]} and is {now.get(key)}" for key in others)
+        log.warning(
+            "%s was made by other versions (%s): what is computed anew may differ in its last bits", config.path, differ
+        )
 
 
 def _batch_size(config: VerifyConfig, header: CacheHeader) -> int:

@@ -124,9 +124,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_dead_partials(path: Path) -> None:
-    """Remove temporary files that killed writers of `path` left behind; those of a writer at work stay."""
+    """Remove temporary files that killed writers of `path` left behind; those of a writer at work stay.
+
+    So do those that can't be told apart, on a file system without locks: nothing reads them.
+    """
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
-        with contextlib.suppress(FileNotFoundError), partial.open("rb") as file, contextlib.suppress(BlockingIOError):
+        # For writing, though nothing is written: NFS grants the lock to no other.
+        with contextlib.suppress(OSError), partial.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             partial.unlink()
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cache.base import ShardData
-from pipeline.cache.commits import committed_shards, read_commit
-from pipeline.cache.manifest import read_header
+from pipeline.cache.commits import commit_path, committed_shards, read_commit
+from pipeline.cache.manifest import CacheHeader, read_header
 from pipeline.cache.report import Finding, Report
 from pipeline.cache.writer import open_writer, store_of
+from pipeline.errors import CacheDamage, CacheError
 
 ExtractShard = Callable[[int], ShardData]
 """Makes the whole content of one shard again from the images, as extraction does."""
@@ -43,7 +44,8 @@ def repair(path: Path, report: Report, extract_shard: ExtractShard, also: Iterab
         also: undamaged shards to write again, as `revivable` finds them.
 
     Raises:
-        CacheDamage: cache.json itself is damaged. CacheError: the disk is full, ...
+        CacheDamage: cache.json itself is damaged. CacheError: an image that the shard was made of can't be read any
+            more; the disk is full, ...
     """
     writer = open_writer(path)
     store = store_of(path, writer.header)
@@ -53,8 +55,24 @@ def repair(path: Path, report: Report, extract_shard: ExtractShard, also: Iterab
         done.files.append(file)
     for shard in sorted({*report.damaged_shards(), *also}):
         data = extract_shard(shard)
+        _check_lost(path, writer.header, shard, data)
         writer.withdraw(shard)
         writer.clean_partial(shard)
         writer.write_shard(shard, data)
         done.shards.append(shard)
     return done
+
+
+def _check_lost(path: Path, header: CacheHeader, shard: int, data: ShardData) -> None:
+    """A repair gives no sample up: its record may be the sound one beside a damaged one."""
+    try:
+        known = {stone.index for stone in read_commit(path, header, shard).tombstones}
+    except CacheDamage:
+        return  # nobody knows what it held
+    lost = sorted(data.tombstones.keys() - known)
+    if lost:
+        raise CacheError(
+            f"shard {shard} stays as it is: {len(lost)} of its images can't be read any more (sample {lost[0]}: "
+            f"{data.tombstones[lost[0]]}): restore them; or give them up, by removing {commit_path(path, shard)} and "
+            "extracting again"
+        )

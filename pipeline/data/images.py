@@ -300,7 +300,11 @@ def _walk(root: Path, prefix: str) -> Iterator[tuple[str, int]]:
             if entry.is_dir():
                 yield from _walk(root, key + "/")
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                yield key, entry.stat().st_size
+                try:
+                    size = entry.stat().st_size
+                except FileNotFoundError:
+                    size = 0  # a link to nowhere: an image that can't be read
+                yield key, size
 
 
 def _list_tars(path: str, tars: tuple[str, ...]) -> ImageSource:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -180,6 +181,73 @@ def test_repair_extracts_changed_images_again(image_tree: Path, tmp_path: Path, 
     assert mended.sound
     anew = make_cache("anew", images=tmp_path / "images", cache__quantiser="float16")
     assert content(path) == content(anew)
+
+
+@pytest.mark.parametrize("level", ["full", "deep"])
+def test_nothing_is_repaired_from_other_images(image_tree: Path, tmp_path: Path, make_cache: Make, level: str) -> None:
+    path = make_cache()
+    others = tmp_path / "others"
+    shutil.copytree(image_tree, others)
+    max(others.rglob("*.jpg")).write_bytes(b"of another length")
+    before = content(path)
+    options = {"path": path, "level": level, "data": str(others), "repair": True}
+    found = verify_cache.run(verify_cache.VerifyConfig.model_validate(options))
+    assert [finding.kind for finding in found.report.findings] == ["dataset"]
+    assert content(path) == before
+    (path / "commits/000001.json").unlink()
+    with pytest.raises(CacheError, match=r"shards \[1\] are damaged, and keys or sizes .*: say with --data"):
+        verify_cache.run(verify_cache.VerifyConfig.model_validate(options))
+    assert {name: before[name] for name in content(path)} == content(path)
+
+
+@pytest.mark.parametrize("how", ["gone", "forbidden"])
+def test_an_index_is_rebuilt_without_images_and_teacher(
+    image_tree: Path, tmp_path: Path, make_cache: Make, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(image_tree, images)
+    path = make_cache(images=images, cache__store="webdataset")
+    before = (path / "index/000001-00.index").read_bytes()
+    (path / "index/000001-00.index").write_bytes(b"{}")
+    if how == "gone":
+        shutil.rmtree(images)
+    else:
+
+        def forbid(*_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(images))
+
+        monkeypatch.setattr(verify_cache, "open_images", forbid)
+    monkeypatch.setattr(verify_cache, "teacher_of_cache", None)
+    mended = verify_cache.run(verify_cache.VerifyConfig(path=path, repair=True))
+    assert mended.sound
+    assert mended.images.startswith("not found at")
+    assert (path / "index/000001-00.index").read_bytes() == before
+    (path / "commits/000001.json").unlink()
+    with pytest.raises(CacheError, match=r"extracting anew needs the images, which are not at .*: say with --data"):
+        verify_cache.run(verify_cache.VerifyConfig(path=path, repair=True))
+
+
+def test_another_decoder_is_a_warning_and_no_damage(
+    make_cache: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stored JPEGs of another encoder hold the same views in other bytes."""
+    path = make_cache(cache__store="webdataset")
+    encode = rendering.encode_jpeg
+    monkeypatch.setattr(rendering, "encode_jpeg", lambda image, quality: encode(image, quality - 1))
+    assert not verify_cache.run(verify_cache.VerifyConfig(path=path, level="deep", samples=4)).sound
+    assert "other versions" not in caplog.text
+    monkeypatch.setattr(rendering.PIL, "__version__", "0.1")
+    assert verify_cache.run(verify_cache.VerifyConfig(path=path, level="deep", samples=4)).sound
+    assert re.search(r"made by other versions \(decoder was .* and is .*pillow 0\.1\)", caplog.text)
+
+
+def test_the_attention_of_each_head_is_sound(image_tree: Path, make_cache: Make) -> None:
+    """What a head gives to the class token is not in its row, which then sums to less than 1."""
+    path = make_cache(cache__attention="heads")
+    sums = np.stack([open_cache(path).read(index, 0).attention.astype(np.float32).sum(-1) for index in range(24)])
+    assert sums.max() < 1 < sums.max() + 0.2
+    for level in ("full", "deep"):
+        assert verify_cache.run(verify_cache.VerifyConfig.model_validate({"path": path, "level": level})).sound
 
 
 def test_images_of_another_length_revive_nothing(image_tree: Path, tmp_path: Path, make_cache: Make) -> None:

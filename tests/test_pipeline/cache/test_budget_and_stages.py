@@ -68,6 +68,9 @@ def test_plan_names_the_slower_side() -> None:
 def test_plan_of_something_unknown() -> None:
     with pytest.raises(ConfigError, match="choose one of dino_vits16"):
         plan.run(plan.PlanConfig(teacher="gpt"))
+    for keys in ({"quantiser": "int8"}, {"quantiser": "float16", "store": "webdataset"}):
+        with pytest.raises(ValueError, match="compressed=true is for quantiser=float16 or float32 in store=zarr"):
+            plan.PlanConfig.model_validate({"compressed": True, **keys})
 
 
 def test_cache_info(tmp_path: Path, store: str) -> None:

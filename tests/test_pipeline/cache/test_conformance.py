@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -413,3 +414,25 @@ def test_compressed_tokens_round_trip(tmp_path: Path, dtype: str) -> None:
 def test_other_compression_is_refused(store: str, quantiser: str, compression: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="compression"):
         make_header(store, quantiser_name=quantiser, compression=compression)
+
+
+@pytest.mark.parametrize("answer", [errno.EBADF, errno.ENOSYS])
+def test_partial_files_are_asked_about_as_nfs_wants_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, answer: int
+) -> None:
+    """NFS locks exclusively what is open for writing alone; other file systems have no locks, and the file stays."""
+    lock = fcntl.flock
+
+    def flock(file: IO[bytes], how: int) -> None:
+        if answer == errno.ENOSYS or not file.writable():
+            raise OSError(answer, os.strerror(answer))
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    file = next(f for f in cache.rglob("*") if f.name.startswith(("c.1", "000001")))
+    partial = file.with_name(f".{file.name}.00ff.partial")
+    partial.write_bytes(b"half")
+    writer = open_writer(cache)
+    writer.withdraw(1)
+    writer.clean_partial(1)
+    assert partial.exists() == (answer == errno.ENOSYS)

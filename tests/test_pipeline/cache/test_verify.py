@@ -1,6 +1,7 @@
 """Every fault is found, by verification and where training touches it by the reader; a sound cache never fails."""
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from pipeline.cache import (
 from pipeline.cache import files as cache_files
 from pipeline.cache.commits import Commit, write_commit
 from pipeline.cache.files import hash_file
-from pipeline.errors import CacheDamage, CacheError, DataError, PipelineError
+from pipeline.errors import CacheDamage, CacheError, DataError, PipelineError, StorageError
 from tests.test_pipeline.cache.samples import (
     KINDS,
     STORES,
@@ -383,6 +384,47 @@ def test_an_image_that_is_gone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_another_dataset(cache: Path, photos: Photos) -> None:
     for level in ("quick", "full"):
         assert [f.kind for f in verify(cache, level, source=photos).findings] == ["dataset"]  # type: ignore[arg-type]
+
+
+def test_a_teacher_is_not_asked_about_another_dataset(cache: Path) -> None:
+    """It would say other things of other images, and the cache is not to blame."""
+    wrong = teacher(read_header(cache), tokens=np.zeros_like)
+    assert "deep" in {f.kind for f in verify(cache, "deep", Photos(), wrong).findings}
+    foreign = verify(cache, "deep", Photos(digest="e" * 32), wrong)
+    assert [f.kind for f in foreign.findings] == ["dataset"]
+    assert foreign.damaged_shards() == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_disk_that_does_not_answer_is_no_damage(cache: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    def dead(self: Photos, index: int) -> bytes:
+        raise StorageError(f"image {index}: Input/output error")
+
+    monkeypatch.setattr(Photos, "read", dead)
+    with pytest.raises(StorageError, match="image 0"):
+        verify(cache, "full", source=Photos(), threads=threads)
+
+
+def test_many_changed_images_are_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_cache(tmp_path / "cache", make_header("zarr"), TOMBSTONES)
+    # By its name: in the package `verify` is the function.
+    monkeypatch.setattr(importlib.import_module("pipeline.cache.verify"), "_NAMED", 2)
+    monkeypatch.setattr(Photos, "read", lambda self, index: b"another")
+    findings = [f for f in verify(path, "full", source=Photos()).findings if f.shard == 0]
+    assert [f.kind for f in findings] == ["changed"] * 3
+    assert findings[-1].message == "shard 0: 2 more images like these"
+
+
+def test_repair_gives_no_image_up(cache: Path) -> None:
+    """One record is damaged, and its neighbours' images can't be read any more: their records stay."""
+    file = target_of(cache, "attention", 0, 0)
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    before = {f: f.read_bytes() for f in cache.rglob("*") if f.is_file()}
+    header = read_header(cache)
+    lost = {**TOMBSTONES, 1: "permission denied", 2: "permission denied"}
+    with pytest.raises(CacheError, match=r"shard 0 stays as it is: 2 of its images .*sample 1: permission denied"):
+        repair(cache, verify(cache, "full"), lambda shard: make_shard(header, shard, lost))
+    assert {f: f.read_bytes() for f in cache.rglob("*") if f.is_file()} == before
 
 
 def test_keys_in_another_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,15 @@ def test_what_cannot_be_listed(tmp_path: Path, path: str) -> None:
         open_images(str(tmp_path / path))
 
 
+def test_a_link_to_nowhere_is_an_image_that_can_not_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "absent.jpg")
+    images = open_images(str(tmp_path))
+    assert [images.key(index) for index in range(2)] == ["a.jpg", "b.jpg"]
+    with pytest.raises(DataError, match=r"image b\.jpg: No such file"):
+        images.read(1)
+
+
 def test_an_image_that_went_away(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(JPEG)
     (tmp_path / "b.jpg").write_bytes(JPEG)
