@@ -304,9 +304,8 @@ def _impossible(scan: Scan) -> Iterator[tuple[int, str]]:
         # A head's row is as the teacher has it, less what it gives to prefix tokens; the mean is normalised again.
         heads = sums.ndim > 1
         good = positive & (sums <= 1 + _SUM_TOLERANCE) & (heads | (sums >= 1 - _SUM_TOLERANCE))
-        wrong["attention sums to more than 1" if heads else "attention does not sum to 1"] = ~good.all(
-            tuple(range(1, good.ndim))
-        )  # over heads, if there are
+        problem = "attention sums to more than 1" if heads else "attention does not sum to 1"
+        wrong[problem] = ~good.all(tuple(range(1, good.ndim)))  # over heads, if there are
     box, hflip = scan.tails["box"], scan.tails["hflip"]
     wrong["the box is empty or outside the image"] = (box[:, :2] < 0).any(1) | (box[:, 2:] < 1).any(1)
     wrong["hflip is neither 0 nor 1"] = hflip > 1
