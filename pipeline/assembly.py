@@ -187,18 +187,18 @@ def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | 
     """
     state, spec = _read(init) if init else (None, None)
     arguments = student_arguments(init, student, spec)
-    described = spec is not None and spec.get("name") == arguments["name"]
+    strict = spec is not None and spec.get("name") == arguments["name"]
     model: Student | Classifier
-    if spec is not None and described:
+    if spec is not None and strict:
         changes = arguments if spec.get("kind") == "student" else _of_encoder(arguments)
         model = build_from_spec({**spec, **changes})
     elif state is not None and {"head.weight", "fc_norm.weight"} <= state.keys():  # a classifier that pools by the mean
-        described = True
+        strict = True
         model = build_classifier(num_classes=len(state["head.weight"]), pool="mean", **_of_encoder(arguments))
     else:
         model = build_student(**arguments, objective="mae")
     if state is not None:
-        log.info("init: %s", load_weights(model, state, strict=described))
+        log.info("init: %s", load_weights(model, state, strict=strict))
     return model
 
 

@@ -90,9 +90,11 @@ def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str]
         if sections and section and section not in root and file is not None:
             raise ConfigError(f"--config {file} has no section '{section}' (it has {', '.join(sections)})")
         if section in root:
-            if not isinstance(root[section] or root, DictConfig):
+            if root[section] is None:  # all of its keys are commented out
+                root[section] = {}
+            if not OmegaConf.is_dict(root[section]):
                 raise ConfigError(f"--config {file}: expected keys and values in section '{section}'")
-            root[section] = OmegaConf.merge(root[section] or {}, changes)
+            root[section] = OmegaConf.merge(root[section], changes)
             merged = root[section]  # interpolations in it still see the values beside it
         else:
             merged = OmegaConf.merge(root, changes)

@@ -178,8 +178,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     result: dict[str, Any] = {**rows[-1], "images": len(val)}
     if len(models) > 1:
         result["each"] = {str(path): row["top1"] for path, row in zip(config.init, rows, strict=False)}
-    if processes().is_main_process:
-        write_record(config.output, "finetune_eval", {**result, "init": [str(path) for path in config.init]})
+    write_record(config.output, "finetune_eval", {**result, "init": [str(path) for path in config.init]})
     return result
 
 

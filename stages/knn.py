@@ -37,6 +37,5 @@ def run(config: KnnConfig) -> dict[str, Any]:
         num_classes=frozen.num_classes,
         device=processes().device,
     )
-    if processes().is_main_process:
-        write_record(config.output, "knn", result)
+    write_record(config.output, "knn", result)
     return dict(result)

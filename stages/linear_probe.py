@@ -49,8 +49,7 @@ def run(config: LinearProbeConfig) -> dict[str, Any]:
         device=processes().device,
     )
     _warn_at_the_edge(config.blrs, [one["top1"] for one in result["all"]])
-    if processes().is_main_process:
-        write_record(config.output, "linear_probe", result)
+    write_record(config.output, "linear_probe", result)
     return dict(result)
 
 

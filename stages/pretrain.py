@@ -148,13 +148,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     student = _build(config, known)
     if config.mimic.objective != "mae":
         _give_statistics(config, student, known, source)
-    identity = _identity(config, known, student, views, source) | {"samples": _samples(live)}
-    if config.init:
-        state, _ = read_weights(resolve_checkpoint(config.init))
-        load_weights(student, state, strict=False)
-        identity["init"] = state_digest(state)
-
-    run = Run(config, identity, may_change=("samples",))
+    identity = _identity(config, known, student, views, source, live)
+    run = Run(config, identity | {"init": _start_from(config, student)}, may_change=("samples",))
     if known.caches and config.check_records and run.is_main:
         log.info("checked %s", check_records(known.caches, source, live, config.seed, config.check_records))
     plan = StepPlan.of(len(live), config, run.processes, per_image=config.mask.masks_per_sample)
@@ -257,6 +252,15 @@ def _build(config: PretrainConfig, known: _Knowledge) -> Student:
     return student
 
 
+def _start_from(config: PretrainConfig, student: Student) -> str | None:
+    """Load `init`, if there is one, and say what it is by its bytes."""
+    if config.init is None:
+        return None
+    state, _ = read_weights(resolve_checkpoint(config.init))
+    load_weights(student, state, strict=False)
+    return state_digest(state)
+
+
 def _give_statistics(config: PretrainConfig, student: Student, known: _Knowledge, source: ImageSource | None) -> None:
     """The channel statistics of the targets: a cache's own, or those of a live teacher on the first images."""
     quantisers = {name: cache.header.quantiser for name, cache in known.caches.items()}
@@ -297,7 +301,12 @@ def _targets(config: PretrainConfig, known: _Knowledge, dataset: PretrainDataset
 
 
 def _identity(
-    config: PretrainConfig, known: _Knowledge, student: Student, views: ViewConfig, source: ImageSource | None
+    config: PretrainConfig,
+    known: _Knowledge,
+    student: Student,
+    views: ViewConfig,
+    source: ImageSource | None,
+    live: NDArray[np.int64],
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the one it goes on from."""
     return known.identity() | {
@@ -310,9 +319,6 @@ def _identity(
         "data": source.digest() if source and not known.caches else None,  # with caches, their fingerprints know it
         "student": student.spec,
         "teachers_in_order": list(known.dims),  # the first one's attention is the focus
+        # Repairing a cache may bring samples back, and then every epoch has another order.
+        "samples": f"{len(live)} ({xxhash.xxh3_64_hexdigest(live.tobytes())})",
     }
-
-
-def _samples(live: NDArray[np.int64]) -> str:
-    """Which samples take part: repairing a cache may bring some back, and then every epoch has another order."""
-    return f"{len(live)} ({xxhash.xxh3_64_hexdigest(live.tobytes())})"

@@ -301,11 +301,12 @@ def _impossible(scan: Scan) -> Iterator[tuple[int, str]]:
         # As integers, float16 up to 0x8000 are those that are not negative.
         positive = scan.attention.view(np.uint16).max(-1) <= 0x8000
         sums = _sums(scan.attention)
-        # A head's row is as the teacher has it, less what it gives to prefix tokens; the mean is normalised again.
-        heads = sums.ndim > 1
-        good = positive & (sums <= 1 + _SUM_TOLERANCE) & (heads | (sums >= 1 - _SUM_TOLERANCE))
-        problem = "attention sums to more than 1" if heads else "attention does not sum to 1"
-        wrong[problem] = ~good.all(tuple(range(1, good.ndim)))  # over heads, if there are
+        good = positive & (sums <= 1 + _SUM_TOLERANCE)
+        if sums.ndim > 1:
+            # A head's row is as the teacher has it, less what it gives to prefix tokens; not all give them everything.
+            wrong["a head's attention sums to more than 1, or all heads' to 0"] = ~good.all(1) | (sums.max(1) <= 0)
+        else:
+            wrong["attention does not sum to 1"] = ~(good & (sums >= 1 - _SUM_TOLERANCE))
     box, hflip = scan.tails["box"], scan.tails["hflip"]
     wrong["the box is empty or outside the image"] = (box[:, :2] < 0).any(1) | (box[:, 2:] < 1).any(1)
     wrong["hflip is neither 0 nor 1"] = hflip > 1

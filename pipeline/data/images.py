@@ -19,7 +19,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from glob import escape, glob, iglob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -244,9 +244,9 @@ def _find_tars(path: str) -> tuple[str, ...]:
     """The tars that a folder, a file, a glob or a brace pattern names; () when it is a folder of images."""
     if os.path.isdir(path):
         tars = tuple(sorted(glob(os.path.join(escape(path), "*.tar"))))
-        if tars and (stray := _first_image(path)):
+        if tars and (stray := next(_walk(Path(path), ""), None)):
             raise DataError(
-                f"data.path={path}: tars ({os.path.basename(tars[0])}) and images ({stray}) side by side: name the "
+                f"data.path={path}: tars ({os.path.basename(tars[0])}) and images ({stray[0]}) side by side: name the "
                 "tars by a pattern such as '*.tar', or move one kind away"
             )
         return tars
@@ -258,15 +258,6 @@ def _find_tars(path: str) -> tuple[str, ...]:
     if not all(name.endswith(".tar") for name in found):
         raise DataError(f"data.path={path}: expected a folder of images or .tar files")
     return tuple(found)
-
-
-def _first_image(folder: str) -> str | None:
-    """The key of some image in a folder, or in one of its sub-folders; not deeper, where the search might be long."""
-    for pattern in ("", "*/"):
-        for entry in iglob(os.path.join(escape(folder), f"{pattern}*.*")):
-            if os.path.splitext(entry)[1].lower() in EXTENSIONS:
-                return os.path.relpath(entry, folder)
-    return None
 
 
 def _list_folder(root: Path) -> ImageSource:

@@ -4,16 +4,19 @@ A global batch is fixed by the config; each process takes its slice. So the stre
 number of processes nor of workers, and a run resumes by starting the sampler at its step.
 """
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache import CacheReader, Record, hash_source
 from pipeline.data.images import ImageSource, decode, decode_pixels
@@ -65,6 +68,7 @@ def load(dataset: IndexedDataset[B], requests: Any, workers: int) -> Iterator[B]
 
     Raises:
         PipelineError: whatever a worker met, as itself rather than as a traceback in a string.
+        ConfigError: a worker ended, for want of shared memory or of memory.
     """
     loader: DataLoader[Any] = DataLoader(
         _Guarded(dataset),
@@ -75,7 +79,19 @@ def load(dataset: IndexedDataset[B], requests: Any, workers: int) -> Iterator[B]
         prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,
     )
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise ConfigError(
+                "a process that loads data has ended: where shared memory is full, give /dev/shm more, in a container "
+                "by --shm-size=32g or --ipc=host; where memory is, the kernel has killed it; or lower data.workers"
+            ) from error
         if isinstance(batch, PipelineError):
             raise batch
         yield batch
@@ -87,40 +103,19 @@ class _Guarded(Dataset[Any], Generic[B]):
 
     def __getitems__(self, requests: list[Request]) -> B | PipelineError:
         try:
-            batch = self._dataset.__getitems__(requests)
-            if get_worker_info() is not None:
-                _share(batch)
-            return batch
+            return self._dataset.__getitems__(requests)
         except PipelineError as error:
             return error
 
 
-def _share(value: Any) -> None:
-    """Move a batch's tensors into shared memory.
-
-    The queue would do it too, but in a thread whose failure nobody hears of: the training process would wait for ever.
-    """
-    if isinstance(value, Tensor):
-        try:
-            value.share_memory_()
-        except RuntimeError as error:
-            if "shared memory" not in str(error):
-                raise
-            raise ConfigError(
-                f"shared memory is full, and workers hand batches over in it ({error}): give /dev/shm more, in a "
-                "container by --shm-size=32g or --ipc=host, or lower data.workers"
-            ) from error
-    elif is_dataclass(value):
-        _share([getattr(value, field.name) for field in fields(value)])
-    elif isinstance(value, Mapping):
-        _share(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for each in value:
-            _share(each)
-
-
 def _identity(batch: B) -> B:
     return batch
+
+
+def _give_up(error: Exception, _batch: object) -> None:
+    sys.stderr.write(f"a batch can't be handed over: {error}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _start_worker(_number: int) -> None:
@@ -129,6 +124,9 @@ def _start_worker(_number: int) -> None:
     The training process answers those, and wants its batches until it has saved; workers leave when it tells them to.
     """
     torch.set_num_threads(1)
+    # A batch goes into shared memory in the queue's own thread. Where there is no room, that thread would only print
+    # so, and the training process wait for the batch for ever.
+    Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

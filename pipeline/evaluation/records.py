@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.processes import processes
+
 
 def write_record(folder: Path | None, name: str, metrics: dict[str, Any]) -> None:
-    """Put `metrics` under `name` into folder/metrics.json; nothing without a folder."""
-    if folder is None:
+    """Put `metrics` under `name` into folder/metrics.json, by the first process; nothing without a folder."""
+    if folder is None or not processes().is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "metrics.json"

@@ -248,8 +248,11 @@ def test_another_init_is_another_run(make_cache: Make, image_tree: Path, tmp_pat
     for seed in (1, 2):
         pretrain.run(pretrain_config(tmp_path / str(seed), seed=seed, **common))
     pretrain.run(pretrain_config(tmp_path / "run", init=str(tmp_path / "1"), **common))
-    with pytest.raises(CheckpointError, match="holds a run with init="):
-        pretrain.run(pretrain_config(tmp_path / "run", init=str(tmp_path / "2"), **common))
+    for other in ({"init": str(tmp_path / "2")}, {}):
+        with pytest.raises(CheckpointError, match="holds a run with init="):
+            pretrain.run(pretrain_config(tmp_path / "run", **other, **common))
+    with pytest.raises(CheckpointError, match="holds a run with init=None"):
+        pretrain.run(pretrain_config(tmp_path / "1", seed=1, init=str(tmp_path / "2"), **common))
 
 
 def test_a_repair_between_stop_and_resume_is_said(

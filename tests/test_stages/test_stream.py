@@ -1,5 +1,7 @@
 """The stream of samples depends on neither the number of processes nor of workers, and a worker's memory stays flat."""
 
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -71,27 +73,23 @@ def test_a_stream_starts_anywhere(cache: Path, image_tree: Path, start: int) -> 
     assert global_batches([stream(cache, image_tree, 1, start=start)]) == whole[start:]
 
 
-def test_full_shared_memory_is_said_and_nobody_waits_for_ever(
-    cache: Path, image_tree: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["full", "killed"])
+def test_a_worker_that_ends_is_said_and_nobody_waits_for_ever(
+    cache: Path, image_tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], how: str
 ) -> None:
-    shared: list[torch.Tensor] = []
+    """As in a container with little shared memory; workers are forked, so they meet what is put here."""
 
-    def fill(tensor: torch.Tensor) -> torch.Tensor:
-        """As in a container with little of it: the workers, which are forked, meet it at their fifth tensor."""
-        shared.append(tensor)
-        if len(shared) > 4:
-            raise RuntimeError(
-                "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
-            )
-        return tensor
+    def fill(*_: Any) -> None:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", fill)
-    with pytest.raises(
-        ConfigError, match=r"shared memory is full.*--shm-size=32g or --ipc=host, or lower data\.workers"
-    ):
+    expected = len(list(stream(cache, image_tree, workers=1)))
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", fill)
+    with pytest.raises(ConfigError, match=r"a process that loads data has ended: .*--shm-size=32g"):
         list(stream(cache, image_tree, workers=1))
-    assert len(list(stream(cache, image_tree, workers=0))) == 18  # nothing is handed over
-    assert shared == []
+    assert ("can't be handed over: unable to allocate shared memory" in capfd.readouterr().err) == (how == "full")
+    assert len(list(stream(cache, image_tree, workers=0))) == expected  # nothing is handed over
 
 
 def private_bytes(cache: Path, images: Path, steps: int, every: int) -> list[int]:

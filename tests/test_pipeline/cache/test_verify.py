@@ -489,6 +489,19 @@ def test_values_that_cannot_be(tmp_path: Path, store: str, field: str, value: fl
     assert message in found[0].message
 
 
+@pytest.mark.parametrize(("rows", "sound"), [((0.7, 0.0), True), ((1.5, 0.5), False), ((0.0, 0.0), False)])
+def test_heads_give_what_they_want_but_not_all_nothing(
+    tmp_path: Path, store: str, rows: tuple[float, float], sound: bool
+) -> None:
+    header = make_header(store, attention="heads", heads=2)
+    path = make_cache(tmp_path / "cache", header)
+    data = make_shard(header, 1)
+    data.attention[2, 1] = np.array(rows)[:, None] / data.attention.shape[-1]
+    open_writer(path).write_shard(1, data)
+    found = verify(path, "full").findings
+    assert [(f.kind, f.sample, f.view) for f in found] == ([] if sound else [("values", 6, 1)])
+
+
 def test_attention_may_lie_in_one_place_and_zeros_have_signs(tmp_path: Path, store: str) -> None:
     header = make_header(store)
     path = make_cache(tmp_path / "cache", header)
