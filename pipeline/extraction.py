@@ -79,7 +79,7 @@ class Extractor:
                 "count": len(self.source),
                 "digest": self.source.digest(),
             },
-            "preprocessing": preprocessing(self.views.image_size, self.store),
+            "preprocessing": preprocessing(self.views, self.store),
             "compression": compression,
             "views": self.views.model_dump(mode="json"),
             "samples_per_shard": min(samples_per_shard, len(self.source)),  # a zarr chunk is padded to its full size
@@ -189,7 +189,7 @@ class Extractor:
         wanted = iter(views)
         teacher = self.teachers[0]
         # Another version of the encoder writes the same view in other bytes.
-        same_bytes = header.preprocessing == preprocessing(self.views.image_size, self.store)
+        same_bytes = header.preprocessing == preprocessing(self.views, self.store)
         for batch in self._render_batches(indices, self.views):
             for row, index in enumerate(batch.indices):
                 if index in batch.errors:

@@ -26,7 +26,7 @@ class ShardArrays(NamedTuple):
 class ShardBuffers:
     """The large arrays of one cache's shards, used again once a shard is written.
 
-    Memory fresh from the kernel costs a page fault every 4 KiB: five times what filling it costs. Threads may share one.
+    Memory fresh from the kernel costs a page fault every 4 KiB, which is five times what filling it costs.
     """
 
     def __init__(self, header: CacheHeader) -> None:
