@@ -209,10 +209,10 @@ class Extractor:
                     image=batch.images[row][view] if batch.images is not None and same_bytes else None,
                 )
 
-    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "_Taught":
+    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "Taught":
         """Start all that the accelerator has to do for a batch; nothing here waits for it."""
         if not batch.readable:
-            return _Taught(batch, [], None)
+            return Taught(batch, [], None)
         outputs = self._look(batch, heads=any(header.attention == "heads" for header in headers))
         targets = []
         for out, header in zip(outputs, headers, strict=True):
@@ -220,8 +220,8 @@ class Extractor:
             fidelity = Fidelity()
             fidelity.update(out.tokens, header.quantiser.dequantise(stored, scale))
             attention = _attention(out, header.attention)
-            targets.append(_Targets(stored, scale, None if attention is None else attention.half(), fidelity))
-        return _Taught(batch, *_start_copies(targets))
+            targets.append(Targets(stored, scale, None if attention is None else attention.half(), fidelity))
+        return Taught(batch, *_start_copies(targets))
 
     def _look(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
         views = batch.readable_pixels().to(self.teachers[0].device, non_blocking=True)
@@ -265,7 +265,7 @@ def check_lost(source: ImageSource, lost: Mapping[int, str], share: float) -> No
         )
 
 
-class _Targets(NamedTuple):
+class Targets(NamedTuple):
     """What one cache stores of the m views of a batch, and how faithful it is."""
 
     tokens: Tensor  # [m, L, D] as stored
@@ -273,26 +273,26 @@ class _Targets(NamedTuple):
     attention: Tensor | None  # [m, (H,) L] fp16
     fidelity: Fidelity
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> "_Targets":
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Targets":
         tokens, scale, attention, fidelity = self
         there = [None if values is None else move(values) for values in (scale, attention)]
-        return _Targets(move(tokens), there[0], there[1], fidelity.map(move))
+        return Targets(move(tokens), there[0], there[1], fidelity.map(move))
 
 
-class _Taught(NamedTuple):
+class Taught(NamedTuple):
     """A batch whose targets are on their way to the host."""
 
     batch: RenderedViews
-    targets: list[_Targets]  # one a cache; none if no sample of the batch could be decoded
+    targets: list[Targets]  # one a cache; none if no sample of the batch could be decoded
     arrived: torch.cuda.Event | None  # None: they are there
 
-    def wait(self) -> tuple[RenderedViews, list[_Targets]]:
+    def wait(self) -> tuple[RenderedViews, list[Targets]]:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.batch, self.targets
 
 
-def _start_copies(targets: list[_Targets]) -> tuple[list[_Targets], "torch.cuda.Event | None"]:
+def _start_copies(targets: list[Targets]) -> tuple[list[Targets], "torch.cuda.Event | None"]:
     """Copy to pinned host memory on a stream of its own, so that neither host nor forward waits for the copy."""
     device = targets[0].tokens.device
     if device.type != "cuda":
@@ -315,9 +315,9 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _one_ahead(started: Iterable[_Taught]) -> Iterator[tuple[RenderedViews, list[_Targets]]]:
+def _one_ahead(started: Iterable[Taught]) -> Iterator[tuple[RenderedViews, list[Targets]]]:
     """Start the next batch before waiting for the last, so that an accelerator always has work queued."""
-    last: _Taught | None = None
+    last: Taught | None = None
     for taught in started:
         if last is not None:
             yield last.wait()
@@ -351,7 +351,7 @@ class _Filling:
             times={},
         )
 
-    def add(self, batch: RenderedViews, targets: _Targets | None) -> None:
+    def add(self, batch: RenderedViews, targets: Targets | None) -> None:
         """Put the readable samples of a batch where they belong, and record the others.
 
         Raises:
