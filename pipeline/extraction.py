@@ -2,14 +2,14 @@
 
 A batch walks down one way, each station at work on another batch: decode workers (processes) → pinned pixels → the
 accelerator (forward, quantise, start copying back) → the shard being filled → the shard being written (a thread). An
-accelerator is handed its next batch before the results of the last are waited for. Every queue is bounded and at most
-two shards a teacher are in memory, so a slow disk slows extraction down and fills nothing.
+accelerator is handed its next batch before the results of the last are waited for. Every queue is bounded, and at most
+three shards a teacher are in memory (one being filled, two being written), so a slow disk slows extraction down and
+fills nothing.
 """
 
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -20,7 +20,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.cache import CacheHeader, CacheWriter, Fidelity, FidelityFigures, Quantiser, Reextracted, ShardData
+from pipeline.cache import (
+    CacheHeader,
+    CacheWriter,
+    Fidelity,
+    FidelityFigures,
+    Quantiser,
+    Reextracted,
+    ShardArrays,
+    ShardBuffers,
+    ShardData,
+    ShardWriting,
+)
 from pipeline.data.images import ImageSource
 from pipeline.data.loader import load
 from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
@@ -68,7 +79,7 @@ class Extractor:
                 "count": len(self.source),
                 "digest": self.source.digest(),
             },
-            "preprocessing": preprocessing(self.views.image_size, self.store),
+            "preprocessing": preprocessing(self.views, self.store),
             "compression": compression,
             "views": self.views.model_dump(mode="json"),
             "samples_per_shard": min(samples_per_shard, len(self.source)),  # a zarr chunk is padded to its full size
@@ -86,17 +97,25 @@ class Extractor:
         return headers
 
     def calibrate(self, name: str, samples: int) -> list[Quantiser]:
-        """Channel statistics of the first readable samples' view 0, for each teacher."""
+        """Channel statistics for each teacher, of view 0 of so many samples, spread evenly over the dataset.
+
+        The first ones of a class-folder tree would all be of one class. Unreadable ones are passed over.
+
+        Raises:
+            DataError: none of them can be decoded.
+        """
         if name != "int8":
             return [Quantiser(name) for _ in self.teachers]
         views = self.views.model_copy(update={"count": 1})
         tokens: list[list[Tensor]] = [[] for _ in self.teachers]
-        for batch in self._render_batches(range(min(samples, len(self.source))), views):
+        count = min(samples, len(self.source))
+        spread = np.arange(count, dtype=np.int64) * len(self.source) // count
+        for batch in self._render_batches(spread.tolist(), views):
             if batch.readable:
                 for seen, out in zip(tokens, self._look(batch), strict=True):
                     seen.append(out.tokens.cpu())
         if not tokens[0]:
-            raise DataError(f"none of the first {samples} images can be decoded: check data.path")
+            raise DataError(f"none of {count} images, spread over all, can be decoded: check data.path")
         return [Quantiser.calibrate(name, torch.cat(seen)) for seen in tokens]
 
     def run(
@@ -117,18 +136,18 @@ class Extractor:
             DataError: more images than `max_tombstones` can't be read.
         """
         summary = Summary()
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            writing: Future[None] | None = None
-            for shard, contents in self.shards([writer.header for writer in writers], shards, progress):
+        with ShardWriting(writers) as writing:
+
+            def advance(images: int) -> None:
+                writing.check()  # with every batch: a full disk need not wait for the end of a shard
+                progress(images)
+
+            for shard, contents in self.shards([writer.header for writer in writers], shards, advance, writing.buffers):
                 summary.add(contents[0])
                 check_lost(self.source, summary.tombstones, max_tombstones)
                 for content in contents:
                     FidelityFigures.model_validate(content.fidelity).check(**bounds)
-                if writing is not None:
-                    writing.result()
-                writing = pool.submit(_write, writers, shard, contents)
-            if writing is not None:
-                writing.result()
+                writing.submit(shard, contents)
         return summary
 
     def shards(
@@ -136,15 +155,24 @@ class Extractor:
         headers: Sequence[CacheHeader],
         shards: Sequence[int],
         progress: Callable[[int], None] = lambda images: None,
+        buffers: Sequence[ShardBuffers] | None = None,
     ) -> Iterator[tuple[int, list[ShardData]]]:
-        """Each shard's content for each teacher's cache, whole, in the order asked for."""
+        """Each shard's content for each teacher's cache, whole, in the order asked for.
+
+        Args:
+            buffers: where the large arrays come from, one a header; the caller gives them back.
+        """
+        buffers = buffers or [ShardBuffers(header) for header in headers]
         span = headers[0].shard_range  # the same for all: one dataset, one number of samples a shard
         chunks = [(shard, chunk) for shard in shards for chunk in _chunks(span(shard), self._samples_per_batch)]
-        batches = self._load([chunk for _, chunk in chunks], self.views)
-        taught = _one_ahead(self._teach(batch, headers) for batch in batches)
+        batches = self.batches([chunk for _, chunk in chunks], self.views)
+        taught = _one_ahead(self.teach(batch, headers) for batch in batches)
         for shard, group in groupby(zip((shard for shard, _ in chunks), taught, strict=True), key=itemgetter(0)):
             began = time.time()
-            filling = [_Filling(header, span(shard), self.source) for header in headers]
+            filling = [
+                _Filling(header, span(shard), self.source, arrays.take(len(span(shard))))
+                for header, arrays in zip(headers, buffers, strict=True)
+            ]
             for _, (batch, targets) in group:
                 for number, one in enumerate(filling):
                     one.add(batch, targets[number] if targets else None)
@@ -161,7 +189,7 @@ class Extractor:
         wanted = iter(views)
         teacher = self.teachers[0]
         # Another version of the encoder writes the same view in other bytes.
-        same_bytes = header.preprocessing == preprocessing(self.views.image_size, self.store)
+        same_bytes = header.preprocessing == preprocessing(self.views, self.store)
         for batch in self._render_batches(indices, self.views):
             for row, index in enumerate(batch.indices):
                 if index in batch.errors:
@@ -181,10 +209,10 @@ class Extractor:
                     image=batch.images[row][view] if batch.images is not None and same_bytes else None,
                 )
 
-    def _teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "_Taught":
+    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "Taught":
         """Start all that the accelerator has to do for a batch; nothing here waits for it."""
         if not batch.readable:
-            return _Taught(batch, [], None)
+            return Taught(batch, [], None)
         outputs = self._look(batch, heads=any(header.attention == "heads" for header in headers))
         targets = []
         for out, header in zip(outputs, headers, strict=True):
@@ -192,8 +220,8 @@ class Extractor:
             fidelity = Fidelity()
             fidelity.update(out.tokens, header.quantiser.dequantise(stored, scale))
             attention = _attention(out, header.attention)
-            targets.append(_Targets(stored, scale, None if attention is None else attention.half(), fidelity))
-        return _Taught(batch, *_start_copies(targets))
+            targets.append(Targets(stored, scale, None if attention is None else attention.half(), fidelity))
+        return Taught(batch, *_start_copies(targets))
 
     def _look(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
         views = batch.readable_pixels().to(self.teachers[0].device, non_blocking=True)
@@ -204,9 +232,10 @@ class Extractor:
         return max(1, self.batch_size // self.views.count)
 
     def _render_batches(self, indices: Iterable[int], views: ViewConfig) -> Iterator[RenderedViews]:
-        return self._load(_chunks(list(indices), max(1, self.batch_size // views.count)), views)
+        return self.batches(_chunks(list(indices), max(1, self.batch_size // views.count)), views)
 
-    def _load(self, chunks: Iterable[Sequence[int]], views: ViewConfig) -> Iterator[RenderedViews]:
+    def batches(self, chunks: Iterable[Sequence[int]], views: ViewConfig) -> Iterator[RenderedViews]:
+        """Each chunk of samples with all of their views, rendered by the decode workers."""
         renderer = ViewRenderer(self.source, views, store_jpeg=self.store == "webdataset")
         return load(renderer, [[(0, index) for index in chunk] for chunk in chunks], self.workers)
 
@@ -236,7 +265,7 @@ def check_lost(source: ImageSource, lost: Mapping[int, str], share: float) -> No
         )
 
 
-class _Targets(NamedTuple):
+class Targets(NamedTuple):
     """What one cache stores of the m views of a batch, and how faithful it is."""
 
     tokens: Tensor  # [m, L, D] as stored
@@ -244,26 +273,26 @@ class _Targets(NamedTuple):
     attention: Tensor | None  # [m, (H,) L] fp16
     fidelity: Fidelity
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> "_Targets":
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Targets":
         tokens, scale, attention, fidelity = self
         there = [None if values is None else move(values) for values in (scale, attention)]
-        return _Targets(move(tokens), there[0], there[1], fidelity.map(move))
+        return Targets(move(tokens), there[0], there[1], fidelity.map(move))
 
 
-class _Taught(NamedTuple):
+class Taught(NamedTuple):
     """A batch whose targets are on their way to the host."""
 
     batch: RenderedViews
-    targets: list[_Targets]  # one a cache; none if no sample of the batch could be decoded
+    targets: list[Targets]  # one a cache; none if no sample of the batch could be decoded
     arrived: torch.cuda.Event | None  # None: they are there
 
-    def wait(self) -> tuple[RenderedViews, list[_Targets]]:
+    def wait(self) -> tuple[RenderedViews, list[Targets]]:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.batch, self.targets
 
 
-def _start_copies(targets: list[_Targets]) -> tuple[list[_Targets], "torch.cuda.Event | None"]:
+def _start_copies(targets: list[Targets]) -> tuple[list[Targets], "torch.cuda.Event | None"]:
     """Copy to pinned host memory on a stream of its own, so that neither host nor forward waits for the copy."""
     device = targets[0].tokens.device
     if device.type != "cuda":
@@ -286,9 +315,9 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _one_ahead(started: Iterable[_Taught]) -> Iterator[tuple[RenderedViews, list[_Targets]]]:
+def _one_ahead(started: Iterable[Taught]) -> Iterator[tuple[RenderedViews, list[Targets]]]:
     """Start the next batch before waiting for the last, so that an accelerator always has work queued."""
-    last: _Taught | None = None
+    last: Taught | None = None
     for taught in started:
         if last is not None:
             yield last.wait()
@@ -301,26 +330,17 @@ def _attention(out: TeacherOutput, kind: str) -> Tensor | None:
     return {"mean": out.attention, "heads": out.attention_heads, "none": None}[kind]
 
 
-def _write(writers: Sequence[CacheWriter], shard: int, contents: Sequence[ShardData]) -> None:
-    for writer, content in zip(writers, contents, strict=True):
-        if not writer.is_committed(shard):
-            writer.clean_partial(shard)
-            writer.write_shard(shard, content)
-
-
 class _Filling:
-    """The arrays of one shard of one cache while its batches come in."""
+    """The arrays of one shard of one cache while its batches come in; rows of tombstones stay as they were."""
 
-    def __init__(self, header: CacheHeader, samples: range, source: ImageSource) -> None:
+    def __init__(self, header: CacheHeader, samples: range, source: ImageSource, arrays: ShardArrays) -> None:
         n, v = len(samples), header.views
-        quantiser = header.quantiser
         self.fidelity = Fidelity()
-        self.first, self.teacher, self.deviations = samples.start, header.teacher["name"], quantiser.std
-        shape = header.attention_shape
+        self.first, self.teacher, self.deviations = samples.start, header.teacher["name"], header.quantiser.std
         self.data = ShardData(
-            tokens=np.zeros((n, v, header.tokens, header.dim), quantiser.dtype),
-            scale=np.zeros((n, v, header.tokens), np.float16) if quantiser.has_scale else None,
-            attention=np.zeros((n, v, *shape), np.float16) if shape else None,
+            tokens=arrays.tokens,
+            scale=arrays.scale,
+            attention=arrays.attention,
             box=np.zeros((n, v, 4), np.int32),
             hflip=np.zeros((n, v), np.uint8),
             source_hash=np.zeros(n, np.uint64),
@@ -331,7 +351,7 @@ class _Filling:
             times={},
         )
 
-    def add(self, batch: RenderedViews, targets: _Targets | None) -> None:
+    def add(self, batch: RenderedViews, targets: Targets | None) -> None:
         """Put the readable samples of a batch where they belong, and record the others.
 
         Raises:

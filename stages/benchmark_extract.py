@@ -4,7 +4,10 @@
     mrmae benchmark extract data.path=/data/imagenet/train teacher.spec=clip_vitb16 batch_size=256 data.workers=16
 
     stage    images on disk → finished cache, against the network alone on normalised views in memory (aim: 0.9)
-    decode   one decoding process's views/s: times `data.workers`, the ceiling that images on disk put to the stage
+    render   one decoding process's views/s, by `views.interpolation`: times `data.workers`, the ceiling that images on
+             disk put to the stage
+    free     the stage with views and tokens at hand, decoding, forward and quantisation taken away: what filling
+             and writing shards of 196 x 768 int8 tokens allow, in each store (`folder=/dev/shm` leaves the disk out)
     shared   two token choices of the teacher in one pass, against two passes (aim: below 0.6 of their time)
     bf16     LayerNorm-space cosine of the tokens, and total variation of the attention, against fp32
 
@@ -12,32 +15,37 @@ Every round times each side once, by turns. Calibration and the making of the ca
 workers, filling the pipeline and the last commit are in.
 """
 
+import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
 
 from pipeline.assembly import load_teacher, teacher_dtype
-from pipeline.cache import create_cache, open_writer
+from pipeline.cache import CacheHeader, Fidelity, Quantiser, create_cache, open_writer
 from pipeline.config import Config, PathField
 from pipeline.data.drawn import draw_images
 from pipeline.data.images import DataConfig, ImageSource, open_images
-from pipeline.data.rendering import ViewRenderer
+from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
 from pipeline.data.views import ViewConfig
-from pipeline.extraction import Extractor
+from pipeline.extraction import Extractor, Targets, Taught
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
 
 RANDOM_TEACHER = TeacherConfig(spec="timm:vit_tiny_patch16_224", weights="random")
 NO_BOUNDS = {"max_nmse": float("inf"), "min_cosine": 0.0}
+FREE_SHARDS = 8  # memory is fresh in the first two or three alone
+GRID, DIM = (14, 14), 768  # of a ViT-B/16's tokens
 
 
 class BenchmarkExtractConfig(Config):
@@ -51,6 +59,7 @@ class BenchmarkExtractConfig(Config):
     images: int = Field(512, ge=16)  # that each round takes
     batch_size: int = Field(64, ge=1)  # views per forward pass
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    free_views: int = Field(8192, ge=FREE_SHARDS)  # that each round with a free forward writes: 0.15 MB each
     rounds: int = Field(5, ge=1)  # after one that warms up; the median counts
     threads: int | None = Field(default=None, gt=0)  # CPU threads of the forward; torch's choice unless given
     folder: PathField | None = None  # where the caches go; the system's temporary folder when left out
@@ -68,7 +77,7 @@ def run(config: BenchmarkExtractConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="mrmae-benchmark-", dir=config.folder) as name:
         source = _source(config, Path(name) / "images")
         bench = _Bench(config, source, device, Path(name))
-        figures = bench.stage() | {"shared": bench.shared(), "bf16": bench.reduced()}
+        figures = bench.free() | bench.render() | bench.stage() | {"shared": bench.shared(), "bf16": bench.reduced()}
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -88,19 +97,17 @@ class _Bench:
         self.dtype = teacher_dtype(config.precision, device)
         self.choice = config.teacher or RANDOM_TEACHER
         self.teacher = self._teacher(self.choice)
-        self.renderer = ViewRenderer(source, config.views, store_jpeg=config.store == "webdataset")
+        self.jpeg = config.store == "webdataset"
         samples = [(0, index) for index in range(max(1, config.batch_size // config.views.count))]
-        self.views = self.renderer.__getitems__(samples).readable_pixels().to(device)
+        renderer = ViewRenderer(source, config.views, self.jpeg)
+        self.views = renderer.__getitems__(samples).readable_pixels().to(device)
         self.total = len(source) * config.views.count
 
     def stage(self) -> dict[str, Any]:
-        """Images/s of the stage, of the bare forward and of one decoding process, and the stage's share of the bare."""
-        times = self._by_turns(
-            {"bare": self._bare_forward, "stage": lambda: self._extract([self.teacher]), "decode": self._decode}
-        )
+        """Views/s of the stage and of the bare forward, and the stage's share of the bare."""
+        times = self._by_turns({"bare": self._bare_forward, "stage": lambda: self._extract([self.teacher])})
         ratios = [bare / whole for bare, whole in zip(times["bare"], times["stage"], strict=True)]
-        rates = {f"{name}_views_per_s": self.total / statistics.median(seconds) for name, seconds in times.items()}
-        return {"stage": _spread(ratios) | rates}
+        return {"stage": _spread(ratios) | self._rates(times, self.total)}
 
     def shared(self) -> dict[str, Any]:
         """Time of two token choices in one pass, over that of two passes."""
@@ -162,12 +169,35 @@ class _Bench:
             self._synchronise()
             return time.perf_counter() - began
 
-    def _decode(self) -> float:
-        """Seconds of one process for reading, decoding and rendering all views."""
+    def render(self) -> dict[str, Any]:
+        """Views/s of one process for reading, decoding and rendering, by interpolation; torch's time over Pillow's."""
+        jobs = {
+            kind: ViewRenderer(self.source, self.config.views.model_copy(update={"interpolation": kind}), self.jpeg)
+            for kind in ("pillow", "torch")
+        }
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker
+        times = self._by_turns({kind: functools.partial(self._render, job) for kind, job in jobs.items()})
+        torch.set_num_threads(threads)
+        ratios = [new / old for new, old in zip(times["torch"], times["pillow"], strict=True)]
+        return {"render": _spread(ratios) | self._rates(times, self.total)}
+
+    def _render(self, renderer: ViewRenderer) -> float:
         began = time.perf_counter()
         for index in range(len(self.source)):
-            self.renderer.__getitems__([(0, index)])
+            renderer.__getitems__([(0, index)])
         return time.perf_counter() - began
+
+    def free(self) -> dict[str, Any]:
+        """Views/s of filling and writing shards, whatever the teacher, and of the main thread's own seconds."""
+        figures = {}
+        for store in ("zarr", "webdataset"):
+            job = _FreeForward.over(self.source, self.config, store)
+            rounds = [job.seconds(self.scratch) for _ in range(self.config.rounds + 1)][1:]
+            count = len(job.source) * self.config.views.count
+            whole, main = (statistics.median(times) for times in zip(*rounds, strict=True))
+            figures[store] = {"views_per_s": round(count / whole), "main_thread_views_per_s": round(count / main)}
+        return {"free": figures}
 
     def _by_turns(self, jobs: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
         for job in jobs.values():
@@ -175,9 +205,71 @@ class _Bench:
         rounds = [{name: job() for name, job in jobs.items()} for _ in range(self.config.rounds)]
         return {name: [times[name] for times in rounds] for name in jobs}
 
+    @staticmethod
+    def _rates(times: dict[str, list[float]], views: int) -> dict[str, float]:
+        return {f"{name}_views_per_s": views / statistics.median(seconds) for name, seconds in times.items()}
+
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class _FreeForward(Extractor):
+    """Extraction whose views are rendered, and whose targets are on the host, before it begins."""
+
+    header: CacheHeader
+    ready: dict[int, tuple[RenderedViews, list[Targets]]]
+
+    @classmethod
+    def over(cls, source: ImageSource, config: BenchmarkExtractConfig, store: str) -> "_FreeForward":
+        """Over so many samples as have `free_views` views: the images of `source`, again and again."""
+        per_shard = max(1, config.free_views // config.views.count // FREE_SHARDS)
+        many = source.select(np.arange(per_shard * FREE_SHARDS) % len(source))
+        made = cls(many, config.views, [], config.batch_size, 0, store)
+        made.ready = {}
+        made.header = CacheHeader.model_validate(
+            {
+                "store": store,
+                "dataset": {"source": "", "kind": "flat", "count": len(many), "digest": many.digest()},
+                "preprocessing": preprocessing(config.views, store),
+                "views": config.views.model_dump(mode="json"),
+                "teacher": {"name": "free", "grid": list(GRID), "dim": DIM},
+                "quantiser": Quantiser.calibrate("int8", torch.randn(16, GRID[0] * GRID[1], DIM)).to_json(),
+                "samples_per_shard": per_shard,
+            }
+        )
+        return made
+
+    def seconds(self, scratch: Path) -> tuple[float, float]:
+        """Of writing one cache: on the clock, and of this thread's own work."""
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            path = Path(folder) / "cache"
+            create_cache(path, self.header)
+            began, busy = time.perf_counter(), time.thread_time()
+            self.run([open_writer(path)], range(self.header.shards), NO_BOUNDS)
+            return time.perf_counter() - began, time.thread_time() - busy
+
+    def batches(self, chunks: Iterable[Sequence[int]], views: ViewConfig) -> Iterator[RenderedViews]:
+        for chunk in chunks:
+            yield replace(self._ready(len(chunk))[0], indices=list(chunk))
+
+    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> Taught:
+        return Taught(batch, self._ready(len(batch.indices))[1], None)
+
+    def _ready(self, samples: int) -> tuple[RenderedViews, list[Targets]]:
+        """So many samples rendered, and tokens for them; made once."""
+        if samples not in self.ready:
+            self.ready[samples] = self._make(samples)
+        return self.ready[samples]
+
+    def _make(self, samples: int) -> tuple[RenderedViews, list[Targets]]:
+        renderer = ViewRenderer(self.source, self.views, self.store == "webdataset")
+        batch = renderer.__getitems__([(0, index) for index in range(samples)])
+        tokens = torch.randn(samples * self.views.count, self.header.tokens, DIM)
+        stored, scale = self.header.quantiser.quantise(tokens)
+        fidelity = Fidelity()
+        fidelity.update(tokens[:1], self.header.quantiser.dequantise(stored[:1], None if scale is None else scale[:1]))
+        return batch, [Targets(stored, scale, torch.rand(tokens.shape[:2]).half(), fidelity)]
 
 
 def _spread(ratios: list[float]) -> dict[str, Any]:

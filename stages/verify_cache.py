@@ -173,13 +173,13 @@ def _extractor(config: VerifyConfig, header: CacheHeader, source: ImageSource | 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = teacher_of_cache(header.teacher, config.weights, device)
     views = ViewConfig.model_validate(header.view_policy.model_dump())
-    _warn_of_versions(config, header, teacher)
+    _warn_of_versions(config, header, teacher, views)
     return Extractor(source, views, [teacher], _batch_size(config, header), config.workers, header.store)
 
 
-def _warn_of_versions(config: VerifyConfig, header: CacheHeader, teacher: Teacher) -> None:
+def _warn_of_versions(config: VerifyConfig, header: CacheHeader, teacher: Teacher, views: ViewConfig) -> None:
     """Another decoder or torch gives the same views and tokens but for their last bits; the header names the old."""
-    now = {**teacher.identity(), **preprocessing(header.view_policy.image_size, header.store)}
+    now = {**teacher.identity(), **preprocessing(views, header.store)}
     then = {**header.teacher, **header.preprocessing}
     others = [key for key in then if key not in ("spec", "weights", "name") and now.get(key) != then[key]]
     if others:

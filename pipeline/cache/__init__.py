@@ -18,6 +18,7 @@ from pipeline.cache.repair import Repair, repair, revivable
 from pipeline.cache.report import Finding, Report
 from pipeline.cache.verify import Source, verify
 from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
+from pipeline.cache.writing import ShardArrays, ShardBuffers, ShardWriting
 
 __all__ = [
     "BLOSC",
@@ -35,7 +36,10 @@ __all__ = [
     "Reextracted",
     "Repair",
     "Report",
+    "ShardArrays",
+    "ShardBuffers",
     "ShardData",
+    "ShardWriting",
     "Source",
     "Tombstone",
     "ViewSection",

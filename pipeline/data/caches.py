@@ -80,7 +80,7 @@ def match_images(caches: Mapping[str, CacheReader], source: ImageSource) -> None
                 f"{len(source)} at {source.root}: give the same data.path and data.limit, restore files whose names or "
                 "sizes have changed, or extract again"
             )
-        here = preprocessing(cache.header.view_policy.image_size, "zarr")
+        here = preprocessing(views_of({name: cache}), "zarr")
         if not cache.stores_images and cache.header.preprocessing != here:
             log.warning(
                 "the views of cache %s were rendered with %s, this machine has %s: pixels may differ in their last bit",

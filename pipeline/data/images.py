@@ -164,6 +164,12 @@ def decode(data: bytes) -> Image.Image:
     return Image.fromarray(decoded) if isinstance(decoded, np.ndarray) else decoded
 
 
+def decode_array(data: bytes) -> NDArray[np.uint8]:
+    """Decode as `decode` does, to pixels [H, W, 3], C-contiguous: of a plain JPEG no image object is made."""
+    decoded = _decode(data)
+    return decoded if isinstance(decoded, np.ndarray) else np.array(decoded)
+
+
 def decode_pixels(data: bytes, out: NDArray[np.uint8]) -> None:
     """Decode as `decode` does, into `out` uint8 [H, W, 3], C-contiguous: no image object and no copy.
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache import CacheReader, Record, hash_source
-from pipeline.data.images import ImageSource, decode, decode_pixels
+from pipeline.data.images import ImageSource, decode_pixels
 from pipeline.data.masks import Focus, mask_noise, visible_patches
 from pipeline.data.order import EpochOrder
-from pipeline.data.views import View, ViewConfig, draw_view, render, to_chw, view_of_epoch
+from pipeline.data.views import Picture, View, ViewConfig, to_chw, view_of_epoch
 from pipeline.errors import CacheError, ConfigError, DataError, PipelineError
 
 Request = tuple[int, int]  # (epoch, sample index)
@@ -245,15 +245,14 @@ class PretrainDataset:
             raise CacheError("this cache holds no images: give data.path")
         data = self.source.read(index)
         try:
-            image = decode(data)
+            picture = Picture(data, self.views)
         except DataError as error:
             raise DataError(f"image {self.source.key(index)}: {error}; repair it or take it away") from error
         if records and records[0].source_hash != hash_source(data):
             raise CacheError(
                 f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
             )
-        shown = _view_of(records[0]) if records else draw_view(self.views, index, view, image.height, image.width)
-        out[...] = np.asarray(render(image, shown, self.views.image_size))
+        picture.show(_view_of(records[0]) if records else picture.draw(index, view), out)
 
 
 def _agree(records: list[Record]) -> None:

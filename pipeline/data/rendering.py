@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import PIL
 import simplejpeg
+import torch
 from numpy.typing import NDArray
 from PIL import features
 from torch import Tensor
 
 from pipeline.cache import hash_source
-from pipeline.data.images import ImageSource, decode, decode_pixels
+from pipeline.data.images import ImageSource, decode_pixels
 from pipeline.data.loader import Request
-from pipeline.data.views import ViewConfig, draw_view, encode_jpeg, render, to_chw
+from pipeline.data.views import Picture, ViewConfig, encode_jpeg, to_chw
 from pipeline.errors import DataError
 
 JPEG_QUALITY = 95
@@ -79,27 +80,25 @@ class ViewRenderer:
 
     def _render(self, out: RenderedViews, row: int, index: int, pixels: NDArray[np.uint8]) -> None:
         data = self.source.read(index)
-        image = decode(data)
+        picture = Picture(data, self.views)
         out.source_hash[row] = hash_source(data)
         for number in range(self.views.count):
-            view = draw_view(self.views, index, number, image.height, image.width)
-            shown = render(image, view, self.views.image_size)
-            if out.images is None:
-                pixels[number] = np.asarray(shown)
-            else:
+            view = picture.draw(index, number)
+            picture.show(view, pixels[number])
+            if out.images is not None:
                 # The trainer will decode these bytes, so the teacher must see what they decode to.
-                out.images[row].append(encode_jpeg(shown, JPEG_QUALITY))
+                out.images[row].append(encode_jpeg(pixels[number], JPEG_QUALITY))
                 decode_pixels(out.images[row][-1], pixels[number])
             out.box[row, number], out.hflip[row, number] = view.box, view.hflip
 
 
-def preprocessing(image_size: int, store: str) -> dict[str, Any]:
+def preprocessing(views: ViewConfig, store: str) -> dict[str, Any]:
     """What turns encoded bytes into pixels; part of the fingerprint, since another version may give other pixels."""
     return {
         "decoder": f"simplejpeg {simplejpeg.__version__}, pillow {PIL.__version__}",
         "libjpeg": str(features.version_feature("libjpeg_turbo") or features.version("jpg")),
         "orientation": "exif",
-        "interpolation": "bicubic",
-        "image_size": image_size,
+        "interpolation": "bicubic" if views.interpolation == "pillow" else f"bicubic, torch {torch.__version__}",
+        "image_size": views.image_size,
         "jpeg": f"quality {JPEG_QUALITY}, 4:4:4" if store == "webdataset" else None,
     }

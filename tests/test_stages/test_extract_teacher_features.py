@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline import extraction
 from pipeline.assembly import load_teacher
 from pipeline.cache import BLOSC, CacheWriter, ShardData, open_cache
-from pipeline.data import rendering
+from pipeline.data import rendering, views
 from pipeline.data.images import decode, open_images
 from pipeline.data.views import View, render, to_chw
 from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
@@ -385,7 +385,7 @@ def test_several_teachers_decode_once_share_forwards_and_write_what_each_writes_
         alone[name] = content(tmp_path / f"alone-{name}")
 
     decoded, forwards = [0], [0]
-    decode_once, trace = rendering.decode, Teacher.trace
+    decode_once, trace = views.decode, Teacher.trace
 
     def counting_decode(data: bytes) -> Any:
         decoded[0] += 1
@@ -395,7 +395,7 @@ def test_several_teachers_decode_once_share_forwards_and_write_what_each_writes_
         forwards[0] += 1
         return trace(self, *arguments)
 
-    monkeypatch.setattr(rendering, "decode", counting_decode)
+    monkeypatch.setattr(views, "decode", counting_decode)
     monkeypatch.setattr(Teacher, "trace", counting)
     facts = extract_teacher_features.run(several(images, tmp_path / "together", THREE, **keys))
     assert facts["unreadable_keys"] == ["class1/07.jpg"]
@@ -448,7 +448,7 @@ def test_non_finite_tokens_stop_the_run_and_name_the_place(
 def test_a_slow_disk_slows_extraction_and_fills_no_memory(
     image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the disk does, at most one shard waits for it while another is being filled."""
+    """Whatever the disk does, at most two shards are being written while another is being filled."""
     taught, written, ahead = [0], [0], []
     write, finish = CacheWriter.write_shard, extraction._Filling.finish
 
@@ -466,4 +466,4 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
     monkeypatch.setattr(extraction._Filling, "finish", finishing)
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", cache__samples_per_shard=2))
     assert taught == written == [12]
-    assert max(ahead) <= 2
+    assert max(ahead) == 3
