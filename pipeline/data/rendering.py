@@ -11,7 +11,8 @@ from PIL import features
 from torch import Tensor
 
 from pipeline.cache import hash_source
-from pipeline.data.images import ImageSource, decode, decode_pixels
+from pipeline.data.decoding import decode, decode_pixels
+from pipeline.data.images import ImageSource
 from pipeline.data.loader import Request
 from pipeline.data.views import ViewConfig, draw_view, encode_jpeg, render, to_chw
 from pipeline.errors import DataError
