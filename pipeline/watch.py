@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from pipeline.assembly import features_of
 from pipeline.config import Config
 from pipeline.data.images import DataConfig, ImageSource, open_images
-from pipeline.data.labelled import LabelledDataset, evaluation_batches
-from pipeline.errors import DataError
+from pipeline.data.labelled import LabelledDataset, evaluation_batches, match_classes
 from pipeline.evaluation.features import extract_features
 from pipeline.evaluation.knn import knn_classify
 
@@ -39,10 +38,9 @@ def open_watch(
         DataError: no labels, or classes in one set that the other doesn't have.
     """
     train, val = open_images(config.data.path, config.data.limit), open_images(config.val.path, config.val.limit)
-    if (train.classes and val.classes and train.classes != val.classes) or val.num_classes > train.num_classes:
-        raise DataError("knn.data and knn.val have different classes: give matching folders")
     for source in (train, val):
         LabelledDataset(source, image_size)  # says now, not after ten epochs, which image has no class
+    val = match_classes(val, train.classes, train.num_classes, "knn.data", "knn.val")
 
     def features(student: nn.Module, source: ImageSource, workers: int) -> tuple[Tensor, Tensor]:
         if rank >= len(source):  # fewer images than processes

@@ -24,7 +24,8 @@ from pydantic import Field
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.config import Config
-from pipeline.data.images import DataConfig, decode, open_images
+from pipeline.data.decoding import decode
+from pipeline.data.images import DataConfig, open_images
 
 Pixels = NDArray[np.uint8]
 

@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.assembly import load_teacher, normalise, teacher_dtype
 from pipeline.cache import CacheReader, create_cache, open_cache, open_writer
 from pipeline.config import Config, PathField
+from pipeline.data.decoding import decode_pixels
 from pipeline.data.drawn import draw_images
-from pipeline.data.images import DataConfig, ImageSource, decode_pixels, open_images
+from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig

@@ -30,7 +30,8 @@ from pipeline.cache import (
     verify,
 )
 from pipeline.config import Config, PathField
-from pipeline.data.images import ImageSource, decode, open_images
+from pipeline.data.decoding import decode
+from pipeline.data.images import ImageSource, open_images
 from pipeline.data.rendering import preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheDamage, CacheError, DataError

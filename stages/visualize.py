@@ -21,7 +21,8 @@ from torch import Tensor
 from pipeline.assembly import load_detector, load_encoder, load_teacher, normalise
 from pipeline.cache import open_cache
 from pipeline.config import Config, PathField
-from pipeline.data.images import DataConfig, decode, open_images
+from pipeline.data.decoding import decode
+from pipeline.data.images import DataConfig, open_images
 from pipeline.data.loader import PretrainDataset
 from pipeline.data.views import ViewConfig, center_view, render, to_chw, view_of_epoch
 from pipeline.detection.dataset import canvases

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache import CacheReader, Record, hash_source, open_cache
-from pipeline.data.images import ImageSource, decode
+from pipeline.data.decoding import decode
+from pipeline.data.images import ImageSource
 from pipeline.data.rendering import preprocessing
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.views import View, ViewConfig, draw_view

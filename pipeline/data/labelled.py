@@ -3,6 +3,7 @@
 train, val, num_classes = open_splits(DataConfig(path="/data/imagenet"))  # train/<class>/*.jpg, val/<class>/*.jpg
 """
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -11,14 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.images import DataConfig, ImageSource, decode, open_images
+from pipeline.data.decoding import decode
+from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.loader import Request, load
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.views import ViewConfig, center_view, draw_view, render, to_chw
 from pipeline.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 Augment = Callable[[Image.Image], Image.Image]
 
@@ -66,8 +71,19 @@ def open_labelled(key: str, data: DataConfig) -> ImageSource:
     return source
 
 
-def match_classes(val: ImageSource, classes: tuple[str, ...], num_classes: int, trained_on: str) -> ImageSource:
-    """`val` with its labels counted as in `classes`, the names in training (empty where only numbers are known).
+def match_classes(
+    val: ImageSource, classes: tuple[str, ...], num_classes: int, trained_on: str, key: str = "val.path"
+) -> ImageSource:
+    """`val` with its labels counted as in training.
+
+    Class folders agree by name. Where one of the two sets knows numbers alone, as tars do, folders that are called by
+    numbers agree by these, and all others by the order of their names.
+
+    Args:
+        classes: the names in training, empty where only numbers are known.
+        num_classes: their number.
+        trained_on: what messages call the training set.
+        key: what messages call `val`.
 
     Raises:
         DataError: it has classes that training lacks, by name or by number.
@@ -76,24 +92,91 @@ def match_classes(val: ImageSource, classes: tuple[str, ...], num_classes: int, 
         strange = sorted(set(val.classes) - set(classes))
         if strange:
             raise DataError(
-                f"val.path has different classes than {trained_on}: it lacks {', '.join(strange[:3])}"
+                f"{key} has different classes than {trained_on}: it lacks {', '.join(strange[:3])}"
                 f"{f' and {len(strange) - 3} more' if len(strange) > 3 else ''}; give matching folders"
             )
-        number = np.array([classes.index(name) for name in val.classes], dtype=np.int64)
+        place = {name: label for label, name in enumerate(classes)}
+        number = np.array([place[name] for name in val.classes], dtype=np.int64)
         return replace(val, labels=number[val.labels], classes=classes)
+    if val.classes:
+        val = _by_number(val, num_classes, trained_on, key)
+    elif classes:
+        val = _by_folder(val, classes, trained_on, key)
     if val.num_classes > num_classes:
         worst = val.key(int(val.labels.argmax()))
         raise DataError(
-            f"val.path: {worst} has label {val.num_classes - 1}, out of range: {trained_on} knows labels up to "
+            f"{key}: {worst} has label {val.num_classes - 1}, out of range: {trained_on} knows labels up to "
             f"{num_classes - 1} only; give validation images of the same classes"
         )
     return val
 
 
+def _by_number(val: ImageSource, num_classes: int, trained_on: str, key: str) -> ImageSource:
+    """Class folders against a training set that knows numbers."""
+    numbers = _folder_numbers(val.classes)
+    if numbers is None:
+        if len(val.classes) < num_classes:
+            log.warning(
+                "%s has %d class folders and %s knows %d numbers: the folders are counted in the order of their names, "
+                "which is right only if they are the first classes",
+                *(key, len(val.classes), trained_on, num_classes),
+            )
+        return val
+    if numbers.max() >= num_classes:
+        worst = val.classes[int(numbers.argmax())]
+        raise DataError(
+            f"{key}: the class folder {worst} is called by a number, but {trained_on} knows labels up to "
+            f"{num_classes - 1} only: call the folders by the numbers of their classes, counted from 0"
+        )
+    if not np.array_equal(numbers, np.arange(len(numbers))):
+        _say_numbers(key, val.classes)
+    return replace(val, labels=numbers[val.labels], classes=())
+
+
+def _by_folder(val: ImageSource, classes: tuple[str, ...], trained_on: str, key: str) -> ImageSource:
+    """Class numbers against a training set of class folders."""
+    numbers = _folder_numbers(classes)
+    if numbers is None or np.array_equal(numbers, np.arange(len(numbers))):
+        return val
+    place = np.full(max(int(numbers.max()), val.num_classes - 1) + 1, -1, np.int64)
+    place[numbers] = np.arange(len(numbers))
+    labels = place[val.labels]
+    if (labels < 0).any():
+        worst = int(labels.argmin())
+        raise DataError(
+            f"{key}: {val.key(worst)} has label {val.label(worst)}, and no class folder of {trained_on} is called by "
+            "that number: give validation images of the same classes"
+        )
+    _say_numbers(trained_on, classes)
+    return replace(val, labels=labels)
+
+
+def _folder_numbers(classes: tuple[str, ...]) -> NDArray[np.int64] | None:
+    """The numbers that class folders are called by; None unless all are, each by its own."""
+    if not all(name.isascii() and name.isdigit() and len(name) < 19 for name in classes):
+        return None
+    numbers = np.array([int(name) for name in classes], dtype=np.int64)
+    return numbers if len(np.unique(numbers)) == len(numbers) else None
+
+
+def _say_numbers(where: str, classes: tuple[str, ...]) -> None:
+    log.warning(
+        "the class folders of %s (%s, ...) are matched with class numbers by what they are called, not by the order of "
+        "their names",
+        *(where, ", ".join(classes[:3])),
+    )
+
+
 def _check_labelled(source: ImageSource) -> None:
-    if (source.labels < 0).any():
-        unlabelled = source.key(int(np.argmin(source.labels)))
-        raise DataError(f"{unlabelled} has no class: give a class-folder tree, or tars with KEY.cls beside KEY.jpg")
+    if not (source.labels < 0).any():
+        return
+    if source.text_class:
+        raise DataError(
+            f"{source.text_class} holds no class number: write numbers from 0 on into the .cls files, or give a "
+            "class-folder tree"
+        )
+    unlabelled = source.key(int(np.argmin(source.labels)))
+    raise DataError(f"{unlabelled} has no class: give a class-folder tree, or tars with KEY.cls beside KEY.jpg")
 
 
 def _split_folder(data: DataConfig) -> tuple[DataConfig, DataConfig]:

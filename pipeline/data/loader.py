@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache import CacheReader, Record, hash_source
-from pipeline.data.images import ImageSource, decode_pixels
+from pipeline.data.decoding import decode_pixels
+from pipeline.data.images import ImageSource
 from pipeline.data.masks import Focus, mask_noise, visible_patches
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import Picture, View, ViewConfig, to_chw, view_of_epoch

@@ -12,7 +12,8 @@ from PIL import features
 from torch import Tensor
 
 from pipeline.cache import hash_source
-from pipeline.data.images import ImageSource, decode_pixels
+from pipeline.data.decoding import decode_pixels
+from pipeline.data.images import ImageSource
 from pipeline.data.loader import Request
 from pipeline.data.views import Picture, ViewConfig, encode_jpeg, to_chw
 from pipeline.errors import DataError

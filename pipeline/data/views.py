@@ -18,7 +18,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from torch import Tensor
 
 from pipeline.config import Config, Pair
-from pipeline.data.images import decode, decode_array
+from pipeline.data.decoding import decode, decode_array
 from pipeline.data.rng import Stream, uniforms
 
 _ATTEMPTS = 10

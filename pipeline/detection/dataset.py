@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.images import decode
+from pipeline.data.decoding import decode
 from pipeline.data.loader import Request, load
 from pipeline.detection.coco import CocoImages
 from pipeline.detection.placement import JitterConfig, draw_placement, fit, place, render

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.images import decode
+from pipeline.data.decoding import decode
 from pipeline.detection.coco import CocoImages
 from pipeline.detection.placement import as_mask
 

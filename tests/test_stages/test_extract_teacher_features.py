@@ -17,7 +17,8 @@ from pipeline import extraction
 from pipeline.assembly import load_teacher
 from pipeline.cache import BLOSC, CacheWriter, ShardData, open_cache
 from pipeline.data import rendering, views
-from pipeline.data.images import decode, open_images
+from pipeline.data.decoding import decode
+from pipeline.data.images import open_images
 from pipeline.data.views import View, render, to_chw
 from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
 from pipeline.extraction import Extractor

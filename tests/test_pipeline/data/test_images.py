@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.data.images import decode, decode_pixels, open_images
+from pipeline.data.decoding import decode, decode_pixels
+from pipeline.data.images import open_images
 from pipeline.errors import DataError, StorageError
 from tests.pictures import smooth_picture
 
@@ -164,7 +165,7 @@ def test_truncated_and_huge_images(monkeypatch: pytest.MonkeyPatch) -> None:
         for share in (0.3, 0.6, 0.95):  # of which the last two end in the middle of the pixels
             with pytest.raises(DataError, match="not a readable image"):
                 decode(whole[: int(share * len(whole))])
-    monkeypatch.setattr("pipeline.data.images._BOMB_PIXELS", 1000)
+    monkeypatch.setattr("pipeline.data.decoding._BOMB_PIXELS", 1000)
     with pytest.raises(DataError, match="64x64 pixels"):
         decode(big)
 

@@ -81,7 +81,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (tars(tmp_path / "gap.tar", ["0", "900"]), numbers, DataError, "label 900, but .* only 2 images of 2 classes"),
         (tars(tmp_path / "some.tar", ["0", None]), numbers, DataError, "has no class: give a class-folder tree"),
         (tars(tmp_path / "minus.tar", ["0", "-4"]), numbers, DataError, "has no class"),
-        (tars(tmp_path / "word.tar", ["0", "cat"]), numbers, DataError, "not a sound WebDataset tar"),
+        (tars(tmp_path / "word.tar", ["0", "cat"]), numbers, DataError, "^word.tar/001.cls holds no class number"),
+        (numbers, tars(tmp_path / "huge.tar", ["9" * 20]), DataError, "^huge.tar/000.cls holds no class number"),
         (numbers, tars(tmp_path / "none.tar", [None]), DataError, "none.tar/000.png has no class"),
     ]
     for train, val, kind, message in cases:
@@ -99,3 +100,34 @@ def test_known_classes_are_those_of_training(tmp_path: Path) -> None:
         match_classes(val, ("cat", "eel"), 2, "init=RUN")
     with pytest.raises(DataError, match="init=RUN knows labels up to 0 only"):
         match_classes(val, (), 1, "init=RUN")
+
+
+def test_folders_called_by_numbers_against_class_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Sorted as text, 10 comes before 2; class 2 of the tars is folder 2 all the same, on either side."""
+    names = [str(number) for number in range(12)]
+    folders, numbers = tree(tmp_path / "folders", *names, images=1), tars(tmp_path / "numbers.tar", names)
+    _, val, classes = open_splits(numbers, folders)
+    assert classes == 12
+    assert [int(val.key(index).split("/")[0]) for index in range(12)] == val.labels.tolist()
+    train, val, _ = open_splits(folders, numbers)
+    assert [train.classes[label] for label in val.labels] == names
+    assert sum("by what they are called" in record.message for record in caplog.records) == 2
+    # The labels of a training set stay as they are: checkpoints hold them.
+    assert train.labels.tolist() == list(range(12))
+
+
+def test_numbers_that_are_no_folders_and_folders_that_are_no_classes(tmp_path: Path) -> None:
+    numbers = tars(tmp_path / "numbers.tar", ["0", "1", "2"])
+    with pytest.raises(DataError, match="^val.path: the class folder 3 is called by a number, but data.path knows"):
+        open_splits(numbers, tree(tmp_path / "from_one", "1", "2", "3"))
+    with pytest.raises(DataError, match=r"numbers\.tar/000\.png has label 0, and no class folder of data\.path"):
+        open_splits(tree(tmp_path / "also_from_one", "1", "2", "3"), numbers)
+
+
+def test_names_against_numbers_are_counted_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    numbers = tars(tmp_path / "numbers.tar", ["0", "1", "2"])
+    assert open_splits(numbers, tree(tmp_path / "all", "ant", "bee", "cat"))[1].labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert open_splits(numbers, tree(tmp_path / "padded", "00", "01", "02"))[1].labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert not caplog.records
+    assert open_splits(numbers, tree(tmp_path / "some", "bee", "cat"))[1].labels.tolist() == [0, 0, 1, 1]
+    assert "2 class folders and data.path knows 3 numbers" in caplog.text

@@ -1,0 +1,115 @@
+"""Encoded images → RGB pixels, upright; what is no readable image is an error in the same words each time."""
+
+import io
+import re
+import struct
+import zlib
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline.errors import DataError
+
+_BOMB_PIXELS = 178_956_970  # Pillow's own refusal: an image that would unpack to half a gigabyte
+
+_ORIENTATION = 0x0112  # EXIF's tag
+
+# What Pillow's decoders raise on bytes that are no image, or only the beginning of one.
+_DECODE_ERRORS = (
+    OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
+    ZeroDivisionError, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def decode(data: bytes) -> Image.Image:
+    """Encoded bytes → RGB image, upright (the EXIF rotation is applied).
+
+    Greyscale, palette and CMYK become RGB, transparency is dropped, 16-bit greyscale keeps its high byte. Files that
+    are truncated, damaged or would unpack to more than 179 million pixels raise DataError.
+    """
+    decoded = _decode(data)
+    return Image.fromarray(decoded) if isinstance(decoded, np.ndarray) else decoded
+
+
+def decode_array(data: bytes) -> NDArray[np.uint8]:
+    """Decode as `decode` does, to pixels [H, W, 3], C-contiguous: of a plain JPEG no image object is made."""
+    decoded = _decode(data)
+    return decoded if isinstance(decoded, np.ndarray) else np.array(decoded)
+
+
+def decode_pixels(data: bytes, out: NDArray[np.uint8]) -> None:
+    """Decode as `decode` does, into `out` uint8 [H, W, 3], C-contiguous: no image object and no copy.
+
+    Raises:
+        DataError: as `decode`, or the image isn't H × W.
+    """
+    try:
+        if _is_plain_jpeg(data, out.shape[:2]):
+            simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+            return
+    except ValueError:
+        pass  # irregular: Pillow decides below
+    image = decode(data)
+    if (image.height, image.width) != out.shape[:2]:
+        raise DataError(f"an image of {image.height}x{image.width} pixels where {out.shape[0]}x{out.shape[1]} belong")
+    out[...] = np.asarray(image)
+
+
+def _decode(data: bytes) -> NDArray[np.uint8] | Image.Image:
+    try:
+        pixels = _plain_jpeg(data)
+        if pixels is not None:
+            return pixels
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > _BOMB_PIXELS:
+                raise DataError(f"{image.width}x{image.height} pixels are more than the {_BOMB_PIXELS} allowed")
+            return _convert(image)
+    except _DECODE_ERRORS as error:
+        # Without Pillow's "<_io.BytesIO object at 0x7f...>": a tombstone must say the same whoever meets the image.
+        reason = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", str(error)).split())
+        raise DataError(f"not a readable image: {reason or type(error).__name__}") from error
+
+
+def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
+    """An upright colour JPEG through libjpeg-turbo directly: Pillow's pixels, faster. None for all else.
+
+    What simplejpeg finds irregular, such as stray bytes between segments, is left to Pillow's judgement.
+    """
+    try:
+        if not _is_plain_jpeg(data):
+            return None
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:
+        return None
+    return pixels
+
+
+def _is_plain_jpeg(data: bytes, size: tuple[int, ...] | None = None) -> bool:
+    """Whether these are an upright colour JPEG's bytes, of height and width `size` if given. ValueError: irregular."""
+    if not data.startswith(b"\xff\xd8") or _is_turned(data):
+        return False
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    return space == "YCbCr" and height * width <= _BOMB_PIXELS and size in (None, (height, width))
+
+
+def _is_turned(data: bytes) -> bool:
+    """Whether EXIF or XMP ask for a rotation. Most files have neither, and looking is cheaper than parsing."""
+    at = 2
+    while data[at : at + 2] != b"\xff\xe1":  # APP1, where both live, before the scan begins
+        if data[at : at + 2] == b"\xff\xff":  # markers may be padded
+            at += 1
+            continue
+        if data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] == b"\xda":
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    with Image.open(io.BytesIO(data)) as image:
+        return bool(image.getexif().get(_ORIENTATION, 1) != 1)
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
+    return upright.convert("RGB")
