@@ -100,17 +100,17 @@ def write_memory(batch: Any) -> tuple[int, Packed]:
         ConfigError: there is no memory left.
     """
     frame, arrays = _split(batch)
-    file = os.memfd_create("mrmae")
     spans = []
     try:
-        with os.fdopen(os.dup(file), "wb") as out:
+        with os.fdopen(os.memfd_create("mrmae"), "wb") as out:
             for array in (*arrays, np.frombuffer(frame, np.uint8)):
                 start = _aligned(out.tell())
                 out.seek(start)
                 out.write(array.data)
                 spans.append((start, start + len(array)))
+            out.flush()
+            file = os.dup(out.fileno())
     except OSError as error:
-        os.close(file)
         raise ConfigError("no memory is left to hand a batch over: lower data.workers or batch_size") from error
     return file, Packed(spans[:-1], spans[-1])
 
