@@ -39,6 +39,7 @@ from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.extraction import Extractor, Targets, Taught
+from pipeline.processes import stage
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
 
@@ -65,6 +66,7 @@ class BenchmarkExtractConfig(Config):
     folder: PathField | None = None  # where the caches go; the system's temporary folder when left out
 
 
+@stage
 def run(config: BenchmarkExtractConfig) -> dict[str, Any]:
     """Measure; returns the figures as JSON-able values.
 

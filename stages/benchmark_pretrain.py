@@ -42,6 +42,7 @@ from pipeline.data.views import ViewConfig
 from pipeline.extraction import Extractor
 from pipeline.models import Student, build_student
 from pipeline.models.config import StudentConfig
+from pipeline.processes import stage
 from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
@@ -76,6 +77,7 @@ class BenchmarkPretrainConfig(Config):
     seed: int = 0
 
 
+@stage
 def run(config: BenchmarkPretrainConfig) -> dict[str, Any]:
     """Measure; returns the figures as JSON-able values.
 

@@ -43,7 +43,7 @@ from pipeline.detection.dataset import EVAL_BATCH
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.records import write_record
 from pipeline.models.config import StudentConfig
-from pipeline.processes import processes
+from pipeline.processes import processes, stage
 from pipeline.progress import track
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
@@ -81,6 +81,7 @@ class DetectConfig(RunConfig):
     picture_score: float = Field(0.5, ge=0, le=1)  # detections below are not drawn
 
 
+@stage
 def run(config: DetectConfig, *, eval_only: bool = False) -> dict[str, Any]:
     """Train, or score a checkpoint; returns box and mask AP."""
     return _evaluate_only(config) if eval_only else _train(config)

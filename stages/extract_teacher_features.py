@@ -36,7 +36,7 @@ from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
 from pipeline.extraction import Extractor, check_lost
-from pipeline.processes import processes
+from pipeline.processes import processes, stage
 from pipeline.progress import Progress
 from pipeline.teachers.config import TeacherConfig
 
@@ -94,6 +94,7 @@ class ExtractConfig(Config):
         return {self.cache.path / name: teacher for name, teacher in self.teachers.items()}
 
 
+@stage
 def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None = None) -> dict[str, Any]:
     """Extract every shard that isn't committed yet; returns what was done.
 

@@ -41,7 +41,7 @@ from pipeline.evaluation.metrics import topk_accuracy
 from pipeline.evaluation.records import write_record
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
 from pipeline.models.config import StudentConfig
-from pipeline.processes import processes
+from pipeline.processes import processes, stage
 from pipeline.progress import Progress
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.ema import EmaConfig
@@ -109,6 +109,7 @@ class EvaluateConfig(FinetuneConfig):
     output: PathField | None = None  # type: ignore[assignment]  # folder for metrics.json
 
 
+@stage
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; returns the last metrics, top-1 and top-5 of the last checkpoint among them."""
     train, val, classes = open_splits(config.data, config.val)
@@ -154,6 +155,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     )
 
 
+@stage
 @torch.inference_mode()
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Top-1 and top-5 of fine-tuned classifiers in fp32; of several, also of the mean of their logits.

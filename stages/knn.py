@@ -12,7 +12,7 @@ from pydantic import Field
 from pipeline.evaluation.knn import knn_classify
 from pipeline.evaluation.records import write_record
 from pipeline.frozen import FrozenConfig, frozen_features
-from pipeline.processes import processes
+from pipeline.processes import processes, stage
 
 
 class KnnConfig(FrozenConfig):
@@ -24,6 +24,7 @@ class KnnConfig(FrozenConfig):
     )  # of the votes, as in DINO's protocol; null: every neighbour counts one
 
 
+@stage
 def run(config: KnnConfig) -> dict[str, Any]:
     """Returns top1 and top5."""
     frozen = frozen_features(config)

@@ -13,7 +13,7 @@ from pydantic import Field, Strict
 from pipeline.evaluation.probe import linear_probe
 from pipeline.evaluation.records import write_record
 from pipeline.frozen import FrozenConfig, frozen_features
-from pipeline.processes import processes
+from pipeline.processes import processes, stage
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class LinearProbeConfig(FrozenConfig):
     blrs: Annotated[tuple[float, ...], Strict(False)] = Field((0.02, 0.05, 0.1, 0.2, 0.5), min_length=1)
 
 
+@stage
 def run(config: LinearProbeConfig) -> dict[str, Any]:
     """Returns top1 and top5 of the best learning rate, and every rate's."""
     frozen = frozen_features(config)

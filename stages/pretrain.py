@@ -31,7 +31,7 @@ from pipeline.errors import CacheError, ConfigError
 from pipeline.extraction import Extractor
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
 from pipeline.models.config import MimicConfig, StudentConfig
-from pipeline.processes import processes
+from pipeline.processes import processes, stage
 from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
@@ -139,6 +139,7 @@ class _Knowledge:
         return fingerprints | ({"teachers": live} if live else {})
 
 
+@stage
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Train to the end, or to the next interruption; returns the last metrics."""
     known = _open_knowledge(config)

@@ -36,6 +36,7 @@ from pipeline.data.rendering import preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheDamage, CacheError, DataError
 from pipeline.extraction import Extractor
+from pipeline.processes import stage
 from pipeline.progress import Progress
 from pipeline.teachers import Teacher
 
@@ -81,6 +82,7 @@ class Verification:
         return "\n".join([*lines, figures] if figures else lines)
 
 
+@stage
 def run(config: VerifyConfig) -> Verification:
     """Verify, and after a repair verify again.
 

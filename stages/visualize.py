@@ -32,7 +32,7 @@ from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, overla
 from pipeline.inspection import Look, Reconstruction, choose_patches, look, reconstruct
 from pipeline.models import Classifier, Student, read_weights
 from pipeline.models.config import StudentConfig
-from pipeline.processes import processes
+from pipeline.processes import processes, stage
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
@@ -81,6 +81,7 @@ class Shown(NamedTuple):
     teacher: Look | None
 
 
+@stage
 def run(config: VisualizeConfig) -> dict[str, Any]:
     """Draw; returns where the picture lies and what it shows."""
     device = processes().device

@@ -20,6 +20,7 @@ from pipeline.data.decoding import decode
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.loader import Request, load
 from pipeline.data.rng import Stream, raw_bits
+from pipeline.data.slots import Empty
 from pipeline.data.views import ViewConfig, center_view, draw_view, render, to_chw
 from pipeline.errors import ConfigError, DataError
 
@@ -199,9 +200,6 @@ class LabelledBatch:
     def to(self, device: torch.device) -> "LabelledBatch":
         return LabelledBatch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "LabelledBatch":
-        return LabelledBatch(self.images.pin_memory(), self.labels.pin_memory())
-
 
 class LabelledDataset:
     """Training views when `views` is given (a random resized crop, a flip, then `augment`), else central crops.
@@ -225,8 +223,10 @@ class LabelledDataset:
         self.source, self.image_size, self.crop = source, image_size, crop
         self.views, self.augment = views, augment
 
-    def __getitems__(self, requests: list[Request]) -> LabelledBatch:
-        pixels = np.stack([np.asarray(self._image(epoch, index)) for epoch, index in requests])
+    def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> LabelledBatch:
+        pixels = empty((len(requests), self.image_size, self.image_size, 3), np.uint8)
+        for row, (epoch, index) in enumerate(requests):
+            pixels[row] = np.asarray(self._image(epoch, index))
         labels = [self.source.label(index) for _, index in requests]
         return LabelledBatch(to_chw(pixels), torch.tensor(labels))
 

@@ -4,27 +4,26 @@ A global batch is fixed by the config; each process takes its slice. So the stre
 number of processes nor of workers, and a run resumes by starting the sampler at its step.
 """
 
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing.queues import Queue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache import CacheReader, Record, hash_source
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import ImageSource
 from pipeline.data.masks import Focus, mask_noise, visible_patches
 from pipeline.data.order import EpochOrder
+from pipeline.data.slots import Empty
 from pipeline.data.views import Picture, View, ViewConfig, to_chw, view_of_epoch
-from pipeline.errors import CacheError, ConfigError, DataError, PipelineError
+from pipeline.data.workers import Pool
+from pipeline.errors import CacheError, DataError
+from pipeline.processes import closed_with_stage
 
 Request = tuple[int, int]  # (epoch, sample index)
 _LOOK_AHEAD = 4096  # samples: an order gives thousands at once for the price of a few
@@ -33,9 +32,9 @@ B = TypeVar("B")
 
 
 class IndexedDataset(Protocol[B_co]):
-    """Makes one micro-batch of what a list of requests names."""
+    """Makes one micro-batch of what a list of requests names; large arrays best in what `empty` gives."""
 
-    def __getitems__(self, requests: list[Request]) -> B_co: ...
+    def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> B_co: ...
 
 
 @dataclass(frozen=True)
@@ -64,72 +63,20 @@ class StepSampler:
             step += ahead
 
 
-def load(dataset: IndexedDataset[B], requests: Any, workers: int) -> Iterator[B]:
+def load(dataset: IndexedDataset[B], requests: Iterable[list[Request]], workers: int) -> Iterator[B]:
     """Run the dataset over the requests in `workers` processes (0: in this one), in order.
 
+    The processes end with the batches, with the iterator, or with the stage that runs (see `pipeline.processes.stage`).
+
     Raises:
-        PipelineError: whatever a worker met, as itself rather than as a traceback in a string.
-        ConfigError: a worker ended, for want of shared memory or of memory.
+        Exception: whatever the dataset raised, from a worker as from here.
+        ConfigError: a worker has ended, as for want of memory.
     """
-    loader: DataLoader[Any] = DataLoader(
-        _Guarded(dataset),
-        batch_sampler=requests,
-        num_workers=workers,
-        collate_fn=_identity,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_start_worker,
-    )
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
-                raise
-            raise ConfigError(
-                "a process that loads data has ended: where shared memory is full, give /dev/shm more, in a container "
-                "by --shm-size=32g or --ipc=host; where memory is, the kernel has killed it; or lower data.workers"
-            ) from error
-        if isinstance(batch, PipelineError):
-            raise batch
-        yield batch
-
-
-class _Guarded(Dataset[Any], Generic[B]):
-    def __init__(self, dataset: IndexedDataset[B]) -> None:
-        self._dataset = dataset
-
-    def __getitems__(self, requests: list[Request]) -> B | PipelineError:
-        try:
-            return self._dataset.__getitems__(requests)
-        except PipelineError as error:
-            return error
-
-
-def _identity(batch: B) -> B:
-    return batch
-
-
-def _give_up(error: Exception, _batch: object) -> None:
-    sys.stderr.write(f"a batch can't be handed over: {error}\n")
-    sys.stderr.flush()
-    os._exit(1)
-
-
-def _start_worker(_number: int) -> None:
-    """One thread each, and deaf to the signals that a terminal or a scheduler sends to the whole process group.
-
-    The training process answers those, and wants its batches until it has saved; workers leave when it tells them to.
-    """
-    torch.set_num_threads(1)
-    # A batch goes into shared memory in the queue's own thread. Where there is no room, that thread would only print
-    # so, and the training process wait for the batch for ever.
-    Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    if not workers:
+        yield from map(dataset.__getitems__, requests)
+        return
+    with closing(closed_with_stage(Pool(dataset.__getitems__, workers))) as pool:
+        yield from pool.batches(requests)
 
 
 @dataclass
@@ -153,9 +100,6 @@ class PretrainBatch:
 
     def to(self, device: torch.device) -> "PretrainBatch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "PretrainBatch":
-        return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "PretrainBatch":
         def moved(tensor: Tensor | None) -> Tensor | None:
@@ -204,7 +148,7 @@ class PretrainDataset:
         self.masks_per_sample, self.seed = masks_per_sample, seed
         self.defers_masks = online and focus != "random"
 
-    def __getitems__(self, requests: list[Request]) -> PretrainBatch:
+    def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> PretrainBatch:
         repeats, size = self.masks_per_sample, self.views.image_size
         views = [view_of_epoch(index, epoch, self.views.count) for epoch, index in requests]
         noise = mask_noise(requests, self.patches, self.focus, self.seed, repeats)
@@ -221,12 +165,12 @@ class PretrainDataset:
             for name, record in records.items():
                 if self.rows != "none":
                     targets[name].append(_rows_of(record, masks[-1], self.rows))
-        pixels = np.empty((len(requests), repeats, size, size, 3), np.uint8)
+        pixels = empty((len(requests), repeats, size, size, 3), np.uint8)
         gumbel = noise.reshape(-1, self.patches) if self.defers_masks and self.focus == "sampled" else None
         batch = PretrainBatch(
             to_chw(pixels.reshape(-1, size, size, 3)),
             torch.from_numpy(np.concatenate(masks)) if masks else None,
-            {name: _join(rows) for name, rows in targets.items() if rows},
+            {name: _join(rows, empty) for name, rows in targets.items() if rows},
             torch.from_numpy(np.repeat([index for _, index in requests], repeats)),
             None if gumbel is None else torch.from_numpy(gumbel),
         )
@@ -288,7 +232,9 @@ def _rows_of(record: Record, masks: NDArray[np.int64], rows: str) -> tuple[NDArr
     return record.tokens.take(masks, 0), None if record.scale is None else record.scale.take(masks)
 
 
-def _join(rows: list[tuple[NDArray[Any], NDArray[Any] | None]]) -> tuple[Tensor, Tensor | None]:
-    values = torch.from_numpy(np.concatenate([value for value, _ in rows]))
+def _join(rows: list[tuple[NDArray[Any], NDArray[Any] | None]], empty: Empty) -> tuple[Tensor, Tensor | None]:
+    values = [value for value, _ in rows]
+    shape = (sum(map(len, values)), *values[0].shape[1:])
+    joined = torch.from_numpy(np.concatenate(values, out=empty(shape, values[0].dtype)))
     scales = [scale for _, scale in rows if scale is not None]
-    return values, torch.from_numpy(np.concatenate(scales)) if scales else None
+    return joined, torch.from_numpy(np.concatenate(scales)) if scales else None

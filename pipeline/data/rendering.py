@@ -1,6 +1,6 @@
 """Samples to all of their views, from one decoding: what a decode worker of stage 1 does."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from pipeline.cache import hash_source
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import ImageSource
 from pipeline.data.loader import Request
+from pipeline.data.slots import Empty
 from pipeline.data.views import Picture, ViewConfig, encode_jpeg, to_chw
 from pipeline.errors import DataError
 
@@ -46,12 +47,9 @@ class RenderedViews:
         return [row for row, index in enumerate(self.indices) if index not in self.errors]
 
     def readable_pixels(self) -> Tensor:
-        """uint8 [readable × V, 3, S, S]; no copy, so still pinned, when all could be decoded."""
+        """uint8 [readable × V, 3, S, S]; no copy when all could be decoded."""
         pixels = self.pixels[self.readable] if self.errors else self.pixels
         return pixels.flatten(0, 1)
-
-    def pin_memory(self) -> "RenderedViews":
-        return replace(self, pixels=self.pixels.pin_memory())
 
 
 class ViewRenderer:
@@ -60,9 +58,9 @@ class ViewRenderer:
     def __init__(self, source: ImageSource, views: ViewConfig, store_jpeg: bool) -> None:
         self.source, self.views, self.store_jpeg = source, views, store_jpeg
 
-    def __getitems__(self, requests: list[Request]) -> RenderedViews:
+    def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> RenderedViews:
         n, v, size = len(requests), self.views.count, self.views.image_size
-        pixels = np.zeros((n, v, size, size, 3), np.uint8)
+        pixels = empty((n, v, size, size, 3), np.uint8)
         out = RenderedViews(
             indices=[index for _, index in requests],
             pixels=to_chw(pixels.reshape(-1, size, size, 3)).unflatten(0, (n, v)),
@@ -76,7 +74,7 @@ class ViewRenderer:
             try:
                 self._render(out, row, index, pixels[row])
             except DataError as error:
-                out.errors[index] = str(error)
+                out.errors[index], pixels[row] = str(error), 0
         return out
 
     def _render(self, out: RenderedViews, row: int, index: int, pixels: NDArray[np.uint8]) -> None:

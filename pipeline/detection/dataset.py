@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.data.decoding import decode
 from pipeline.data.loader import Request, load
+from pipeline.data.slots import Empty
 from pipeline.detection.coco import CocoImages
 from pipeline.detection.placement import JitterConfig, draw_placement, fit, place, render
 from pipeline.errors import DataError
@@ -40,10 +41,6 @@ class DetectionBatch:
         moved = [{key: value.to(device, non_blocking=True) for key, value in one.items()} for one in self.targets]
         return replace(self, images=self.images.to(device, non_blocking=True), targets=moved)
 
-    def pin_memory(self) -> "DetectionBatch":
-        pinned = [{key: value.pin_memory() for key, value in one.items()} for one in self.targets]
-        return replace(self, images=self.images.pin_memory(), targets=pinned)
-
 
 class DetectionDataset:
     """With `jitter` training canvases and their targets, else canvases to detect on.
@@ -56,9 +53,10 @@ class DetectionDataset:
     def __init__(self, coco: CocoImages, canvas: int, *, jitter: JitterConfig | None = None, seed: int = 0) -> None:
         self.coco, self.canvas, self.jitter, self.seed = coco, canvas, jitter, seed
 
-    def __getitems__(self, requests: list[Request]) -> DetectionBatch:
-        canvases, sizes, targets = [], [], []
-        for epoch, index in requests:
+    def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> DetectionBatch:
+        pixels = empty((len(requests), 3, self.canvas, self.canvas), np.uint8)
+        sizes, targets = [], []
+        for row, (epoch, index) in enumerate(requests):
             image = self._image(index)
             side = {"height": image.height, "width": image.width}
             if self.jitter is None:
@@ -68,11 +66,11 @@ class DetectionDataset:
                 boxes, labels, masks = place(self.coco.instances(index), placement, self.canvas, **side)
                 arrays = {"boxes": boxes, "labels": labels, "masks": masks}
                 targets.append({key: torch.from_numpy(value) for key, value in arrays.items()})
-            canvases.append(render(image, placement, self.canvas))
+            pixels[row] = render(image, placement, self.canvas)
             sizes.append(placement.size)
         indices = [index for _, index in requests]
         originals = [self.coco.size(index) for index in indices]
-        return DetectionBatch(torch.from_numpy(np.stack(canvases)), sizes, originals, targets, indices)
+        return DetectionBatch(torch.from_numpy(pixels), sizes, originals, targets, indices)
 
     def _image(self, index: int) -> Image.Image:
         name = self.coco.name(index)

@@ -17,10 +17,12 @@ B = TypeVar("B", bound=Movable)
 
 def ahead(batches: Iterable[B], device: torch.device) -> Iterator[B]:
     """The same batches on the device, each copied a turn early: on CUDA, by a stream of its own."""
-    waiting: tuple[B, Callable[[], None]] | None = None
+    waiting: tuple[B, Callable[[], None], B] | None = None
     start = _copier(device)
     for batch in batches:
-        moved = start(batch)
+        # The batch on the host is kept until the training stream waits for its copy: what is reused for another batch
+        # when this one is dropped asks that stream alone whether it still is being read.
+        moved = *start(batch), batch
         if waiting is not None:
             waiting[1]()
             yield waiting[0]

@@ -81,7 +81,7 @@ def fit(
     def due(every: int, done: int) -> bool:
         return done == plan.total_steps or bool(every and done % every == 0)
 
-    with Interruption() as interruption, loop.progress(label):
+    with run, Interruption() as interruption, loop.progress(label):
         if evaluate and run.resumed and due(evaluate_every, run.start_step):
             loop.catch_up(evaluate)
         for step in range(run.start_step, plan.total_steps):
@@ -95,11 +95,9 @@ def fit(
             if due(run.config.checkpoint_every, done) or look or stop:
                 loop.save(done)
             if stop and (look or done < plan.total_steps):
-                run.close()
                 raise Interrupted(f"stopped at step {done} of {plan.total_steps} with a checkpoint; run again to go on")
             if evaluate and look:
                 loop.evaluate(done, evaluate)
-    run.close()
     return loop.latest
 
 

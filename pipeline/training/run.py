@@ -27,6 +27,7 @@ from pipeline.config import Config, PathField, save_config
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.processes import without_cuda
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+from pipeline.training.interruption import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -138,10 +139,17 @@ class Run:
     def start_step(self) -> int:
         return self.resumed.step if self.resumed else 0
 
-    def close(self) -> None:
-        """Finish the trackers, and leave the other processes with them."""
-        if self.config.tensorboard or self.config.wandb:
-            self.accelerator.end_training()
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the trackers; those that people watch say whether the run failed."""
+        failed = kind is not None and not issubclass(kind, Interrupted)
+        for tracker in self.accelerator.trackers:
+            if isinstance(tracker, WandBTracker):
+                tracker.run.finish(exit_code=int(failed))
+            else:
+                tracker.finish()
 
     def any_process(self, flag: bool) -> bool:
         """True everywhere if one process says so. It waits for the device: not for every step."""

@@ -122,7 +122,6 @@ def test_block_order_shows_a_shard_after_the_other_also_after_a_resume(
     )
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 def test_workers_change_nothing(cache: Path, image_tree: Path, tmp_path: Path) -> None:
     common = inputs(cache, image_tree)
     pretrain.run(pretrain_config(tmp_path / "none", **common))

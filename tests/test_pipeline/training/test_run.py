@@ -26,7 +26,7 @@ class Wandb(ModuleType):
         self.__spec__ = ModuleSpec("wandb", None)
         self.opened: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, Any]]] = []
-        self.finished = 0
+        self.finished: list[int] = []
 
     def init(self, **keys: Any) -> "Wandb":
         self.opened.append(keys)
@@ -35,8 +35,8 @@ class Wandb(ModuleType):
     def log(self, values: dict[str, Any], step: int) -> None:
         self.logged.append((step, values))
 
-    def finish(self) -> None:
-        self.finished += 1
+    def finish(self, exit_code: int) -> None:
+        self.finished.append(exit_code)
 
 
 def config(output: Path, **keys: Any) -> RunConfig:
@@ -50,9 +50,8 @@ def test_weights_and_biases_gets_the_project_the_config_and_one_id(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     asked = config(tmp_path / "photos", wandb=True, epochs=7)
     for _ in range(2):
-        run = Run(asked, {})
-        run.accelerator.log({"loss": 0.5}, step=3)
-        run.close()
+        with Run(asked, {}) as run:
+            run.accelerator.log({"loss": 0.5}, step=3)
     first, second = wandb.opened
     assert first == second
     assert (first["project"], first["name"], first["resume"]) == ("mrmae", "photos", "allow")
@@ -60,9 +59,11 @@ def test_weights_and_biases_gets_the_project_the_config_and_one_id(
     assert first["dir"] == str(tmp_path / "photos")
     assert (tmp_path / "photos/wandb-id").read_text() == first["id"]
     assert wandb.logged == [(3, {"loss": 0.5})] * 2
-    assert wandb.finished == 2
-    Run(config(tmp_path / "other", wandb=True), {})
+    assert wandb.finished == [0, 0]
+    with pytest.raises(ConfigError), Run(config(tmp_path / "other", wandb=True), {}):
+        raise ConfigError("an error in training")
     assert wandb.opened[-1]["id"] != first["id"]
+    assert wandb.finished == [0, 0, 1]
 
 
 def test_without_the_package_the_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +75,8 @@ def test_without_the_package_the_line_says_how_to_get_it(tmp_path: Path, monkeyp
 
 
 def test_tensorboard_lies_in_the_run_folder(tmp_path: Path) -> None:
-    run = Run(config(tmp_path / "run", tensorboard=True), {})
-    run.accelerator.log({"loss": 0.5}, step=3)
-    run.close()
+    with Run(config(tmp_path / "run", tensorboard=True), {}) as run:
+        run.accelerator.log({"loss": 0.5}, step=3)
     assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
 
 
