@@ -36,6 +36,7 @@ from pipeline.config import Config, PathField
 from pipeline.data.drawn import draw_images
 from pipeline.data.images import DataConfig, ImageSource, decode_pixels, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
+from pipeline.data.masks import visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
 from pipeline.extraction import Extractor
@@ -190,7 +191,7 @@ class _Bench:
             **config.student.model_dump(exclude_none=True), objective=objective, teachers=dims or None
         )
         patches = student.grid[0] * student.grid[1]
-        keep = max(1, int(patches * (1 - config.mask_ratio)))
+        keep = visible_count(patches, config.mask_ratio)
         source = None if any(cache.stores_images for cache in caches.values()) else self.source
         dataset = PretrainDataset(
             source, caches, self.views, patches=patches, keep=keep, focus="sampled" if dims else "random",
