@@ -3,6 +3,12 @@
 `cli.py` is the only place that prints them. They take exactly one string, so that a worker process can pickle them.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
 
 class PipelineError(Exception):
     """Base of every error that is the user's to mend; its message is one line that ends with the remedy."""
@@ -40,3 +46,22 @@ class CheckpointError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training can't go on: a non-finite loss, batch sizes that don't divide."""
+
+
+@contextmanager
+def naming_image(name: str, remedy: str) -> Iterator[None]:
+    """Name the image that some library fails on: a worker's traceback is gone by the time that a user reads of it.
+
+    Errors of ours pass as they are; they name it, or blame something else.
+
+    Raises:
+        DataError: something failed; the message names the image and ends with `remedy`.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        log.debug("image %s", name, exc_info=True)
+        reason = " ".join(str(error).split())
+        raise DataError(f"image {name}: {type(error).__name__}: {reason}; {remedy}") from error

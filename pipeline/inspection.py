@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.assembly import denormalise, normalise
-from pipeline.data.masks import Focus, draw_masks
+from pipeline.data.masks import Focus, draw_masks, visible_count
 from pipeline.models import Student, patchify, unpatchify
 from pipeline.models.mae import pixel_loss
 from pipeline.models.masking import complement, gather_tokens
@@ -46,7 +46,7 @@ def choose_patches(
     focus: Focus = "random", seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Visible patches int64 [count, K] as pre-training draws them, by attention rows [count, L] if there are any."""
-    keep = max(1, int(patches * (1 - mask_ratio)))
+    keep = visible_count(patches, mask_ratio)
     drawn = draw_masks(attention, [(0, index) for index in range(count)], patches, keep, focus, seed)
     return torch.from_numpy(drawn[:, 0])
 

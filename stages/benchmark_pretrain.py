@@ -37,6 +37,7 @@ from pipeline.data.decoding import decode_pixels
 from pipeline.data.drawn import draw_images
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
+from pipeline.data.masks import visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
 from pipeline.extraction import Extractor
@@ -193,7 +194,7 @@ class _Bench:
             **config.student.model_dump(exclude_none=True), objective=objective, teachers=dims or None
         )
         patches = student.grid[0] * student.grid[1]
-        keep = max(1, int(patches * (1 - config.mask_ratio)))
+        keep = visible_count(patches, config.mask_ratio)
         source = None if any(cache.stores_images for cache in caches.values()) else self.source
         dataset = PretrainDataset(
             source, caches, self.views, patches=patches, keep=keep, focus="sampled" if dims else "random",

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.data.masks import visible_count
 from pipeline.errors import ConfigError
 from pipeline.models import ConvViT, build_student
 
@@ -100,7 +101,7 @@ class _Bench:
             device
         )
         length = self.student.grid[0] * self.student.grid[1]
-        keep = max(1, round(length * (1 - config.mask_ratio)))
+        keep = visible_count(length, config.mask_ratio)
         self.images = torch.randn(config.batch_size, 3, config.image_size, config.image_size, device=device)
         self.ids_keep = torch.rand(config.batch_size, length, device=device).argsort(1)[:, :keep]
         self.targets = {TEACHER: torch.randn(config.batch_size, keep, config.teacher_dim, device=device)}

@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from pipeline.config import Config, PathField
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models import Classifier, ConvViT, Student, ViT, build_classifier, build_student, load_weights
 from pipeline.models.config import StudentConfig
+from pipeline.tensor_files import save_tensors, usual_mode
 
 # Cosine between our features and those of what was written; fp32 in another order of operations is nearer than this.
 _FAITHFUL = 0.99999
@@ -109,7 +110,8 @@ def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
     state = _state(model)
     twin = timm.create_model(_NEAREST.get(encoder.dim, _NEAREST[768]), pretrained_cfg=preprocessing, **arguments)
     twin.load_state_dict(state, strict=True)
-    save_for_hf(twin, str(folder), model_args=arguments, safe_serialization=True)
+    with usual_mode(folder / "model.safetensors"):
+        save_for_hf(twin, str(folder), model_args=arguments, safe_serialization=True)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     cosine = _agreement(_tokens(model), lambda images: _timm_tokens(again, images), encoder.image_size)
     return {"format": "timm", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}
@@ -148,7 +150,7 @@ def _write_own(model: Student | Classifier, folder: Path) -> dict[str, Any]:
     text = json.dumps(description, indent=1)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     state = _state(model)
-    save_file(state, folder / "model.safetensors", metadata={"config": text})
+    save_tensors(state, folder / "model.safetensors", {"config": text})
     again = _rebuild(model, sizes, load_file(folder / "model.safetensors"))
     cosine = _agreement(_tokens(model), _tokens(again), encoder.image_size)
     return {"format": "mrmae-encoder-1", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}

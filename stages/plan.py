@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cache.budget import estimate_bytes, readable
 from pipeline.config import Config
+from pipeline.data.masks import visible_count
 from pipeline.errors import ConfigError
 from pipeline.models import build_student
 from pipeline.teachers import TeacherRow, list_teachers
@@ -90,7 +91,7 @@ def step_gmac(student: str, mask_ratio: float) -> float:
         model = build_student(student, objective="mae")
         length = model.grid[0] * model.grid[1]
         images = torch.empty(1, 3, *model.encoder.image_size)
-        ids_keep = torch.empty(1, round(length * (1 - mask_ratio)), dtype=torch.int64)
+        ids_keep = torch.empty(1, visible_count(length, mask_ratio), dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model(images, ids_keep)
     flops: int = counter.get_total_flops()

@@ -25,6 +25,7 @@ from pipeline.config import Config, PathField
 from pipeline.data.caches import check_records, live_samples, match_images, open_caches, views_of
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
+from pipeline.data.masks import visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError
@@ -286,7 +287,7 @@ def _dataset(
         known.caches,
         views,
         patches=patches,
-        keep=max(1, int(patches * (1 - config.mask.mask_ratio))),
+        keep=visible_count(patches, config.mask.mask_ratio),
         focus=config.mask.focus if known.dims else "random",
         rows=student.target_rows,
         masks_per_sample=config.mask.masks_per_sample,

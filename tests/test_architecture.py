@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMPOSING = {"demo"}  # stages that are made of other stages
-CONFIG = {"config", "errors", "processes", "progress"}  # modules of pipeline/ that any wing may use
+CONFIG = {"config", "errors", "processes", "progress", "tensor_files"}  # modules of pipeline/ that any wing may use
 WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection"}
 
 
@@ -76,6 +76,12 @@ def test_only_extraction_brings_data_teachers_and_cache_together() -> None:
     for file in files("pipeline"):
         if {"data", "teachers", "cache"} <= wings_of(file):
             assert file.name == "extraction.py", file
+
+
+def test_one_place_writes_tensors() -> None:
+    """safetensors' own function leaves files that only their owner reads."""
+    found = [file for file in files("pipeline") + files("stages") if "save_file" in file.read_text()]
+    assert [file.name for file in found] == ["tensor_files.py"]
 
 
 def test_every_wing_is_known_here() -> None:

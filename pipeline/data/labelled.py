@@ -6,7 +6,7 @@ train, val, num_classes = open_splits(DataConfig(path="/data/imagenet"))  # trai
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +16,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.augment import Augment
 from pipeline.data.decoding import decode
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.loader import Request, load
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.slots import Empty
 from pipeline.data.views import ViewConfig, center_view, draw_view, render, to_chw
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, naming_image
 
 log = logging.getLogger(__name__)
-
-Augment = Callable[[Image.Image], Image.Image]
 
 
 def open_splits(data: DataConfig, val: DataConfig | None = None) -> tuple[ImageSource, ImageSource, int]:
@@ -231,16 +230,18 @@ class LabelledDataset:
         return LabelledBatch(to_chw(pixels), torch.tensor(labels))
 
     def _image(self, epoch: int, index: int) -> Image.Image:
+        data = self.source.read(index)
         try:
-            image = decode(self.source.read(index))
+            image = decode(data)
         except DataError as error:
             raise DataError(f"image {self.source.key(index)}: {error}; repair it or take it away") from error
         if self.views is None:
             return render(image, center_view(image.height, image.width, self.crop), self.image_size)
-        # A fresh view each epoch: the epoch takes the place of the view's number.
-        view = draw_view(self.views, index, epoch, image.height, image.width)
-        image = render(image, view, self.image_size)
-        return _seeded(self.augment, image, self.views.seed, epoch, index) if self.augment else image
+        with naming_image(self.source.key(index), "change augment.*, or take the image away"):
+            # A fresh view each epoch: the epoch takes the place of the view's number.
+            view = draw_view(self.views, index, epoch, image.height, image.width)
+            image = render(image, view, self.image_size)
+            return _seeded(self.augment, image, self.views.seed, epoch, index) if self.augment else image
 
 
 def _seeded(augment: Augment, image: Image.Image, seed: int, epoch: int, index: int) -> Image.Image:

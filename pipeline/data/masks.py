@@ -5,6 +5,7 @@ replacement, with probability proportional to attention, is one sort: add Gumbel
 take the k largest (Efraimidis and Spirakis 2006; Kool et al., arXiv 1903.06059).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,14 @@ Focus = Literal["sampled", "top-k", "random"]
 
 # Attention arrives as fp16: a patch that rounds to zero must stay possible, and its logarithm finite.
 _FLOOR = 1e-8
+
+
+def visible_count(patches: int, mask_ratio: float) -> int:
+    """How many of `patches` stay visible: patches × (1 - mask_ratio), rounded down as in MAE, and at least one.
+
+    Up to what rounding errors take away: 1 - 0.8 is a little less than 0.2, but a fifth of 400 patches is 80.
+    """
+    return max(1, math.floor(patches * (1 - mask_ratio) + 1e-9))
 
 
 def draw_masks(

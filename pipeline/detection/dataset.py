@@ -13,7 +13,7 @@ from pipeline.data.loader import Request, load
 from pipeline.data.slots import Empty
 from pipeline.detection.coco import CocoImages
 from pipeline.detection.placement import JitterConfig, draw_placement, fit, place, render
-from pipeline.errors import DataError
+from pipeline.errors import DataError, naming_image
 
 EVAL_BATCH = 8  # images that are scored, or drawn, at once
 
@@ -59,23 +59,24 @@ class DetectionDataset:
         for row, (epoch, index) in enumerate(requests):
             image = self._image(index)
             side = {"height": image.height, "width": image.width}
-            if self.jitter is None:
-                placement = fit(**side, canvas=self.canvas)
-            else:
-                placement = draw_placement(self.jitter, self.seed, index, epoch, **side, canvas=self.canvas)
-                boxes, labels, masks = place(self.coco.instances(index), placement, self.canvas, **side)
-                arrays = {"boxes": boxes, "labels": labels, "masks": masks}
-                targets.append({key: torch.from_numpy(value) for key, value in arrays.items()})
-            pixels[row] = render(image, placement, self.canvas)
+            with naming_image(self.coco.name(index), "mend its annotations, or change jitter.*"):
+                if self.jitter is None:
+                    placement = fit(**side, canvas=self.canvas)
+                else:
+                    placement = draw_placement(self.jitter, self.seed, index, epoch, **side, canvas=self.canvas)
+                    boxes, labels, masks = place(self.coco.instances(index), placement, self.canvas, **side)
+                    arrays = {"boxes": boxes, "labels": labels, "masks": masks}
+                    targets.append({key: torch.from_numpy(value) for key, value in arrays.items()})
+                pixels[row] = render(image, placement, self.canvas)
             sizes.append(placement.size)
         indices = [index for _, index in requests]
         originals = [self.coco.size(index) for index in indices]
         return DetectionBatch(torch.from_numpy(pixels), sizes, originals, targets, indices)
 
     def _image(self, index: int) -> Image.Image:
-        name = self.coco.name(index)
+        name, data = self.coco.name(index), self.coco.read(index)
         try:
-            image = decode(self.coco.read(index))
+            image = decode(data)
         except DataError as error:
             raise DataError(f"image {name}: {error}; repair it or take it away") from error
         if (image.height, image.width) != self.coco.size(index):

@@ -2,17 +2,16 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.tensor_files import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +82,8 @@ class FeatureFile:
     def write(self, features: Tensor) -> None:
         """Keep features [N,D] float32: whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         features = features.contiguous()
-        save_file({"features": features}, partial, metadata={**self._known, "xxh3_128": _fingerprint(features)})
-        partial.replace(self.path)
+        save_tensors({"features": features}, self.path, {**self._known, "xxh3_128": _fingerprint(features)})
 
 
 def _fingerprint(features: Tensor) -> str:

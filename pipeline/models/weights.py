@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, PipelineError
@@ -22,6 +22,7 @@ from pipeline.models.build import build_classifier, build_student
 from pipeline.models.classifier import Classifier
 from pipeline.models.mr_mae import Student
 from pipeline.models.patches import resample_positions
+from pipeline.tensor_files import save_tensors
 
 # What belongs to a task and not to the encoder, by the first part of its flat name.
 TASK_PARTS = frozenset(
@@ -78,8 +79,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 def save_weights(model: Student | Classifier, folder: Path) -> None:
     """Write `model.safetensors` and `model.json` (kind and spec) into an existing folder."""
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    save_tensors(model.state_dict(), folder / "model.safetensors")
     (folder / "model.json").write_text(json.dumps(model_record(model), indent=2) + "\n", encoding="utf-8")
 
 

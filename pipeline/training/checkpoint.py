@@ -26,11 +26,12 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 from pipeline.config import Config, save_config
 from pipeline.errors import CheckpointError, StorageError
+from pipeline.tensor_files import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +80,9 @@ def save_checkpoint(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
+        save_tensors(model.state_dict(), partial / "model.safetensors")
         if trained is not None:
-            save_file(_contiguous(trained.state_dict()), partial / "trained.safetensors")
+            save_tensors(trained.state_dict(), partial / "trained.safetensors")
         (partial / "model.json").write_text(json.dumps(spec, indent=1), encoding="utf-8")
         if config is not None:
             save_config(config, partial / "config.yaml")
@@ -226,10 +227,6 @@ def prune(folder: Path, keep: int, newest: str) -> None:
         if path.is_symlink():
             path.unlink()
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def _digest(record: Mapping[str, Any]) -> str:

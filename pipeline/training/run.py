@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import gather_object
 from pydantic import Field
 
 from pipeline.config import Config, PathField, save_config
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.processes import without_cuda
+from pipeline.processes import open_accelerator, without_cuda
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.training.interruption import Interrupted
 
@@ -105,12 +104,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         if config.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError("wandb=true, but Weights & Biases isn't installed: pip install -e '.[wandb]'")
-        self.accelerator = Accelerator(
-            cpu=without_cuda(),
-            mixed_precision=_precision(config.precision),
-            project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
-            step_scheduler_with_optimizer=False,
-        )
+        self.accelerator = open_accelerator(_precision(config.precision), self.folder)
         self.resumed = self._find_checkpoint(may_change)
         # Every process has looked before the first one writes into the folder.
         self._agree()
@@ -235,5 +229,5 @@ def _wandb_id(file: Path) -> str:
 
 def _precision(choice: str) -> str:
     if choice == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if not without_cuda() and torch.cuda.is_bf16_supported() else "no"
     return "no" if choice == "fp32" else choice

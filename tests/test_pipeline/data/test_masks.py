@@ -1,14 +1,33 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from pipeline.data.masks import Focus, draw_masks
+from pipeline.data.masks import Focus, draw_masks, visible_count
 
 ATTENTION = np.random.default_rng(0).dirichlet(np.full(64, 0.5)).astype(np.float16)
 
 
 def samples(count: int) -> list[tuple[int, int]]:
     return [(0, index) for index in range(count)]
+
+
+@pytest.mark.parametrize("ratio", ["0.25", "0.4", "0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.95", "0.99"])
+def test_the_visible_patches_are_counted_without_rounding_errors(ratio: str) -> None:
+    """Exactly, on every square grid up to 64 × 64 and some others; as before wherever that was right."""
+    for patches in [side * side for side in range(2, 65)] + [3 * 5, 14 * 28, 16 * 20]:
+        exact = max(1, int(patches * (1 - Fraction(ratio))))
+        assert visible_count(patches, float(ratio)) == exact
+        assert exact - max(1, int(patches * (1 - float(ratio)))) in (0, 1)  # what a plain product lost
+
+
+def test_ratios_that_are_no_decimals_count_as_exactly() -> None:
+    for patches in (7, 14, 49, 196):
+        for masked in range(1, patches):
+            assert visible_count(patches, masked / patches) == patches - masked
+    assert [visible_count(196, ratio) for ratio in (0.75, 0.9, 0.999)] == [49, 19, 1]
+    assert visible_count(400, 0.8) == 80
 
 
 @pytest.mark.parametrize("focus", ["sampled", "top-k", "random"])

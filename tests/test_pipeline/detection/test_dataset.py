@@ -65,7 +65,7 @@ def test_an_image_that_is_absent_or_torn(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"image 3\.png"):
         DetectionDataset(coco, 64).__getitems__([(0, 0)])
     (folder / "3.png").unlink()
-    with pytest.raises(DataError, match=r"3\.png: No such file"):
+    with pytest.raises(DataError, match=r"^image [^:]*3\.png: No such file"):
         DetectionDataset(coco, 64).__getitems__([(0, 0)])
 
 
@@ -73,3 +73,12 @@ def test_grey_images_become_colour(tmp_path: Path) -> None:
     folder, file = write_coco(tmp_path)
     Image.fromarray(np.full((HEIGHT, WIDTH), 200, np.uint8)).save(folder / "0.png")
     assert (DetectionDataset(open_coco(folder, file), 96).__getitems__([(0, 3)]).images[0, :, :64] == 200).all()
+
+
+def test_an_image_that_can_not_be_placed_is_named(coco: CocoImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError("no room\nfor masks")
+
+    monkeypatch.setattr("pipeline.detection.dataset.place", broken)
+    with pytest.raises(DataError, match=r"^image 2\.png: MemoryError: no room for masks; mend its annotations, or "):
+        DetectionDataset(coco, 64, jitter=JitterConfig()).__getitems__([(0, 1)])

@@ -77,7 +77,7 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning(
     ("writer", "error"),
     [
         ("torch.save", OSError(errno.ENOSPC, "No space left on device")),
-        ("pipeline.training.checkpoint.save_file", SafetensorError("I/O error: No space left on device")),
+        ("pipeline.tensor_files.save_file", SafetensorError("I/O error: No space left on device")),
     ],
 )
 def test_a_full_disk_leaves_nothing_half_written(
