@@ -28,25 +28,24 @@ class Tables:
         """One table; None when it wasn't loaded."""
         return self._kept.get((shard, view))
 
-    def load(self, store: Store, shards: Iterable[int], views: int) -> dict[int, CacheDamage]:
-        """Read and check the tables of `shards`; returns what is wrong with those that can't be had.
+    def load(self, store: Store, shards: Iterable[int], views: int) -> list[tuple[int, int, CacheDamage]]:
+        """Read and check the tables of `shards`; returns (shard, view, problem) of those that can't be had.
 
         Raises:
             CacheError: a file may not be opened.
         """
-        damaged: dict[int, CacheDamage] = {}
 
-        def load(shard: int) -> None:
-            try:
-                for view in (None, *range(views)):
+        def load(shard: int) -> list[tuple[int, int, CacheDamage]]:
+            damaged = []
+            for view in (None, *range(views)):
+                try:
                     self._keep((shard, view), store.table(shard, view))
-            except CacheDamage as error:
-                damaged[shard] = error
+                except CacheDamage as error:
+                    damaged.append((shard, view or 0, error))
+            return damaged
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(load, shards):
-                pass
-        return damaged
+            return [problem for problems in pool.map(load, shards) for problem in problems]
 
     def _keep(self, place: tuple[int, int | None], table: bytes) -> None:
         with self._lock:
