@@ -1,8 +1,8 @@
 """Which processes there are, what they may be told by the environment, and what a stage leaves behind: nothing.
 
 torchrun or accelerate launch start the processes, accelerate knows them. What is trained follows from the config alone.
-accelerate would also read its choices from variables that `accelerate launch` or a shell leaves in the environment; here
-each of them is given, or refused. A stage owns what is opened while it runs.
+accelerate would also read its choices from variables that `accelerate launch` or a shell leaves in the environment;
+here each of them is given, or refused. A stage owns what is opened while it runs.
 """
 
 import functools
