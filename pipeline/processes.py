@@ -1,6 +1,9 @@
 """Which processes there are: torchrun or accelerate launch start them, accelerate knows them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -19,3 +22,14 @@ def processes(patience: timedelta | None = None) -> PartialState:
     """
     waiting = {} if patience is None else {"timeout": patience}
     return PartialState(cpu=without_cuda(), **waiting)
+
+
+@contextmanager
+def float32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
+    """Inside, matrix products of fp32 tensors are exact ("highest"), or may be taken in TF32 on CUDA ("high")."""
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(former)
