@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 
 # The students' pixels, as MAE normalises them: the mean and deviation of ImageNet's.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PIXEL_STATISTICS: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] → float32, as students take it, in the same memory order."""
-    mean = torch.tensor(_MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(_STD, device=images.device).view(1, 3, 1, 1) * 255
+    mean, std = _pixel_statistics(images.device)
     # One number for every pixel of an image: three alone would make a CPU walk channels-last memory in steps of three.
     every = torch.empty_like(images[:1], dtype=torch.float32)
     return images.float().sub_(every.copy_(mean)).div_(every.copy_(std))
@@ -47,6 +47,17 @@ def denormalise(images: Tensor) -> Tensor:
     mean = torch.tensor(_MEAN, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(_STD, device=images.device).view(1, 3, 1, 1)
     return (images * std + mean).clamp(0, 1)
+
+
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [1, 3, 1, 1] in 0..255, made once for each device: numbers from the host make it wait."""
+    if device in _PIXEL_STATISTICS:
+        return _PIXEL_STATISTICS[device]
+    with torch.inference_mode(False):  # born in inference mode, they could take no part in training
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (_MEAN, _STD))
+    if type(mean) is Tensor:  # not while something is traced or counted without data
+        _PIXEL_STATISTICS[device] = mean, std
+    return mean, std
 
 
 def load_teacher(config: TeacherConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Teacher:

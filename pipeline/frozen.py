@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.features import FeatureFile, extract_features
 from pipeline.models import model_record
 from pipeline.models.config import StudentConfig
-from pipeline.processes import processes
+from pipeline.processes import gather_rows, processes
 from pipeline.progress import track
 from pipeline.teachers.config import TeacherConfig
 from pipeline.teachers.weights import state_digest
@@ -37,6 +38,7 @@ class FrozenConfig(Config):
     pixels: bool = False  # measure raw pixels instead
     image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: what the model was built for, else 224
     crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
+    eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
     seed: int = Field(0, ge=0)  # of an untrained student
     output: PathField | None = None  # folder for metrics.json
     features: PathField | None = None  # folder that keeps features for the next command; default: features/ in output
@@ -59,7 +61,7 @@ class Frozen(NamedTuple):
 
 
 def frozen_features(config: FrozenConfig) -> Frozen:
-    """The features of both sets: kept ones if the folder has them, else by one forward pass.
+    """The features of both sets: kept ones if the folder has them, else by one forward pass that processes share.
 
     Raises:
         DataError: no labels, or labels in one set that the other doesn't have.
@@ -89,9 +91,11 @@ def _features(
     file = FeatureFile(folder, known) if folder else None
     kept = file.read() if file else None
     labels = torch.from_numpy(source.labels)
-    if kept is not None and len(kept) == len(labels):
+    # One that finds none, as on a node without that disk, would wait for the others' shares for ever.
+    if all(gather_object([kept is not None and len(kept) == len(labels)])) and kept is not None:
         return kept, labels
-    features, _ = extract_features(subject.encode, _batches(source, subject.size, config.crop, workers, label))
+    share, _ = extract_features(subject.encode, _batches(config, subject, source, workers, label))
+    features = gather_rows(share, len(source))
     if file and processes().is_main_process:
         file.write(features)
     return features, labels
@@ -117,7 +121,12 @@ def _subject(config: FrozenConfig, device: torch.device) -> _Subject:
     return _Subject(features_of(model, device), size, f"model {state_digest(model.state_dict())} {described}")
 
 
-def _batches(source: ImageSource, size: int, crop: float, workers: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
-    batches = evaluation_batches(source, size, crop, workers)
-    for batch in track(batches, -(-len(source) // 128), label, "batch"):
+def _batches(
+    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, label: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of this process's share. One that comes after the last image looks at that one, and nobody at what it saw."""
+    state = processes()
+    rank, size = min(state.process_index, len(source) - 1), config.eval_batch_size
+    batches = evaluation_batches(source, subject.size, config.crop, workers, rank, state.num_processes, size)
+    for batch in track(batches, -(-len(source) // (size * state.num_processes)), label, "batch"):
         yield batch.images, batch.labels

@@ -7,11 +7,11 @@ here each of them is given, or refused. A stage owns what is opened while it run
 
 import functools
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -22,9 +22,10 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
     TorchDynamoPlugin,
+    gather,
     str_to_bool,
 )
-from torch import distributed
+from torch import Tensor, distributed
 
 from pipeline.errors import ConfigError
 
@@ -156,3 +157,31 @@ def _is_set(variable: str) -> bool:
         return bool(str_to_bool(os.environ.get(variable) or "false"))
     except ValueError as error:
         raise ConfigError(f"{variable}={os.environ[variable]} in the environment is neither true nor false") from error
+
+
+def gather_rows(rows: Tensor, total: int, at_once: int = 65_536) -> Tensor:
+    """All `total` rows [total, ...] in order, on the CPU of every process, of which each brought those of its share.
+
+    Args:
+        rows: every P-th row from this process's rank on, P being the number of processes; on whatever device.
+        at_once: rows of a process that are on the accelerator together, where the processes talk through it.
+    """
+    state = processes()
+    count = -(-total // state.num_processes)  # of the longest share
+    padded = torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])]) if len(rows) < count else rows
+    parts = []
+    for part in torch.split(padded, at_once):
+        shares = gather(part.to(state.device)).cpu().unflatten(0, (state.num_processes, -1))
+        parts.append(shares.transpose(0, 1).flatten(0, 1))
+    return torch.cat(parts)[:total]
+
+
+@contextmanager
+def float32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
+    """Inside, matrix products of fp32 tensors are exact ("highest"), or may be taken in TF32 on CUDA ("high")."""
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(former)

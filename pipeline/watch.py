@@ -1,12 +1,12 @@
 """k-NN on labelled images while a student is pre-trained: the number that people watch.
 
-Every process takes its share of the images; all of them then hold all features, and the same figures.
+Every process takes its share of the images, and keeps the features of those whose neighbours vote: what all of them
+hold is the features of the images to classify, and each finds the nearest among its own.
 """
 
 from collections.abc import Callable
 
 import torch
-from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset, evaluation_batches, match_classes
 from pipeline.evaluation.features import extract_features
 from pipeline.evaluation.knn import knn_classify
+from pipeline.models import Student
+from pipeline.processes import gather_rows
 
 
 class WatchConfig(Config):
@@ -27,6 +29,7 @@ class WatchConfig(Config):
     k: int = Field(20, ge=1)
     temperature: float | None = Field(0.07, gt=0)  # as in `knn`
     crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
+    eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
 
 
 def open_watch(
@@ -43,20 +46,28 @@ def open_watch(
     val = match_classes(val, train.classes, train.num_classes, "knn.data", "knn.val")
 
     def features(student: nn.Module, source: ImageSource, workers: int) -> tuple[Tensor, Tensor]:
+        """Of this process's share."""
+        assert isinstance(student, Student)
+        encode = features_of(student, device)
         if rank >= len(source):  # fewer images than processes
-            mine: list[tuple[Tensor, Tensor]] = []
-        else:
-            batches = evaluation_batches(source, image_size, config.crop, workers, rank, processes)
-            encode = features_of(student, device)  # type: ignore[arg-type]  # what pretrain hands over is a Student
-            mine = [extract_features(encode, ((batch.images, batch.labels) for batch in batches))]
-        shares = gather_object(mine)
-        return torch.cat([x for x, _ in shares]), torch.cat([y for _, y in shares])
+            return torch.empty(0, student.encoder.dim), torch.empty(0, dtype=torch.int64)
+        batches = evaluation_batches(source, image_size, config.crop, workers, rank, processes, config.eval_batch_size)
+        return extract_features(encode, ((batch.images, batch.labels) for batch in batches))
 
     def evaluate(student: nn.Module, _step: int) -> dict[str, float]:
         train_x, train_y = features(student, train, config.data.workers)
-        val_x, val_y = features(student, val, config.val.workers)
-        k = min(config.k, len(train_x))
-        figures = knn_classify(train_x, train_y, val_x, val_y, k, config.temperature, train.num_classes, device=device)
+        val_x, val_y = (gather_rows(rows, len(val)) for rows in features(student, val, config.val.workers))
+        figures = knn_classify(
+            train_x,
+            train_y,
+            val_x,
+            val_y,
+            min(config.k, len(train)),
+            config.temperature,
+            train.num_classes,
+            device=device,
+            shared=processes > 1,
+        )
         return {f"knn_{name}": value for name, value in figures.items()}
 
     return evaluate

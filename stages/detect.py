@@ -39,7 +39,6 @@ from pipeline.detection import (
     evaluation_batches,
     open_coco,
 )
-from pipeline.detection.dataset import EVAL_BATCH
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.records import write_record
 from pipeline.models.config import StudentConfig
@@ -76,6 +75,7 @@ class DetectConfig(RunConfig):
     )
     ema: EmaConfig = EmaConfig()  # off unless ema.decay is given
     eval_every: int = Field(1, ge=1)  # epochs
+    eval_batch_size: int = Field(8, ge=1)  # images that are scored, or drawn, at once, in each process
     checkpoint: PathField | None = None  # --eval: what to score; default: the newest one in output
     pictures: int = Field(0, ge=0)  # --eval: draw so many validation images beside their annotations
     picture_score: float = Field(0.5, ge=0, le=1)  # detections below are not drawn
@@ -108,7 +108,9 @@ def _train(config: DetectConfig) -> dict[str, Any]:
 
     def evaluate(model: nn.Module, _step: int) -> dict[str, float]:
         assert isinstance(model, Detector)
-        batches = evaluation_batches(val, config.image_size, config.data.workers, run.rank, run.processes)
+        batches = evaluation_batches(
+            val, config.image_size, config.data.workers, run.rank, run.processes, config.eval_batch_size
+        )
         return _score(val, _results(model, val, batches, run.device))
 
     return fit(
@@ -135,10 +137,11 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
     if model.spec["categories"] != [list(one) for one in val.categories]:
         raise DataError("data.val has other categories than the detector was trained on: give matching annotations")
     canvas = model.spec["encoder"]["image_size"]
-    batches = evaluation_batches(val, canvas, config.data.workers, group.process_index, group.num_processes)
+    size, workers = config.eval_batch_size, config.data.workers
+    batches = evaluation_batches(val, canvas, workers, group.process_index, group.num_processes, size)
     in_bf16 = config.precision == "bf16" or (config.precision == "auto" and group.device.type == "cuda")
     with torch.inference_mode(), torch.autocast(group.device.type, torch.bfloat16, enabled=in_bf16):
-        steps = -(-len(val) // (EVAL_BATCH * group.num_processes))
+        steps = -(-len(val) // (size * group.num_processes))
         results = _results(model, val, track(batches, steps, "detect", "batch"), group.device)
         figures = _score(val, results)
         if group.is_main_process:
@@ -206,8 +209,8 @@ def _draw(config: DetectConfig, model: Detector, val: CocoImages, device: torch.
     chosen = [place * len(val) // count for place in range(count)]
     dataset = DetectionDataset(val, model.spec["encoder"]["image_size"])
     found = []
-    for start in range(0, count, EVAL_BATCH):
-        batch = dataset.__getitems__([(0, index) for index in chosen[start : start + EVAL_BATCH]])
+    for start in range(0, count, config.eval_batch_size):
+        batch = dataset.__getitems__([(0, index) for index in chosen[start : start + config.eval_batch_size]])
         found += model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
     annotated = [annotated_scene(val, index) for index in chosen]
     detected = [

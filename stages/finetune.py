@@ -36,7 +36,7 @@ from pipeline.data.loader import StepSampler, load
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.evaluation.metrics import topk_accuracy
+from pipeline.evaluation.metrics import topk_hits
 from pipeline.evaluation.records import write_record
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
 from pipeline.models.config import StudentConfig
@@ -88,6 +88,7 @@ class FinetuneConfig(RunConfig):
     optim: OptimConfig = OptimConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65)
     ema: EmaConfig = EmaConfig()
     eval_every: int = Field(1, ge=1)  # epochs
+    eval_batch_size: int = Field(128, ge=1)  # validation images of a forward pass, in each process
 
 
 def _several(value: object) -> object:
@@ -129,8 +130,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         return load(dataset, sampler, config.data.workers)
 
     def score(model: nn.Module, _step: int) -> dict[str, float]:
-        workers = (config.val or config.data).workers
-        return _accuracies([model], val, size, config.crop, workers)[0]
+        return _accuracies(config, [model], val, size, (config.val or config.data).workers)[0]
 
     return fit(
         run,
@@ -170,7 +170,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError(f"the classifiers take images of {sorted(sizes)} pixels: set image_size, for all of them")
     if len({model.head.out_features for model in models}) > 1:
         raise ConfigError("the classifiers have different numbers of classes: their logits can't be averaged")
-    rows = _accuracies(models, val, sizes.pop(), config.crop, config.val.workers)
+    rows = _accuracies(config, models, val, sizes.pop(), config.val.workers)
     result: dict[str, Any] = {**rows[-1], "images": len(val)}
     if len(models) > 1:
         result["each"] = {str(path): row["top1"] for path, row in zip(config.init, rows, strict=False)}
@@ -251,20 +251,23 @@ class _Losses:
 
 
 def _accuracies(
-    models: Sequence[nn.Module], val: ImageSource, size: int, crop: float, workers: int
+    config: FinetuneConfig, models: Sequence[nn.Module], val: ImageSource, size: int, workers: int
 ) -> list[dict[str, float]]:
     """Top-1 and top-5 of each model and, if they are several, of the mean of their logits, over all processes."""
-    here = processes()
+    here, batch_size = processes(), config.eval_batch_size
     hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=here.device)
-    total = -(-len(val) // (128 * here.num_processes))
-    with Progress(total, "evaluate", "batch", show=here.is_main_process) as progress:
-        for batch in evaluation_batches(val, size, crop, workers, here.process_index, here.num_processes):
+    with Progress(
+        -(-len(val) // (batch_size * here.num_processes)), "evaluate", "batch", show=here.is_main_process
+    ) as progress:
+        for batch in evaluation_batches(
+            val, size, config.crop, workers, here.process_index, here.num_processes, batch_size
+        ):
             moved = batch.to(here.device)
             logits = [model(normalise(moved.images)).float() for model in models]
             rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
             for row, scores in enumerate(rows):
-                shares, count = topk_accuracy(scores, moved.labels, (1, 5)), len(moved.labels)
-                hits[row] += torch.tensor([shares["top1"] * count, shares["top5"] * count, count], device=here.device)
+                hits[row, :2] += topk_hits(scores, moved.labels, (1, 5))
+                hits[row, 2] += len(moved.labels)
             progress.advance()
     sums = reduce(hits, "sum")
     return [{"top1": float(row[0] / row[2]), "top5": float(row[1] / row[2])} for row in sums]

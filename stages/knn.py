@@ -27,16 +27,18 @@ class KnnConfig(FrozenConfig):
 @stage
 def run(config: KnnConfig) -> dict[str, Any]:
     """Returns top1 and top5."""
-    frozen = frozen_features(config)
+    frozen, state = frozen_features(config), processes()
+    share = slice(state.process_index, None, state.num_processes)
     result = knn_classify(
-        frozen.train_x,
-        frozen.train_y,
+        frozen.train_x[share],
+        frozen.train_y[share],
         frozen.val_x,
         frozen.val_y,
         k=min(config.k, len(frozen.train_x)),
         temperature=config.temperature,
         num_classes=frozen.num_classes,
-        device=processes().device,
+        device=state.device,
+        shared=state.num_processes > 1,
     )
     write_record(config.output, "knn", result)
     return dict(result)

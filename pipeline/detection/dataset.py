@@ -15,8 +15,6 @@ from pipeline.detection.coco import CocoImages
 from pipeline.detection.placement import JitterConfig, draw_placement, fit, place, render
 from pipeline.errors import DataError, naming_image
 
-EVAL_BATCH = 8  # images that are scored, or drawn, at once
-
 
 @dataclass
 class DetectionBatch:
@@ -98,7 +96,7 @@ def canvases(images: Sequence[Image.Image], canvas: int) -> DetectionBatch:
 
 
 def evaluation_batches(
-    coco: CocoImages, canvas: int, workers: int, rank: int = 0, processes: int = 1, batch: int = EVAL_BATCH
+    coco: CocoImages, canvas: int, workers: int, rank: int = 0, processes: int = 1, batch: int = 8
 ) -> Iterator[DetectionBatch]:
     """Every `processes`-th image from `rank` on, in order, the last batch as short as it is."""
     mine = range(rank, len(coco), processes)

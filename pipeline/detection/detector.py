@@ -53,6 +53,8 @@ class Detector(nn.Module):
     The others as in `DetectorConfig`.
     """
 
+    dynamic_shapes = True  # as many proposals as there are
+
     def __init__(
         self,
         encoder: Encoder,

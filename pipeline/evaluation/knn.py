@@ -5,9 +5,11 @@ The weighted vote is the protocol of DINO (arXiv 2104.14294, appendix; from Wu e
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather
 from torch import Tensor
 
 from pipeline.evaluation.metrics import topk_accuracy
+from pipeline.processes import float32_products
 
 # Training features compared at once: with 512 test rows, 128 MB of similarities.
 TRAIN_CHUNK = 65_536
@@ -23,8 +25,9 @@ def knn_classify(
     num_classes: int | None = None,
     chunk: int = 512,
     device: str | torch.device | None = None,
+    shared: bool = False,
 ) -> dict[str, float]:
-    """Classify test features by the vote of their k most similar training features (cosine).
+    """Classify test features by the vote of their k most similar training features (cosine), compared in fp32.
 
     A neighbour of similarity s weighs exp(s / temperature), or 1 with `temperature=None`; equal votes go to the
     lower class.
@@ -38,6 +41,8 @@ def knn_classify(
         num_classes: C, else the highest label + 1.
         chunk: test rows at once, which bounds the memory.
         device: where to compute; None for where `train_x` is.
+        shared: every process calls this with training features of its own and the same test features: each looks among
+            its own, and the nearest of all vote. `k` may then be more than a process has, not more than all have.
 
     Returns:
         {"top1": ..., "top5": ...}, fractions in 0..1.
@@ -46,14 +51,32 @@ def knn_classify(
     classes = num_classes or int(max(train_y.max(), test_y.max())) + 1
     train = F.normalize(train_x.to(device, torch.float32), dim=1)
     train_labels = train_y.to(device)
-    votes = []
-    # In training this runs under autocast, and neighbours lie closer together than bf16 can tell.
-    with torch.autocast(device.type, enabled=False):
+    found: list[tuple[Tensor, Tensor]] = []
+    # In training this runs under autocast, and neighbours lie closer together than bf16 or TF32 can tell.
+    with torch.autocast(device.type, enabled=False), float32_products("highest"):
         for rows in torch.split(test_x, chunk):
             test = F.normalize(rows.to(device, torch.float32), dim=1)
             similarity, neighbours = _nearest(test, train, min(k, len(train)))
-            votes.append(_vote(similarity, train_labels[neighbours], classes, temperature))
-    return topk_accuracy(torch.cat(votes), test_y.to(device), ks=(1, 5))
+            found.append((similarity, train_labels[neighbours]))
+        similarity, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if shared:
+            similarity, labels = _nearest_of_all(similarity, labels, k)
+        votes = torch.cat(
+            [
+                _vote(*rows, classes, temperature)
+                for rows in zip(torch.split(similarity, chunk), torch.split(labels, chunk), strict=True)
+            ]
+        )
+    return topk_accuracy(votes, test_y.to(device), ks=(1, 5))
+
+
+def _nearest_of_all(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of all processes' neighbours [M,k], of which one with few training features has fewer columns."""
+    missing = k - similarity.shape[1]
+    similarity, labels = F.pad(similarity, (0, missing), value=float("-inf")), F.pad(labels, (0, missing))
+    every, theirs = (gather(values.T.contiguous()).T for values in (similarity, labels))  # [M, processes * k]
+    similarity, order = every.topk(k, dim=1)
+    return similarity, theirs.gather(1, order)
 
 
 def _nearest(test: Tensor, train: Tensor, k: int) -> tuple[Tensor, Tensor]:

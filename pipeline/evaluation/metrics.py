@@ -17,6 +17,12 @@ def topk_accuracy(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) ->
     Returns:
         {"top1": 0.75, "top5": 0.93} for ks (1, 5): fractions in 0..1, each from all N samples.
     """
+    shares = topk_hits(logits, labels, ks) / len(logits)
+    return {f"top{k}": share for k, share in zip(ks, shares.tolist(), strict=True)}
+
+
+def topk_hits(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
+    """How many samples have their label among the k highest scores: float64 [len(ks)], where the scores are."""
     highest = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices  # [N, largest k]
     hits = highest == labels[:, None].to(highest.device)
-    return {f"top{k}": hits[:, :k].any(dim=1).to(torch.float64).mean().item() for k in ks}
+    return torch.stack([hits[:, :k].any(dim=1).sum(dtype=torch.float64) for k in ks])

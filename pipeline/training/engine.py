@@ -20,7 +20,10 @@ from pipeline.errors import TrainingError
 from pipeline.progress import Progress
 from pipeline.training.ahead import B, ahead
 from pipeline.training.checkpoint import best_checkpoint, make_best, prune, restore, retire_best, save_checkpoint
+from pipeline.training.device import describe_step, float32_products_of, generators_of, peak_of
 from pipeline.training.ema import EmaConfig, build_ema
+from pipeline.training.flops import count_flops
+from pipeline.training.garbage import FixedCollection
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.interruption import Interrupted, Interruption
 from pipeline.training.metrics import Meter, MetricsWriter, Stopwatch, peak_memory
@@ -73,20 +76,20 @@ def fit(
             "choose another output, or more epochs or max_steps"
         )
     if run.is_main:
-        images = plan.batch_size // (plan.processes * plan.accum_iter)
-        log.info("a step: %d processes x %d micro-batches of %d", plan.processes, plan.accum_iter, images)
+        describe_step(run, plan)
     loop = _Loop(run, model, spec, plan, optim, layer_ids, best, ema or EmaConfig(), grad_norms)
     stream = ahead(batches(run.start_step), run.device)
 
     def due(every: int, done: int) -> bool:
         return done == plan.total_steps or bool(every and done % every == 0)
 
-    with run, Interruption() as interruption, loop.progress(label):
+    with run, Interruption() as interruption, loop.garbage, float32_products_of(run), loop.progress(label):
         if evaluate and run.resumed and due(evaluate_every, run.start_step):
             loop.catch_up(evaluate)
         for step in range(run.start_step, plan.total_steps):
             loop.train_step(step, stream, losses)
             done = step + 1
+            loop.garbage.step(done)
             stop = interruption.agreed()
             look = evaluate is not None and due(evaluate_every, done)
             if due(run.config.log_every, done) or done == 1:
@@ -125,11 +128,16 @@ class _Loop:
         if run.resumed:
             restore(run.resumed, model, self.plain_optimizer, self.result)
         if run.config.compile:
-            model.compile()  # in place: names in checkpoints stay
+            # In place: names in checkpoints stay. And before DDP wraps it: what is compiled inside DDP's forward is cut
+            # at its buckets (torch's DDPOptimizer), so that each is sent while the backward goes on.
+            model.compile()
         self.model, self.optimizer = run.accelerator.prepare(model, self.plain_optimizer)
         self.schedule = optim.schedule(plan.batch_size, plan.steps_per_epoch, plan.total_steps)
         self.meter = Meter(run.device, run.resumed.meter if run.resumed else None)
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=run.device)
+        self.generators = generators_of(run.device)
+        self.garbage = FixedCollection()
+        self.peak = peak_of(run)
+        self.flops: float | None = None  # of an image's forward and backward, once counted
         self.last_good: Path | None = run.resumed.path if run.resumed else None
         self.writer = MetricsWriter(run.folder / "metrics.jsonl", run.start_step, writes=run.is_main)
         self.latest: dict[str, Any] = (run.resumed.metrics if run.resumed else {}) | self.writer.latest
@@ -161,9 +169,11 @@ class _Loop:
             self._seed(step, micro)
             if micro + 1 < self.plan.accum_iter:
                 with self.run.accelerator.no_sync(self.model):
-                    self._backward(step, batch, losses)
+                    self._backward(batch, losses)
             else:
-                self._backward(step, batch, losses)
+                self._backward(batch, losses)
+            if self.peak and self.flops is None:
+                self.flops = self._count_flops(batch, losses)
         self._clip(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -172,14 +182,10 @@ class _Loop:
         self.watch.steps += 1
         self.bar.advance(1)
 
-    def _backward(self, step: int, batch: B, losses: Losses[B]) -> None:
+    def _backward(self, batch: B, losses: Losses[B]) -> None:
         values = losses(self.model, batch)
-        loss = values["loss"]
-        self.run.accelerator.backward(loss / self.plan.accum_iter)
+        self.run.accelerator.backward(values["loss"] / self.plan.accum_iter)
         self.meter.add(values)
-        # Remember the first bad step on the device: asking the host every step would stall it.
-        bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
-        self.first_bad = torch.where(bad, step, self.first_bad)
 
     def _next(self, batches: Iterator[B]) -> B:
         began = time.perf_counter()
@@ -192,14 +198,24 @@ class _Loop:
 
         def run() -> dict[str, Tensor]:
             self._seed(step, 0)
-            # Eager: compiled under another context than the step's, it would be compiled for the step once more.
-            with torch.compiler.set_stance("force_eager"), self.run.accelerator.autocast():
-                return losses(self.plain_model, batch)
+            return self._eagerly(batch, losses)
 
         began = time.perf_counter()
         norms = grad_norms.measure(run)
         self.watch.leave_out(time.perf_counter() - began)
         return norms
+
+    def _eagerly(self, batch: B, losses: Losses[B]) -> dict[str, Tensor]:
+        # Compiled under another context than the step's, it would be compiled for the step once more.
+        with torch.compiler.set_stance("force_eager"), self.run.accelerator.autocast():
+            return losses(self.plain_model, batch)
+
+    def _count_flops(self, batch: B, losses: Losses[B]) -> float:
+        """Of an image. After a real step, and before the next one sets its random numbers."""
+        began = time.perf_counter()
+        flops = count_flops(self.plain_model, lambda: self._eagerly(batch, losses))
+        self.watch.leave_out(time.perf_counter() - began)
+        return flops * self.plan.accum_iter * self.plan.processes / self.plan.batch_size
 
     def _clip(self, step: int) -> None:
         limit = self.optim.clip_grad
@@ -211,7 +227,8 @@ class _Loop:
     def _seed(self, step: int, micro: int) -> None:
         """Dropout, drop-path, mixup and erasing depend on (seed, step, micro-batch, rank) alone."""
         words = np.random.SeedSequence([self.run.config.seed, step, micro, self.run.rank]).generate_state(3)
-        torch.manual_seed(int(words[0]))
+        for generator in self.generators:
+            generator.manual_seed(int(words[0]))
         np.random.seed(int(words[1]))  # timm's mixup draws from numpy's global state,
         random.seed(int(words[2]))  # its erasing from Python's
 
@@ -223,6 +240,9 @@ class _Loop:
         means = self._mean(losses)
         row: dict[str, Any] = {"epoch": done / self.plan.steps_per_epoch, **means}
         row |= {"lr": self.schedule(done - 1), "images_per_s": images / elapsed, "data_wait": wait}
+        row["checkpoint_s"] = self.watch.saved
+        if self.peak and self.flops:
+            row["mfu"] = self.flops * row["images_per_s"] / self.plan.processes / self.peak
         row |= self._mean(norms)
         row["memory_gib"] = peak_memory(self.run.device) / 2**30
         self._write(done, row)
@@ -241,14 +261,15 @@ class _Loop:
         self._check_finite(done, weights=True)  # nothing else may become the best
         self.result.eval()
         # Not inference mode: tensors born in it, as a moved model's buffers, could take no part in training.
-        with torch.no_grad(), self.run.accelerator.autocast():
+        with torch.no_grad(), self.run.accelerator.autocast(), self.garbage.as_ever():
             values = evaluate(self.result, done)
         self.latest |= values
         if self.best and values.get(self.best, float("-inf")) > self.best_value:
-            self.best_value = values[self.best]
+            self.best_value, saving = values[self.best], time.perf_counter()
             best = self._save(f"best-{done:08d}", done)
             if self.run.is_main:
                 make_best(best)
+            self.watch.saved += time.perf_counter() - saving
         self._write(done, values)  # last: a row says that there is nothing to catch up on
         self.watch.leave_out(time.perf_counter() - began)
 
@@ -262,9 +283,12 @@ class _Loop:
         )
         if self.run.is_main:
             prune(self.run.checkpoints, self.run.config.keep_checkpoints, path.name)
+        self.garbage.all()
         self.run.accelerator.wait_for_everyone()
         self.last_good = path
-        self.watch.leave_out(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.watch.leave_out(seconds)
+        self.watch.saved += seconds
 
     def _save(self, name: str, done: int, **state: Any) -> Path:
         path = self.run.checkpoints / name
@@ -274,8 +298,11 @@ class _Loop:
         return path
 
     def _mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Over all processes."""
-        return {name: float(self.run.accelerator.reduce(value, "mean")) for name, value in values.items()}
+        """Over all processes, which are asked once for all of them."""
+        if not values:
+            return {}
+        means = self.run.accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean")
+        return dict(zip(values, means.tolist(), strict=True))
 
     def progress(self, label: str) -> Progress:
         self.bar = Progress(self.plan.total_steps, label, "step", done=self.run.start_step, show=self.run.is_main)
@@ -289,7 +316,8 @@ class _Loop:
 
     def _check_finite(self, done: int, weights: bool = False) -> None:
         """Every process leaves if one of them met a bad loss; with `weights`, also if an update spoiled the model."""
-        bad = int(self.first_bad)
+        first = self.meter.first_bad()
+        bad = -1 if first is None else self.run.start_step + first // self.plan.accum_iter
         if weights and bad < 0 and not all(bool(p.isfinite().all()) for p in self.plain_model.parameters()):
             bad = done - 1
         if self.run.any_process(bad >= 0):

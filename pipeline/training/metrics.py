@@ -54,32 +54,52 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Meter:
     """What the next row will say, kept on the device so that reading it is the only synchronisation.
 
+    The losses of a micro-batch go in as one vector: a step of a small student is as long as its launches take.
     Checkpoints hold it as plain numbers: a run that stopped between two rows goes on in the middle of a mean.
     """
 
     def __init__(self, device: torch.device, kept: Mapping[str, Any] | None = None) -> None:
         kept = kept or {}
-        self._device = device
         self.count: int = kept.get("count", 0)  # micro-batches
-        self.sums = self._tensors(kept.get("sums", {}))  # of losses, over micro-batches
-        self.norms = self._tensors(kept.get("norms", {}))  # the latest of each
+        names = tuple(sorted(kept.get("sums", {})))
+        sums = [kept["sums"][name] for name in names]
+        self._sums = {names: torch.tensor(sums, device=device)} if names else {}  # sorted names → over micro-batches
+        self.norms = {  # the latest of each
+            name: torch.tensor(value, device=device) for name, value in kept.get("norms", {}).items()
+        }
+        self._finite = torch.zeros((), dtype=torch.int64, device=device)  # micro-batches before the first bad loss
+        self._counted = 0  # micro-batches, those of rows that were taken among them
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Count the scalars of one micro-batch."""
+        """Count the scalars of one micro-batch, "loss" among them."""
+        names = tuple(sorted(name for name, value in losses.items() if value.ndim == 0))
+        values = torch.stack([losses[name].detach().float() for name in names])
+        total = self._sums.get(names)
+        self._sums[names] = values if total is None else total.add_(values)
+        loss = self._sums[names][names.index("loss")]
+        self._finite.add_(loss - loss == 0)  # a sum that is infinite or no number stays so
         self.count += 1
-        for name, value in losses.items():
-            if value.ndim == 0:
-                zero = torch.zeros((), device=self._device)
-                self.sums[name] = self.sums.get(name, zero) + value.detach().float()
+        self._counted += 1
+
+    def first_bad(self) -> int | None:
+        """Which micro-batch, counted from the first `add` on, had the first loss that isn't finite. It synchronises."""
+        finite = int(self._finite)
+        return finite if finite < self._counted else None
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Of each loss over the micro-batches since the last take."""
+        sums: dict[str, Tensor] = {}
+        for names, totals in self._sums.items():
+            for name, total in zip(names, totals, strict=True):
+                sums[name] = sums[name] + total if name in sums else total
+        return sums
 
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(means of the losses, norms) since the last take, by name."""
         means, norms = {name: total / self.count for name, total in self.sums.items()}, self.norms
-        self.count, self.sums, self.norms = 0, {}, {}
+        self.count, self._sums, self.norms = 0, {}, {}
         return means, norms
-
-    def _tensors(self, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-        return {name: torch.tensor(value, device=self._device) for name, value in numbers.items()}
 
 
 def peak_memory(device: torch.device) -> int:
@@ -91,13 +111,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Stopwatch:
-    """Splits the wall time of some steps into waiting for data and the rest."""
+    """Splits the wall time of some steps into waiting for data and the rest; `saved`: seconds of checkpoints beside."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.started, self.waited, self.saved, self.steps = time.perf_counter(), 0.0, 0.0, 0
 
     def leave_out(self, seconds: float) -> None:
         """Forget so much time: an evaluation or a checkpoint is no training."""

@@ -43,6 +43,7 @@ class RunConfig(Config):
     accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPUs
     compile: bool = False  # torch.compile the model: minutes at the start, faster steps after
+    peak_tflops: float | None = Field(None, gt=0)  # dense bf16 TFLOP/s of the card, for mfu; default: by its name
     log_every: int = Field(20, ge=1)  # steps
     checkpoint_every: int = Field(1000, ge=1)  # steps
     keep_checkpoints: int = Field(2, ge=1)

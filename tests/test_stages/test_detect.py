@@ -113,7 +113,7 @@ def test_scoring_a_run_again_gives_the_same_and_equals_pycocotools(annotated: di
 def test_pictures_go_through_the_detector_a_few_at_a_time(
     annotated: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = detect_config(annotated, tmp_path / "out", max_steps=1, pictures=3)
+    config = detect_config(annotated, tmp_path / "out", max_steps=1, pictures=3, eval_batch_size=2)
     detect.run(config)
     seen: list[int] = []
     real = Detector.detect
@@ -123,12 +123,11 @@ def test_pictures_go_through_the_detector_a_few_at_a_time(
         return real(self, images, *rest)
 
     monkeypatch.setattr(Detector, "detect", spy)
-    monkeypatch.setattr(detect, "EVAL_BATCH", 2)
     monkeypatch.setattr(visualize, "_CHUNK", 2)
     detect.run(config, eval_only=True)
     keys = {"init": str(tmp_path / "out"), "data": {"path": annotated["images"]}, "count": 3}
     visualize.run(visualize.VisualizeConfig.model_validate(keys))
-    assert seen == [4, 2, 1, 2, 1]  # scored; drawn beside annotations; drawn alone
+    assert seen == [2, 2, 2, 1, 2, 1]  # scored; drawn beside annotations; drawn alone
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(

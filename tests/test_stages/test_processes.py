@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.evaluation.records import read_records
 from pipeline.training.metrics import read_metrics
-from stages import extract_teacher_features, pretrain
-from tests.test_stages.conftest import MICRO, extract_config, pretrain_config
+from stages import extract_teacher_features, knn, linear_probe, pretrain
+from tests.test_stages.conftest import ENCODER, MICRO, extract_config, pretrain_config, sets
 from tests.test_stages.test_extract_teacher_features import content
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,33 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(
     assert [row["step"] for row in gone_on] == [row["step"] for row in rows["two"]] == [1, 2, 3, 3, 4, 5, 6, 6]
     one, two = (without_key_biases(tmp_path / run / "checkpoints/step-00000006") for run in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+def test_two_processes_share_the_forward_passes_and_find_what_one_finds(colours: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {**sets(colours), "student": ENCODER, "image_size": 64}
+    figures = {
+        stage: module.run(config.model_validate({**keys, "output": tmp_path / "one", **own}))
+        for stage, module, config, own in (
+            ("knn", knn, knn.KnnConfig, {"k": 13}),  # more than one of two processes has
+            ("linear_probe", linear_probe, linear_probe.LinearProbeConfig, {"batch_size": 8}),
+        )
+    }
+    micro = ", ".join(f"{key}: {value}" for key, value in ENCODER.items())
+    done = torchrun(
+        2, "knn", f"data={{path: {colours}/train, workers: 0}}", f"val={{path: {colours}/val, workers: 0}}",
+        f"student={{{micro}}}", "image_size=64", "k=13", "eval_batch_size=5", f"output={tmp_path}/two",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("top1") == 1
+    assert read_records(tmp_path / "two/metrics.json")["knn"] == figures["knn"]
+    features = [sorted((tmp_path / run / "features").iterdir()) for run in ("one", "two")]
+    assert [file.name for file in features[0]] == [file.name for file in features[1]]
+    for one, two in zip(*features, strict=True):
+        torch.testing.assert_close(load_file(two), load_file(one), rtol=1e-5, atol=1e-5)  # in batches of another size
+    probed = linear_probe.run(
+        linear_probe.LinearProbeConfig.model_validate({**keys, "output": tmp_path / "two", "batch_size": 8})
+    )
+    assert probed == figures["linear_probe"]
 
 
 @pytest.mark.slow  # starts torch in two processes, twice

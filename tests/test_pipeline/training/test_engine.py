@@ -26,7 +26,7 @@ from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, StepPlan
 
 STEPS, ACCUM = 12, 2
-OF_TIME = {"images_per_s", "data_wait", "memory_gib"}
+OF_TIME = {"images_per_s", "data_wait", "checkpoint_s", "memory_gib"}
 
 
 class Killed(BaseException):

@@ -1,0 +1,51 @@
+"""What a run asks of its device, and what it tells its user of it."""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from pipeline.processes import float32_products
+from pipeline.training.flops import peak_tflops
+from pipeline.training.run import Run, StepPlan
+
+log = logging.getLogger(__name__)
+
+_FEW_IMAGES = 256  # a micro-batch on a GPU, below which launches bound a small student's step
+
+
+def describe_step(run: Run, plan: StepPlan) -> None:
+    """Say in the log what a step is, and what would make it faster."""
+    images = plan.batch_size // (plan.processes * plan.accum_iter)
+    log.info("a step: %d processes x %d micro-batches of %d", plan.processes, plan.accum_iter, images)
+    if run.device.type == "cuda" and not run.config.compile and images < _FEW_IMAGES:
+        log.info(
+            "micro-batches of %d images may end sooner than their thousands of operations can be launched: "
+            "compile=true fuses them (minutes at the start)",
+            images,
+        )
+
+
+def float32_products_of(run: Run) -> AbstractContextManager[None]:
+    """Where bf16 is allowed, what stays in fp32 may take TF32's products."""
+    reduced = run.device.type == "cuda" and run.accelerator.mixed_precision == "bf16"
+    return float32_products("high") if reduced else nullcontext()
+
+
+def generators_of(device: torch.device) -> list[torch.Generator]:
+    """Those that a step draws from. `torch.manual_seed` asks for every accelerator of the machine, at each step."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
+def peak_of(run: Run) -> float | None:
+    """FLOP/s that the card could do, or None: on CPUs, and where neither the config nor the table knows it."""
+    tflops = run.config.peak_tflops
+    if tflops is None and run.device.type == "cuda":
+        card = torch.cuda.get_device_name(run.device)
+        tflops = peak_tflops(card)
+        if tflops is None and run.is_main:
+            log.info("no mfu in the rows: the rate of %s isn't known here; give peak_tflops=... to have it", card)
+    return None if tflops is None else tflops * 1e12
