@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-gpu check clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mrmae needs Python 3.11 or newer; set PYTHON=/path/to/it")'
@@ -16,16 +16,19 @@ demo: $(STAMP)  ## the whole pipeline on handwritten digits, offline, in minutes
 	$(BIN)/mrmae demo
 
 test: $(STAMP)  ## what continuous integration runs
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
 
 test-slow: $(STAMP)  ## the long proofs: extraction under SIGKILL, a million records
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+
+test-gpu: $(STAMP)  ## what only a GPU can show; each test is skipped without one
+	$(BIN)/python -m pytest -q -m gpu
 
 check: $(STAMP)  ## everything a change must pass
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""What tests share: small real pictures, and the real data when it is there."""
+"""What tests share: where they run, small real pictures, and the real data when it is there."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,25 @@ import torch
 from tests.pictures import smooth_picture
 
 REAL_DATA = Path(os.environ.get("MRMAE_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests see a GPU only where `-m gpu` asks for those that need one: the others hold what a CPU computes.
+
+    torch reads the variable when it first looks for a GPU, which no import does. Processes that tests start, and those
+    of pytest-xdist, inherit it.
+    """
+    if not asks_for_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def asks_for_gpu(config: pytest.Config) -> bool:
+    return config.option.markexpr.split()[:1] == ["gpu"]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("no GPU here" if asks_for_gpu(item.config) else "GPUs are hidden: `make test-gpu` runs this one")
 
 
 @pytest.fixture(autouse=True, scope="session")
