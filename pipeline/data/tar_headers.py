@@ -97,12 +97,12 @@ class TarWalk:
         at = 0
         always: dict[bytes, bytes] = {}  # pax records for all that follows
         once: dict[bytes, bytes] = {}  # for the next file; of several headers the first one counts
-        is_announced = False  # whether the last header was one of another header
+        is_announced = False  # whether the last header was about the next one
         while (header := self._read(at, _BLOCK)) and any(header):
             _check(header, at)
             kind, size, data = header[156], _number(header[124:136], at), at + _BLOCK
-            is_announced = kind in _ANNOUNCING
-            if is_announced:
+            is_announced = kind in _ANNOUNCING and kind != _GLOBAL
+            if kind in _ANNOUNCING:
                 once, always = self._extend(kind, data, size, once, always)
                 at = data + -(-size // _BLOCK) * _BLOCK
                 continue
@@ -142,7 +142,10 @@ def _check(header: bytes, at: int) -> None:
     if len(header) < _BLOCK:
         raise _Damage("it ends in the middle of a header: copy or pack it again")
     field = header[148:156]
-    expected = _number(field, at)
+    try:
+        expected = _number(field, at)
+    except _Damage:
+        raise _Damage(_no_header(header, at)) from None
     rest = expected - _CHECKSUM_BLANKS + sum(field)
     if zlib.adler32(header) & 0xFFFF == (rest + 1) % _ADLER:
         return
