@@ -22,7 +22,7 @@ _LARGEST_EXTENSION = 1 << 20  # bytes of a long name or of a pax record; more is
 _FILE = frozenset(b"\x0007")
 _NO_DATA = frozenset(b"123456")  # links, devices, folders and pipes: their size says nothing of what follows
 _ANNOUNCING = frozenset(b"LKxXg")  # headers that say more of the next one
-_LONG_NAME, _LONG_LINK, _GLOBAL, _SPARSE = b"LKgS"
+_LONG_NAME, _LONG_LINK, _GLOBAL, _SPARSE, _FOLDER = b"LKgS5"
 _NO_HEADER = "no header at byte %d: copy or pack it again"
 _SPARSE_FILE = "%s is sparse: pack it without --sparse"
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
@@ -107,6 +107,8 @@ class TarWalk:
                 at = data + -(-size // _BLOCK) * _BLOCK
                 continue
             name = _name(header)
+            if kind == 0 and name.endswith(b"/"):
+                kind = _FOLDER  # as tars of before 1988 have it
             if once or always:
                 name, size = _override(name, size, always | once, at)
                 once = {}
@@ -140,25 +142,25 @@ class TarWalk:
 def _check(header: bytes, at: int) -> None:
     """Whether these 512 bytes are a header, by its checksum: of bytes without or, as some programs wrote, with sign."""
     if len(header) < _BLOCK:
-        raise _Damage("it ends in the middle of a header: copy or pack it again")
+        raise _Damage(_compressed(header, at) or "it ends in the middle of a header: copy or pack it again")
     field = header[148:156]
     try:
         expected = _number(field, at)
     except _Damage:
-        raise _Damage(_no_header(header, at)) from None
+        raise _Damage(_compressed(header, at) or _NO_HEADER % at) from None
     rest = expected - _CHECKSUM_BLANKS + sum(field)
     if zlib.adler32(header) & 0xFFFF == (rest + 1) % _ADLER:
         return
     total = sum(header) - sum(field) + _CHECKSUM_BLANKS
     if expected != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
-        raise _Damage(_no_header(header, at))
+        raise _Damage(_compressed(header, at) or _NO_HEADER % at)
 
 
-def _no_header(header: bytes, at: int) -> str:
+def _compressed(header: bytes, at: int) -> str | None:
     for name, magic in (("gzip", b"\x1f\x8b"), ("bzip2", b"BZh"), ("xz", b"\xfd7zXZ"), ("zstd", b"\x28\xb5\x2f\xfd")):
         if at == 0 and header.startswith(magic):
             return f"it is compressed ({name}), and images are read from their places: unpack it to a plain tar"
-    return _NO_HEADER % at
+    return None
 
 
 def _number(field: bytes, at: int) -> int:

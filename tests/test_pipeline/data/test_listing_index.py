@@ -203,7 +203,7 @@ def test_what_was_not_used_for_a_month_goes_with_the_next_list(tmp_path: Path, k
     (index,) = kept.glob("*.listing")
     os.utime(index, (time.time() - 40 * 86400,) * 2)
     (tmp_path / "images/class0/deep/00.jpg").unlink()
-    age(tmp_path / "images")
+    age(tmp_path / "images", YESTERDAY + 1)
     open_images(path)
     (other,) = kept.glob("*.listing")
     assert other != index

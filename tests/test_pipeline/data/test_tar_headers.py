@@ -62,8 +62,8 @@ FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 def test_equal_to_tarfile(tmp_path: Path, members: list, format: int, end: str) -> None:
     """Long names by prefix, by L and K, and by pax records; links and folders; files of any length; any end."""
     path = tmp_path / "a.tar"
-    ends = [0]
     with tarfile.open(path, "w", format=format, errors="surrogateescape", pax_headers={"comment": "of all"}) as tar:
+        ends = [tar.offset]
         for number, (name, size, kind, link, records, mtime) in enumerate(members):
             info = tarfile.TarInfo(name)
             info.type, info.linkname, info.mtime = kind, link, mtime
