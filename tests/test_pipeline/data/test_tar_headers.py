@@ -67,6 +67,8 @@ def test_equal_to_tarfile(tmp_path: Path, members: list, format: int, end: str) 
         for number, (name, size, kind, link, records, mtime) in enumerate(members):
             info = tarfile.TarInfo(name)
             info.type, info.linkname, info.mtime = kind, link, mtime
+            if kind == tarfile.AREGTYPE and len(name) > 40:
+                info.type = tarfile.REGTYPE  # tarfile takes a name that is cut off behind a slash for a folder's
             info.size = size if kind in (*KINDS[:3], b"V") else 0
             info.pax_headers = {keyword: value for keyword, value in records.items() if "\udce9" not in value}
             try:
@@ -78,7 +80,7 @@ def test_equal_to_tarfile(tmp_path: Path, members: list, format: int, end: str) 
     cut = {"whole": len(whole), "no end": ends[-1], "one block": ends[-1] + 512, "one member": ends[len(ends) // 2]}
     path.write_bytes(whole[: cut[end]])
     if path.stat().st_size:
-        has_members = len(ends) > 1 and (end != "one member" or len(ends) > 2)
+        has_members = len(ends) > 1
         assert walk(path) == (by_tarfile(path) if has_members else [])  # tarfile wants a file behind a global header
 
 
