@@ -1,6 +1,6 @@
 """A plain walk over the headers of a tar: where each file's bytes lie, without a Python object for each header.
 
-`tarfile` gives the same names, sizes and offsets for five times the CPU time. The layout is POSIX.1-2008's ustar and pax,
+`tarfile` gives the same names, sizes and offsets for five times the CPU time. Layout: POSIX.1-2008's ustar and pax,
 https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html, with GNU tar's extensions for long names and sizes.
 """
 
