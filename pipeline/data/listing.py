@@ -5,6 +5,7 @@ A listing is a few arrays. `ImageSource` reads by them; `listing_index.py` keeps
 
 import functools
 import os
+import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,17 +107,21 @@ def list_tars(tars: Sequence[str]) -> Listing:
     """
     parts = spread(_list_tar, tars, "tar")
     sizes = [len(part.keys) for part in parts]
-    numbers = np.concatenate([part.numbers for part in parts])
+    text_class = next((part.text_class for part in parts if part.text_class), "")
+    stamps = np.array([part.stamp for part in parts], dtype=np.int64)
+    lengths, labels, places = (np.concatenate([part.numbers[:, column] for part in parts]) for column in range(3))
+    blocks = [part.keys for part in parts]
+    del parts  # so that `_join` frees block by block
     return Listing(
         kind="tar",
         classes=(),
-        text_class=next((part.text_class for part in parts if part.text_class), ""),
-        lengths=numbers[:, 0].copy(),
-        labels=numbers[:, 1].copy(),
-        offsets=np.stack([np.repeat(np.arange(len(tars)), sizes), numbers[:, 2]], axis=1),
+        text_class=text_class,
+        keys=_join(blocks),
+        lengths=lengths,
+        labels=labels,
+        offsets=np.stack([np.repeat(np.arange(len(tars)), sizes), places], axis=1),
         watched=_pack([os.fsencode(tar) for tar in tars]),
-        stamps=np.array([part.stamp for part in parts], dtype=np.int64),
-        keys=_join([part.keys for part in parts]),
+        stamps=stamps,
     )
 
 
@@ -130,11 +135,10 @@ def spread(function: Callable[[T], R], items: Iterable[T], unit: str) -> list[R]
     """`map` in one thread, or in many where the first calls waited for a disk more than they computed."""
     todo = list(items)
     done: list[R] = []
-    wall, cpu = time.perf_counter(), time.thread_time()
+    waits = _disk_waits()
     with Progress(len(todo), "list", unit) as progress:
         for item in todo:
-            seconds = time.perf_counter() - wall
-            if seconds > _PATIENCE and time.thread_time() - cpu < seconds / 2:
+            if waits():
                 break
             done.append(function(item))
             progress.advance()
@@ -148,6 +152,18 @@ def spread(function: Callable[[T], R], items: Iterable[T], unit: str) -> list[R]
         finally:
             pool.shutdown(cancel_futures=True)
     return done
+
+
+def _disk_waits() -> Callable[[], bool]:
+    """Whether this thread has waited for longer than it computed since then, and not because others had the CPU."""
+    wall, cpu, before = time.perf_counter(), time.thread_time(), resource.getrusage(resource.RUSAGE_THREAD)
+
+    def waits() -> bool:
+        seconds, now = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_THREAD)
+        is_idle = seconds > _PATIENCE and time.thread_time() - cpu < seconds / 2
+        return is_idle and now.ru_nvcsw - before.ru_nvcsw > now.ru_nivcsw - before.ru_nivcsw
+
+    return waits
 
 
 def _folders(root: bytes) -> list[_Folder]:

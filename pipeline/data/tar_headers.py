@@ -1,6 +1,6 @@
 """A plain walk over the headers of a tar: where each file's bytes lie, without a Python object for each header.
 
-`tarfile` gives the same names, sizes and offsets at a seventh of the rate. The layout is POSIX.1-2008's ustar and pax,
+`tarfile` gives the same names, sizes and offsets for five times the CPU time. Layout: POSIX.1-2008's ustar and pax,
 https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html, with GNU tar's extensions for long names and sizes.
 """
 
@@ -22,7 +22,7 @@ _LARGEST_EXTENSION = 1 << 20  # bytes of a long name or of a pax record; more is
 _FILE = frozenset(b"\x0007")
 _NO_DATA = frozenset(b"123456")  # links, devices, folders and pipes: their size says nothing of what follows
 _ANNOUNCING = frozenset(b"LKxXg")  # headers that say more of the next one
-_LONG_NAME, _LONG_LINK, _GLOBAL, _SPARSE = b"LKgS"
+_LONG_NAME, _LONG_LINK, _GLOBAL, _SPARSE, _FOLDER = b"LKgS5"
 _NO_HEADER = "no header at byte %d: copy or pack it again"
 _SPARSE_FILE = "%s is sparse: pack it without --sparse"
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
@@ -97,16 +97,18 @@ class TarWalk:
         at = 0
         always: dict[bytes, bytes] = {}  # pax records for all that follows
         once: dict[bytes, bytes] = {}  # for the next file; of several headers the first one counts
-        is_announced = False  # whether the last header was one of another header
+        is_announced = False  # whether the last header was about the next one
         while (header := self._read(at, _BLOCK)) and any(header):
             _check(header, at)
             kind, size, data = header[156], _number(header[124:136], at), at + _BLOCK
-            is_announced = kind in _ANNOUNCING
-            if is_announced:
+            is_announced = kind in _ANNOUNCING and kind != _GLOBAL
+            if kind in _ANNOUNCING:
                 once, always = self._extend(kind, data, size, once, always)
                 at = data + -(-size // _BLOCK) * _BLOCK
                 continue
             name = _name(header)
+            if kind == 0 and once.get(b"path", name).endswith(b"/"):
+                kind = _FOLDER  # as tars of before 1988 have it
             if once or always:
                 name, size = _override(name, size, always | once, at)
                 once = {}
@@ -140,22 +142,25 @@ class TarWalk:
 def _check(header: bytes, at: int) -> None:
     """Whether these 512 bytes are a header, by its checksum: of bytes without or, as some programs wrote, with sign."""
     if len(header) < _BLOCK:
-        raise _Damage("it ends in the middle of a header: copy or pack it again")
+        raise _Damage(_compressed(header, at) or "it ends in the middle of a header: copy or pack it again")
     field = header[148:156]
-    expected = _number(field, at)
+    try:
+        expected = _number(field, at)
+    except _Damage:
+        raise _Damage(_compressed(header, at) or _NO_HEADER % at) from None
     rest = expected - _CHECKSUM_BLANKS + sum(field)
     if zlib.adler32(header) & 0xFFFF == (rest + 1) % _ADLER:
         return
     total = sum(header) - sum(field) + _CHECKSUM_BLANKS
     if expected != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
-        raise _Damage(_no_header(header, at))
+        raise _Damage(_compressed(header, at) or _NO_HEADER % at)
 
 
-def _no_header(header: bytes, at: int) -> str:
+def _compressed(header: bytes, at: int) -> str | None:
     for name, magic in (("gzip", b"\x1f\x8b"), ("bzip2", b"BZh"), ("xz", b"\xfd7zXZ"), ("zstd", b"\x28\xb5\x2f\xfd")):
         if at == 0 and header.startswith(magic):
             return f"it is compressed ({name}), and images are read from their places: unpack it to a plain tar"
-    return _NO_HEADER % at
+    return None
 
 
 def _number(field: bytes, at: int) -> int:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.data.decoding import decode, decode_pixels
-from pipeline.data.images import open_images
+from pipeline.data.images import ImageSource, open_images
 from pipeline.errors import DataError, StorageError
 from tests.pictures import smooth_picture
 
@@ -76,6 +77,44 @@ def test_digest_knows_keys_and_lengths(tmp_path: Path) -> None:
     longer = open_images(str(tmp_path)).digest()
     (tmp_path / "a.jpg").rename(tmp_path / "b.jpg")
     assert len({before, longer, open_images(str(tmp_path)).digest()}) == 3
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.text("aé漢/.", min_size=1, max_size=9), st.integers(0, 2**40)), min_size=1, max_size=40))
+def test_the_digest_is_the_one_that_caches_hold(rows: list[tuple[str, int]]) -> None:
+    """Each key, a zero byte and the length in eight bytes, one after the other."""
+    hasher = xxhash.xxh3_128()
+    for key, length in rows:
+        hasher.update(key.encode() + b"\0" + length.to_bytes(8, "little"))
+    keys = np.array([key.encode() for key, _ in rows])
+    lengths = np.array([length for _, length in rows])
+    source = ImageSource("flat", "", (), keys, lengths, np.full(len(rows), -1), np.empty((0, 2), np.int64), ())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.data.images._DIGEST_ROWS", 7)
+        assert source.digest() == hasher.hexdigest()
+    assert source.select(np.arange(len(rows))).digest() == hasher.hexdigest()
+
+
+def test_keys_are_sorted_as_a_whole(tmp_path: Path) -> None:
+    """Not folder by folder: a-b/1 comes before a/1, and images of one class may lie at several depths."""
+    names = ["a/1.jpg", "a-b/1.jpg", "a/1/2.jpg", "é/1.jpg", "a/10.jpg", "Z/1.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    images = open_images(str(tmp_path))
+    assert [images.key(index) for index in range(len(names))] == sorted(names)
+    assert images.classes == ("Z", "a", "a-b", "é")
+    assert [images.classes[images.label(index)] for index in range(len(names))] == [
+        name.split("/")[0] for name in sorted(names)
+    ]
+    assert images.lengths.tolist() == [len(name.encode()) for name in sorted(names)]
+
+
+def test_a_class_that_is_no_number_does_no_harm_where_none_is_asked_for(tmp_path: Path) -> None:
+    members = {"a.jpg": JPEG, "a.cls": b"tabby", "b.jpg": JPEG, "b.cls": b" 7\n", "c.cls": b"9" * 300, "c.jpg": JPEG}
+    images = open_images(str(write_tar(tmp_path / "x.tar", members)))
+    assert images.labels.tolist() == [-1, 7, -1]
+    assert images.text_class == "x.tar/a.cls"
 
 
 @pytest.mark.parametrize("image", ["a.jpg", "class/a.JPEG"])

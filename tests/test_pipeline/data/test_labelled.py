@@ -118,7 +118,7 @@ def test_folders_called_by_numbers_against_class_numbers(tmp_path: Path, caplog:
 
 def test_numbers_that_are_no_folders_and_folders_that_are_no_classes(tmp_path: Path) -> None:
     numbers = tars(tmp_path / "numbers.tar", ["0", "1", "2"])
-    with pytest.raises(DataError, match="^val.path: the class folder 3 is called by a number, but data.path knows"):
+    with pytest.raises(DataError, match=r"^val\.path: the class folder 3 is called by a number, but data\.path knows"):
         open_splits(numbers, tree(tmp_path / "from_one", "1", "2", "3"))
     with pytest.raises(DataError, match=r"numbers\.tar/000\.png has label 0, and no class folder of data\.path"):
         open_splits(tree(tmp_path / "also_from_one", "1", "2", "3"), numbers)
