@@ -116,14 +116,16 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
     mine = _shards(header, shard_range)[state.process_index :: state.num_processes]
     todo = [shard for shard in mine if not all(writer.is_committed(shard) for writer in writers)]
     began = time.perf_counter()
-    images = sum(len(header.shard_range(shard)) for shard in todo)
-    with Progress(images, "extract", "img", show=state.is_main_process) as progress:
+    views = config.views.count
+    total = views * sum(len(header.shard_range(shard)) for shard in todo)
+    with Progress(total, "extract", "view", show=state.is_main_process) as progress:
         bounds = {"max_nmse": config.cache.max_nmse, "min_cosine": config.cache.min_cosine}
-        summary = extractor.run(writers, todo, bounds, progress.advance, config.max_tombstones)
+        summary = extractor.run(
+            writers, todo, bounds, lambda images: progress.advance(views * images), config.max_tombstones
+        )
     seconds = time.perf_counter() - began
     state.wait_for_everyone()
-    rate = summary.images * config.views.count / seconds
-    return _report(config, source, {"images": summary.images, "images_per_s": rate})
+    return _report(config, source, {"images": summary.images, "views_per_s": summary.images * views / seconds})
 
 
 def _open(paths: Sequence[Path], output: CacheOutput, extractor: Extractor, first: bool) -> CacheHeader:

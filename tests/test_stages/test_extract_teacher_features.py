@@ -3,10 +3,11 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ from PIL import Image
 from pipeline import extraction
 from pipeline.assembly import load_teacher
 from pipeline.cache import BLOSC, CacheWriter, ShardData, open_cache
-from pipeline.data import rendering, views
+from pipeline.data import rendering
+from pipeline.data import views as view_module
+from pipeline.data.caches import views_of
 from pipeline.data.decoding import decode
 from pipeline.data.images import open_images
-from pipeline.data.views import View, render, to_chw
+from pipeline.data.loader import PretrainDataset
+from pipeline.data.views import View, ViewConfig, render, to_chw, view_of_epoch
 from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
 from pipeline.extraction import Extractor
 from pipeline.teachers import Teacher
@@ -386,7 +390,7 @@ def test_several_teachers_decode_once_share_forwards_and_write_what_each_writes_
         alone[name] = content(tmp_path / f"alone-{name}")
 
     decoded, forwards = [0], [0]
-    decode_once, trace = views.decode, Teacher.trace
+    decode_once, trace = view_module.decode, Teacher.trace
 
     def counting_decode(data: bytes) -> Any:
         decoded[0] += 1
@@ -396,7 +400,7 @@ def test_several_teachers_decode_once_share_forwards_and_write_what_each_writes_
         forwards[0] += 1
         return trace(self, *arguments)
 
-    monkeypatch.setattr(views, "decode", counting_decode)
+    monkeypatch.setattr(view_module, "decode", counting_decode)
     monkeypatch.setattr(Teacher, "trace", counting)
     facts = extract_teacher_features.run(several(images, tmp_path / "together", THREE, **keys))
     assert facts["unreadable_keys"] == ["class1/07.jpg"]
@@ -468,3 +472,120 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", cache__samples_per_shard=2))
     assert taught == written == [12]
     assert max(ahead) == 3
+
+
+def test_the_rate_is_of_views(image_tree: Path, tmp_path: Path) -> None:
+    began = time.perf_counter()
+    facts = extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache"))
+    assert facts["views_per_s"] > 24 * 2 / (time.perf_counter() - began)
+    assert "images_per_s" not in facts
+
+
+def test_calibration_takes_samples_of_every_class(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones of a tree are of one class; and what can't be read is passed over."""
+    images = tmp_path / "images"
+    shutil.copytree(image_tree, images)
+    (images / "class1/13.jpg").write_bytes(b"no image")
+    seen: list[list[int]] = []
+    render_views = rendering.ViewRenderer.__getitems__
+
+    def watch(self: rendering.ViewRenderer, requests: list[tuple[int, int]]) -> rendering.RenderedViews:
+        seen[-1] += [index for _, index in requests]
+        return render_views(self, requests)
+
+    monkeypatch.setattr(rendering.ViewRenderer, "__getitems__", watch)
+    for name in ("a", "b"):
+        seen.append([])
+        extract_teacher_features.run(extract_config(images, tmp_path / name, cache__calibration=6), init_only=True)
+    assert seen[0] == seen[1] == [0, 4, 8, 12, 16, 20]
+    assert open_cache(tmp_path / "a").header == open_cache(tmp_path / "b").header
+    for file in images.rglob("*.jpg"):
+        file.write_bytes(b"no image")
+    seen.append([])
+    with pytest.raises(DataError, match="none of 6 images, spread over all, can be decoded"):
+        extract_teacher_features.run(extract_config(images, tmp_path / "c", cache__calibration=6), init_only=True)
+
+
+@pytest.mark.parametrize("interpolation", ["pillow", "torch"])
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_every_stage_renders_by_the_caches_interpolation(
+    image_tree: Path, make_cache: Make, store: str, interpolation: Literal["pillow", "torch"]
+) -> None:
+    """The teacher's pixels, the student's, and those of deep verification and of repair: to the byte."""
+    size = {"count": 2, "image_size": 48}
+    teacher = {**TEACHER, "image_size": 48}
+    path = make_cache(cache__store=store, teacher=teacher, views={**size, "interpolation": interpolation})
+    before, reader, source = content(path), open_cache(path), open_images(str(image_tree))
+    policy = ViewConfig.model_validate({**size, "interpolation": interpolation})
+    seen = rendering.ViewRenderer(source, policy, store == "webdataset").__getitems__([(0, i) for i in range(24)])
+    dataset = PretrainDataset(
+        source, {"teacher": reader}, views_of({"teacher": reader}),
+        patches=9, keep=2, focus="random", rows="none", masks_per_sample=1, seed=0,
+    )  # fmt: skip
+    for epoch in range(2):
+        shown = dataset.__getitems__([(epoch, index) for index in range(24)]).images
+        for index in range(24):
+            assert torch.equal(shown[index], seen.pixels[index, view_of_epoch(index, epoch, 2)])
+    assert ("interpolation" in before["cache.json"].decode().split('"views"')[1]) == (interpolation == "torch")
+    deep = verify_cache.VerifyConfig.model_validate({"path": path, "level": "deep", "samples": 24})
+    found = verify_cache.run(deep)
+    assert found.sound, found.to_text()
+    (path / "commits/000001.json").unlink()
+    assert verify_cache.run(verify_cache.VerifyConfig(path=path, repair=True)).sound
+    assert content(path) == before
+
+
+def test_another_interpolation_is_another_cache(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
+    make_cache()
+    views = {"count": 2, "image_size": 64, "interpolation": "torch"}
+    with pytest.raises(CacheError, match=r"interpolation is bicubic there, bicubic, torch .* here; choose another"):
+        extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", views=views))
+
+
+def test_a_full_disk_ends_the_run_with_the_next_batch(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_cache: Make
+) -> None:
+    """Not with the end of the shard that is being filled; and what was written is taken up again."""
+    config = extract_config(image_tree, tmp_path / "cache", batch_size=2)
+    extract_teacher_features.run(config, init_only=True)
+    taught, failed, teach = [0], threading.Event(), Extractor.teach
+
+    def full(*_: Any) -> None:
+        failed.set()
+        raise CacheError("the disk is full")
+
+    def teaching(self: Extractor, *arguments: Any) -> Any:
+        if taught[0] == 10:  # two batches into the second shard
+            assert failed.wait(30)
+        taught[0] += 1
+        return teach(self, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write_shard", full)
+    monkeypatch.setattr(Extractor, "teach", teaching)
+    with pytest.raises(CacheError, match="the disk is full"):
+        extract_teacher_features.run(config)
+    assert taught[0] < 16
+    monkeypatch.undo()
+    assert open_cache(tmp_path / "cache").missing_shards() == [0, 1, 2]
+    extract_teacher_features.run(config)
+    assert content(tmp_path / "cache") == content(make_cache("whole", batch_size=2))
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_tombstones_hold_nothing_of_a_former_shard(
+    image_tree: Path, tmp_path: Path, make_cache: Make, store: str
+) -> None:
+    """Twelve shards go through three buffers: as if each had been the first one of its run."""
+    images = tmp_path / "images"
+    shutil.copytree(image_tree, images)
+    for number in (7, 9, 16, 23):
+        file = sorted(images.rglob("*.jpg"))[number]
+        file.write_bytes(bytes(100))
+    keys: dict[str, Any] = {"cache__samples_per_shard": 2, "cache__store": store, "max_tombstones": 0.5}
+    whole = content(make_cache("whole", images=images, **keys))
+    config = extract_config(images, tmp_path / "parts", **keys)
+    for shard in range(12):
+        extract_teacher_features.run(config, shard_range=f"{shard}:{shard + 1}")
+    assert content(tmp_path / "parts") == whole
