@@ -37,7 +37,7 @@ from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
 from pipeline.teachers.weights import state_digest
-from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.training.checkpoint import recorded_start, resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.optim import OptimConfig
@@ -254,9 +254,12 @@ def _build(config: PretrainConfig, known: _Knowledge) -> Student:
 
 
 def _start_from(config: PretrainConfig, student: Student) -> str | None:
-    """Load `init`, if there is one, and say what it is by its bytes."""
+    """Load `init`, if there is one, and say what it is by its bytes; a run that goes on has recorded that."""
     if config.init is None:
         return None
+    recorded = recorded_start(config.output, config.init)
+    if recorded:
+        return recorded.identity
     state, _ = read_weights(resolve_checkpoint(config.init))
     load_weights(student, state, strict=False)
     return state_digest(state)
