@@ -14,6 +14,7 @@ from pipeline.assembly import features_of
 from pipeline.config import Config
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset, evaluation_batches
+from pipeline.data.readable import check_readable
 from pipeline.errors import DataError
 from pipeline.evaluation.features import extract_features
 from pipeline.evaluation.knn import knn_classify
@@ -42,7 +43,8 @@ def open_watch(
     if (train.classes and val.classes and train.classes != val.classes) or val.num_classes > train.num_classes:
         raise DataError("knn.data and knn.val have different classes: give matching folders")
     for source in (train, val):
-        LabelledDataset(source, image_size)  # says now, not after ten epochs, which image has no class
+        LabelledDataset(source, image_size)  # says now, not after ten epochs, which image has no class,
+        check_readable(source)  # or is empty
 
     def features(student: nn.Module, source: ImageSource, workers: int) -> tuple[Tensor, Tensor]:
         if rank >= len(source):  # fewer images than processes

@@ -27,6 +27,7 @@ from pipeline.data.images import ImageSource, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
 from pipeline.data.masks import visible_count
 from pipeline.data.order import EpochOrder
+from pipeline.data.readable import check_readable
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError
 from pipeline.extraction import Extractor
@@ -233,6 +234,8 @@ def _open_source(config: PretrainConfig, known: _Knowledge) -> ImageSource | Non
     source = open_images(config.data.path, config.data.limit)
     if known.caches:
         match_images(known.caches, source)
+    else:
+        check_readable(source)  # a cache knows which images can't be read, and leaves them out
     return source
 
 
