@@ -25,7 +25,7 @@ from pipeline.models.config import StudentConfig
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.config import TeacherConfig
 from pipeline.teachers.weights import state_digest
-from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.training.checkpoint import recorded_start, resolve_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -159,20 +159,26 @@ class Start(NamedTuple):
 
     encoder: dict[str, Any]  # keyword arguments of `build_classifier`
     student: StudentConfig | None  # as it was given, completed: what config.yaml should say
-    state: dict[str, Tensor] | None  # the initial weights; None from scratch
+    state: dict[str, Tensor] | None  # the initial weights; None from scratch, and where a checkpoint brings its own
     identity: str | None  # of these weights, by their content: a path may change its form, and what lies there
 
 
-def read_start(init: Path | None, student: StudentConfig | None) -> Start:
+def read_start(init: Path | None, student: StudentConfig | None, output: Path) -> Start:
     """The encoder and the weights that `init` and `student` name.
+
+    Where `output` holds a run that started from `init`, what it recorded counts, and `init` need not be there any more.
 
     Raises:
         ConfigError: as `student_arguments`. CheckpointError: the weights aren't there.
     """
-    state, spec = _read(init) if init else (None, None)
+    recorded = recorded_start(output, init)
+    state, spec = _read(init) if init and not recorded else (None, None)
+    identity = f"weights {state_digest(state)[:16]}" if state else None
+    if recorded:
+        spec, identity = recorded.spec.get("encoder", recorded.spec), recorded.identity  # a detector's is a part
     encoder = encoder_arguments(init, student, spec)
     completed = student.model_copy(update=encoder) if student else None
-    return Start(encoder, completed, state, f"weights {state_digest(state)[:16]}" if state else None)
+    return Start(encoder, completed, state, identity)
 
 
 def _read(init: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

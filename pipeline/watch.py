@@ -14,6 +14,7 @@ from pipeline.assembly import features_of
 from pipeline.config import Config
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset, evaluation_batches, match_classes
+from pipeline.data.readable import check_readable
 from pipeline.evaluation.features import extract_features
 from pipeline.evaluation.knn import knn_classify
 from pipeline.models import Student
@@ -42,7 +43,8 @@ def open_watch(
     """
     train, val = open_images(config.data.path, config.data.limit), open_images(config.val.path, config.val.limit)
     for source in (train, val):
-        LabelledDataset(source, image_size)  # says now, not after ten epochs, which image has no class
+        LabelledDataset(source, image_size)  # says now, not after ten epochs, which image has no class,
+        check_readable(source)  # or is empty
     val = match_classes(val, train.classes, train.num_classes, "knn.data", "knn.val")
 
     def features(student: nn.Module, source: ImageSource, workers: int) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def run(config: DetectConfig, *, eval_only: bool = False) -> dict[str, Any]:
 def _train(config: DetectConfig) -> dict[str, Any]:
     train, val = _open_both(config.data)
     torch.manual_seed(config.seed)
-    start = read_start(config.init, config.student)
+    start = read_start(config.init, config.student, config.output)
     model, layers = _build(config, start, train)
     identity = {"stage": "detect", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
     identity |= {"init": start.identity, "ema": config.ema.model_dump() if config.ema.decay else None}

@@ -109,7 +109,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; returns the last metrics, top-1 and top-5 of the last checkpoint among them."""
     train, val, classes = open_splits(config.data, config.val)
     torch.manual_seed(config.seed)
-    start = read_start(config.init, config.student)
+    start = read_start(config.init, config.student, config.output)
     model = _build(config, start, classes)
     size = model.image_size[0]
     plan = StepPlan.of(len(train), config, processes().num_processes)

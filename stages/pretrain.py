@@ -27,6 +27,7 @@ from pipeline.data.images import ImageSource, open_images
 from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
 from pipeline.data.masks import visible_count
 from pipeline.data.order import EpochOrder
+from pipeline.data.readable import check_readable
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError
 from pipeline.extraction import Extractor
@@ -37,7 +38,7 @@ from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
 from pipeline.teachers.weights import state_digest
-from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.training.checkpoint import recorded_start, resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.optim import OptimConfig
@@ -234,6 +235,8 @@ def _open_source(config: PretrainConfig, known: _Knowledge) -> ImageSource | Non
     source = open_images(config.data.path, config.data.limit)
     if known.caches:
         match_images(known.caches, source)
+    else:
+        check_readable(source)  # a cache knows which images can't be read, and leaves them out
     return source
 
 
@@ -255,9 +258,12 @@ def _build(config: PretrainConfig, known: _Knowledge) -> Student:
 
 
 def _start_from(config: PretrainConfig, student: Student) -> str | None:
-    """Load `init`, if there is one, and say what it is by its bytes."""
+    """Load `init`, if there is one, and say what it is by its bytes; a run that goes on has recorded that."""
     if config.init is None:
         return None
+    recorded = recorded_start(config.output, config.init)
+    if recorded:
+        return recorded.identity
     state, _ = read_weights(resolve_checkpoint(config.init))
     load_weights(student, state, strict=False)
     return state_digest(state)

@@ -20,6 +20,7 @@ from pipeline.data.augment import Augment
 from pipeline.data.decoding import decode
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.loader import Request, load
+from pipeline.data.readable import check_readable
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.slots import Empty
 from pipeline.data.views import ViewConfig, center_view, draw_view, render, to_chw
@@ -57,7 +58,7 @@ def open_labelled(key: str, data: DataConfig) -> ImageSource:
     """The images at `data.path`, each with its class. `key` is what messages call the path.
 
     Raises:
-        DataError: as `open_images`; an image without a class.
+        DataError: as `open_images` and `check_readable`; an image without a class.
     """
     try:
         source = open_images(data.path, data.limit)
@@ -68,6 +69,7 @@ def open_labelled(key: str, data: DataConfig) -> ImageSource:
     if {"train", "val"} <= set(source.classes):
         raise DataError(f"{key}={data.path} holds train/ and val/: leave val.path out, or give the two as paths")
     _check_labelled(source)
+    check_readable(source)
     return source
 
 

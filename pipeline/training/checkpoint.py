@@ -18,13 +18,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -105,8 +106,8 @@ def save_checkpoint(
         ) from error
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Check every byte of a checkpoint folder against its record.
+def load_checkpoint(path: Path, only: Collection[str] | None = None) -> Checkpoint:
+    """Check every byte of a checkpoint folder against its record, or those of the files `only` names.
 
     Raises:
         CheckpointError: it is torn or no checkpoint.
@@ -117,7 +118,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if record.pop("digest") != _digest(record):
             raise CheckpointError(f"checkpoint {path} is damaged: {_RECORD} is not what was written")
         for name, expected in record["files"].items():
-            if _fingerprint(path / name) != expected:
+            if (only is None or name in only) and _fingerprint(path / name) != expected:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
         identity, metrics, meter = (dict(record.get(key, {})) for key in ("identity", "metrics", "meter"))
         return Checkpoint(path, int(record["step"]), identity, metrics, meter)
@@ -137,6 +138,36 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             return load_checkpoint(path)
         except CheckpointError as error:
             log.warning("skipped: %s", error)
+    return None
+
+
+class RecordedStart(NamedTuple):
+    """What a run says of the weights that it started from."""
+
+    identity: str  # of these weights
+    spec: dict[str, Any]  # of the run's own model, as in model.json
+
+
+def recorded_start(output: Path, init: Path | None) -> RecordedStart | None:
+    """What the run in `output` recorded of its start, if it was started from an `init` of this very name.
+
+    What lies there may have changed since, as a pre-training that went on, or be gone: it plays no part in a run that
+    goes on from a checkpoint of its own. Of an `init` of another name only its content can tell whether it is the same.
+
+    Returns:
+        None for a run that begins, or has another `init`.
+    """
+    for path in sorted((output / "checkpoints").glob("step-*"), reverse=True) if init else ():
+        try:
+            identity = load_checkpoint(path, only=("config.yaml", "model.json")).identity.get("init")
+            config = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=False)
+            spec = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        except (CheckpointError, FileNotFoundError):
+            continue  # `newest_checkpoint` says so
+        if not identity or not isinstance(config, dict) or config.get("init") != str(init):
+            return None
+        log.info("init=%s is not read: the run goes on from %s, and started from %s", init, path, identity)
+        return RecordedStart(identity, spec)
     return None
 
 

@@ -91,7 +91,8 @@ class Run:
 
     Args:
         identity: JSON-able; what must not change between stop and resume.
-        may_change: keys of it that cost a warning alone, since the run can go on, though not as it would have.
+        may_change: keys of it that cost a warning alone, since the run can go on, though not as it would have;
+            precision and compile, which it adds, are such keys.
 
     Raises:
         ConfigError: the folder can't be written, or holds a run and resume=never.
@@ -100,13 +101,15 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, identity: dict[str, Any], may_change: Collection[str] = ()) -> None:
-        self.config, self.identity = config, identity
+        mixed_precision = _precision(config.precision)
+        numbers = {"precision": mixed_precision.replace("no", "fp32"), "compile": config.compile}
+        self.config, self.identity = config, identity | numbers
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         if config.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError("wandb=true, but Weights & Biases isn't installed: pip install -e '.[wandb]'")
-        self.accelerator = open_accelerator(_precision(config.precision), self.folder)
-        self.resumed = self._find_checkpoint(may_change)
+        self.accelerator = open_accelerator(mixed_precision, self.folder)
+        self.resumed = self._find_checkpoint({*may_change, *numbers})
         # Every process has looked before the first one writes into the folder.
         self._agree()
         if self.is_main:

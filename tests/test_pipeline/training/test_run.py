@@ -120,3 +120,15 @@ def test_processes_that_see_different_things_do_not_start(
     monkeypatch.setattr(run_module, "gather_object", gather)
     with pytest.raises(CheckpointError, match=message):
         Run(config(tmp_path), identity)
+
+
+def test_precision_and_compilation_that_change_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stop(tmp_path, 3, {"seed": 0, "precision": "bf16", "compile": True})
+    run = Run(config(tmp_path, precision="fp32"), {"seed": 0})
+    assert run.start_step == 3
+    assert "precision was bf16 when the run stopped and is fp32 now: it goes on, but not exactly" in caplog.text
+    assert "compile was True when the run stopped and is False now" in caplog.text
+    caplog.clear()
+    stop(tmp_path, 4, run.identity)
+    assert Run(config(tmp_path, precision="fp32"), {"seed": 0}).start_step == 4
+    assert not caplog.text
