@@ -338,6 +338,9 @@ _BENCHMARKS = {
     "extract": """Extraction against the teacher's bare forward; two token choices in one pass; bf16 against fp32.
 
     Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.""",
+    "gpu": """All that a GPU is asked for, in eight minutes: extraction, steps eager and compiled, sparse over dense.
+
+    Draws its images, has random teachers; writes into a temporary folder. Says each part as it is done; then JSON.""",
     "student": """Training steps of students; for ConvViT the sparse convolution stages against the dense ones.
 
     Reads and writes nothing. Costs minutes on a CPU.""",

@@ -47,6 +47,7 @@ from pipeline.processes import stage
 from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
+from pipeline.training.flops import peak_tflops
 from pipeline.training.optim import OptimConfig, build_adamw, parameter_groups
 
 FOREVER = 2**40  # steps
@@ -134,6 +135,8 @@ class _Bench:
         loading = _by_turns({name: lane.load for name, lane in lanes.items()}, max(3, config.rounds // 3))
         images = config.batch_size * config.steps
         gmacs = lanes["cached"].gmacs_per_image()
+        flops = {"mae": 2e9 * lanes["mae"].gmacs_per_image(), "cached": 2e9 * gmacs}
+        flops["online"] = flops["cached"] + 2e9 * teacher.gmacs
         view = torch.zeros(config.batch_size, 3, *(2 * [self.views.image_size]), dtype=torch.uint8, device=self.device)
         forward = statistics.median(_timed(lambda: teacher(view), self.device) for _ in range(4))
         step = statistics.median(alone["cached"]) / config.steps
@@ -153,7 +156,21 @@ class _Bench:
             },
             "loader_images_per_s": {name: images / statistics.median(times) for name, times in loading.items()},
             "data_wait": {name: round(lane.waited / lane.elapsed, 4) for name, lane in lanes.items()},
+            **self._of_the_card({name: images / statistics.median(times) for name, times in seconds.items()}, flops),
+            **self._memory(lanes),
         }
+
+    def _of_the_card(self, rates: dict[str, float], flops: dict[str, float]) -> dict[str, Any]:
+        """mfu of each lane, on a card whose rate is known."""
+        tflops = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if tflops is None:
+            return {}
+        return {"mfu": {name: round(rate * flops[name] / tflops / 1e12, 4) for name, rate in rates.items()}}
+
+    def _memory(self, lanes: dict[str, "_Lane"]) -> dict[str, Any]:
+        if self.device.type != "cuda":
+            return {}
+        return {"peak_memory_gib": {name: round(lane.peak_memory() / 2**30, 2) for name, lane in lanes.items()}}
 
     def stored_views(self) -> dict[str, Any]:
         """The loader over a webdataset cache of the first teacher, against decoding its JPEGs; both in this process."""
@@ -176,6 +193,9 @@ class _Bench:
         return {"loader_over_bare_decoding": _ratio(seconds["bare"], seconds["loader"])} | rates
 
     def _extract(self, teacher: Teacher, store: str, name: str) -> CacheReader:
+        """Made once in a folder, of whatever is there under that name by now."""
+        if (self.folder / name).exists():
+            return open_cache(self.folder / name)
         extractor = Extractor(self.source, self.views, [teacher], self.config.batch_size, 0, store)
         state = extractor.calibrate("int8", 16)[0].to_json()
         create_cache(self.folder / name, extractor.describe("mean", 64, [state])[0])
@@ -263,10 +283,20 @@ class _Lane:
     def gmacs_per_image(self) -> float:
         """Multiply-accumulates of a forward and a backward, in billions, without the teacher."""
         ids_keep, targets = self.targets(self.last)
-        with FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             self.student(normalise(self.last.images), ids_keep, targets)["loss"].backward()
         self.optimizer.zero_grad(set_to_none=True)
         return float(counter.get_total_flops()) / 2e9 / len(self.last.images)
+
+    def peak_memory(self) -> int:
+        """Bytes at a step's peak on CUDA, what the other lanes hold left out."""
+        weights = [*self.student.parameters(), *self.student.buffers()]
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        own = sum(value.numel() * value.element_size() for value in [*weights, *moments])
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.train_again()
+        return int(torch.cuda.max_memory_allocated(self.device)) - before + own
 
     def _step(self, batch: PretrainBatch) -> None:
         ids_keep, targets = self.targets(batch)

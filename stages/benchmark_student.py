@@ -8,6 +8,7 @@ process, so that whatever else the machine does meets both; the speed-up is the 
 `encoder` is the encoder alone, `step` the whole model with its decoder and losses. No optimiser, no data loading.
 """
 
+import logging
 import multiprocessing
 import resource
 import statistics
@@ -27,6 +28,8 @@ from pipeline.errors import ConfigError
 from pipeline.models import ConvViT, build_student
 
 TEACHER = "teacher"
+
+log = logging.getLogger(__name__)
 
 
 class BenchmarkStudentConfig(Config):
@@ -81,6 +84,9 @@ def _compare(config: BenchmarkStudentConfig, name: str, device: torch.device, co
                 if round_:  # the first warms up, and compiles
                     seconds[path].append(elapsed)
         figures[part] = {path: _rates(config, times) for path, times in seconds.items()}
+        for path, rates in figures[part].items():
+            how = "compiled" if compiled else "eager"
+            log.info("%s %s, %s %s: %.1f images/s", name, how, part, path, rates["images_per_s"])
         if len(seconds) == 2:
             ratios = [dense / sparse for sparse, dense in zip(seconds["sparse"], seconds["dense"], strict=True)]
             figures[part]["speedup"] = round(statistics.median(ratios), 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMPOSING = {"demo"}  # stages that are made of other stages
+COMPOSING = {"demo", "benchmark_gpu"}  # stages that are made of other stages
 CONFIG = {"config", "errors", "processes", "progress", "tensor_files"}  # modules of pipeline/ that any wing may use
 WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection"}
 
