@@ -1,11 +1,13 @@
 """What tests share: where they run, small real pictures, and the real data when it is there."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forked
 from tests.pictures import smooth_picture
 
 REAL_DATA = Path(os.environ.get("MRMAE_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
@@ -21,6 +23,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_unconfigure() -> None:
+    forked.close()
+
+
 def asks_for_gpu(config: pytest.Config) -> bool:
     return config.option.markexpr.split()[:1] == ["gpu"]
 
@@ -33,6 +39,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def forked_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stage starts by subprocess.Popen is forked: the same command line, without an interpreter's seconds."""
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
 
 
 @pytest.fixture

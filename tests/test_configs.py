@@ -75,6 +75,7 @@ def test_the_tiny_imagenette_chains(
         run(command, file)
 
 
+@pytest.mark.usefixtures("forked_commands")
 def test_the_tiny_ablation(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MRMAE_DATA", str(real_data))
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # its processes start where we are

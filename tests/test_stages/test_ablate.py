@@ -51,6 +51,7 @@ def write_config(folder: Path, images: Path, **changes: object) -> Path:
     return file
 
 
+@pytest.mark.usefixtures("forked_commands")
 def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None:
     file, said = write_config(tmp_path, image_tree), list[str]()
     config = load_config(AblateConfig, file, section="ablate")
@@ -77,6 +78,7 @@ def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None
         ablate.run(load_config(AblateConfig, file, section="ablate"), file, said.append)
 
 
+@pytest.mark.usefixtures("forked_commands")
 def test_every_measure_ends_in_the_table(image_tree: Path, tmp_path: Path) -> None:
     file = write_config(tmp_path, image_tree, seeds=[3], measures=["knn", "linear-probe", "finetune"])
     table = ablate.run(load_config(AblateConfig, file, section="ablate"), file)
