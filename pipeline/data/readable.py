@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from pipeline.data.images import ImageSource, decode
+from pipeline.data.decoding import decode
+from pipeline.data.images import ImageSource
 from pipeline.errors import DataError
 
 _LOOKED_AT = 16  # a fault of all files, such as pointers that git-lfs left, is found; a single torn one need not be
