@@ -5,8 +5,8 @@
     python tests/endings.py api pretrain data.path=...       as a script that calls `stages.pretrain.run`
     python tests/endings.py serve                            forks a process with all imports done for each job it reads
 
-STRIKE says what happens in the process of rank STRIKE_RANK: "batch" and "data" raise where batches are made, "kill" ends
-the worker there, "step" raises in a training step.
+STRIKE says what happens in the process of rank STRIKE_RANK: "batch" and "data" raise where batches are made, "kill"
+ends the worker there, "step" raises in a training step.
 """
 
 import importlib
@@ -33,7 +33,7 @@ CLASSES = {
     "pretrain": "PretrainConfig", "finetune": "FinetuneConfig", "detect": "DetectConfig", "knn": "KnnConfig",
     "extract-teacher-features": "ExtractConfig",
 }  # fmt: skip
-LIMIT = 30.0  # seconds that a command may take to end by itself
+LIMIT = 60.0  # seconds that a command may take from its start to its end, on a machine that does other work beside it
 
 
 def strike(what: str) -> None:
@@ -69,7 +69,7 @@ def main(how: str, arguments: list[str]) -> None:
 
 
 def serve() -> list[str] | None:
-    """For each line, a list of jobs: run them side by side, say how each ended. Returns in a job, with its arguments."""
+    """For each line, a list of jobs: run them side by side, say how they ended. Returns its arguments in a job."""
     for line in sys.stdin:
         running: dict[int, float] = {}
         for job in json.loads(line):
@@ -83,7 +83,8 @@ def serve() -> list[str] | None:
                 return [job["how"], *job["arguments"]]
             running[pid] = time.monotonic()
         ended = [wait(pid, began) for pid, began in running.items()]
-        print(json.dumps(ended), flush=True)
+        sys.stdout.write(json.dumps(ended) + "\n")
+        sys.stdout.flush()
     return None
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,11 @@ def command(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Comma
     def arguments(stage: str, workers: int) -> list[str]:
         output = root / str(next(runs))
         images = f"{{path: {image_tree}, workers: {workers}}}"
-        training = ["batch_size=8", "max_steps=4", "log_every=1", "tensorboard=false"]
+        training = ["max_steps=4", "log_every=1", "tensorboard=false"]
         scenes = f"{{images: {folder}, annotations: {file}}}"
         keys = {
-            "pretrain": [shape(MICRO), f"data={images}", f"cache.path={root}/cache", "check_records=0", *training],
-            "finetune": [shape(ENCODER), f"data={images}", f"val={images}", "augment.rand_augment=null", *training],
+            "pretrain": [shape(MICRO), f"data={images}", f"cache.path={root}/cache", "batch_size=8", *training],
+            "finetune": [shape(ENCODER), f"data={images}", f"val={images}", "batch_size=8", *training],
             "detect": [
                 "student={name: mrmae_vit_tiny_patch16, patch_size: 8, dim: 48, depth: 2, num_heads: 3}",
                 f"data={{train: {scenes}, val: {scenes}, workers: {workers}}}", "image_size=64",
@@ -100,9 +101,17 @@ def end(
     return [(one["code"], (tmp_path / f"{rank}.2").read_text()) for rank, one in enumerate(ended)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["plain", "debug", "api"])
-@pytest.mark.parametrize("stage", CLASSES)
+ALWAYS = {("pretrain", "debug", 2), ("pretrain", "api", 2), ("finetune", "plain", 0)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "how", "workers"),
+    [
+        pytest.param(stage, how, workers, marks=() if fast else pytest.mark.slow)
+        for stage, how, workers in product(CLASSES, ("plain", "debug", "api"), (0, 2))
+        for fast in [(how, workers) == ("plain", 2) or (stage, how, workers) in ALWAYS]
+    ],
+)
 def test_an_error_where_batches_are_made_ends_the_process(
     warm: subprocess.Popen[str], command: Command, tmp_path: Path, stage: str, how: str, workers: int
 ) -> None:
@@ -115,8 +124,10 @@ def test_an_error_where_batches_are_made_ends_the_process(
         assert last == LINES["batch"]
 
 
-@pytest.mark.parametrize(("stage", "what"), [("finetune", "data"), ("pretrain", "kill"), ("pretrain", "step")])
-@pytest.mark.parametrize("how", ["plain", "api"])
+@pytest.mark.parametrize(
+    ("stage", "what", "how"),
+    [("finetune", "data", "plain"), ("pretrain", "kill", "plain"), ("pretrain", "step", "api")],
+)
 def test_other_ends_are_said_too(
     warm: subprocess.Popen[str], command: Command, tmp_path: Path, stage: str, what: str, how: str
 ) -> None:
@@ -130,8 +141,11 @@ def test_other_ends_are_said_too(
 @pytest.mark.parametrize(
     ("stage", "what", "how"),
     [
-        ("pretrain", "batch", "plain"), ("pretrain", "step", "plain"), ("pretrain", "kill", "api"),
-        ("finetune", "batch", "debug"), ("detect", "batch", "api"), ("extract-teacher-features", "batch", "plain"),
+        ("pretrain", "step", "plain"), ("extract-teacher-features", "batch", "plain"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("pretrain", "batch", "plain"), ("pretrain", "kill", "api"), ("finetune", "batch", "debug"),
+            ("detect", "batch", "api"),
+        )),
     ],
 )  # fmt: skip
 def test_processes_that_wait_for_a_failed_one_end_with_it(
@@ -163,7 +177,7 @@ def test_the_launcher_learns_of_an_error(command: Command, stage: str, workers: 
     began = time.monotonic()
     try:
         while process.poll() is None and time.monotonic() < began + 4 * LIMIT:  # imports and the launcher among them
-            seen |= {child for child in descendants(process.pid)}
+            seen |= set(descendants(process.pid))
             time.sleep(0.02)
         assert process.poll() == (1 if processes > 1 or how == "api" else 2)
     finally:
