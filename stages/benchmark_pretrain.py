@@ -20,7 +20,7 @@ process and in a worker (aim: ≥ 0.8).
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
