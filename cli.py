@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,13 +53,15 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{error.filename or 'the system'}: {error.strerror or error}", 2
     if type(error).__name__ == "OutOfMemoryError":
         return "the accelerator's memory is full: raise accum_iter in training, lower batch_size in everything else", 2
+    if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
+        return "another process of this job has ended: the line that it left says why", 2
     first = (str(error).strip().splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first} (mrmae --debug ... shows where)", 2
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:
     if ctx.find_root().params.get("debug"):
-        raise
+        click.echo(traceback.format_exc(), err=True)
     click.echo(f"error: {message}", err=True)
     ctx.exit(code)
 

@@ -13,14 +13,15 @@ For each teacher, three lanes with the same student, batch and images take turns
 `ceiling` is online / cached as the multiply-accumulates would have it: (student + teacher) / student, the student's
 forward and backward counted operation by operation. `ceiling_measured` puts measured seconds of a step and of the
 teacher's forward in their place. `loader` is the loading side alone, `step` the training side alone. For a webdataset
-cache, whose views are stored, the loader is also held against decoding the same JPEGs in a bare loop (aim: ≥ 0.8).
+cache, whose views are stored, the loader is also held against decoding the same JPEGs in a bare loop, inside this
+process and in a worker (aim: ≥ 0.8).
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, lo
 from pipeline.data.masks import visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
+from pipeline.data.workers import PREFETCH
 from pipeline.extraction import Extractor
 from pipeline.models import Student, build_student
 from pipeline.models.config import StudentConfig
@@ -173,7 +175,10 @@ class _Bench:
         return {"peak_memory_gib": {name: round(lane.peak_memory() / 2**30, 2) for name, lane in lanes.items()}}
 
     def stored_views(self) -> dict[str, Any]:
-        """The loader over a webdataset cache of the first teacher, against decoding its JPEGs; both in this process."""
+        """The loader over a webdataset cache of the first teacher, against decoding its JPEGs in this process.
+
+        `loader` makes its batches in this process, `worker` in one other: what a core gives in training.
+        """
         teacher = load_teacher(self.config.teachers[0], self.device, self.dtype)
         cache = self._extract(teacher, "webdataset", "stored")
         lane = self._lane("mr_mae", {"t": cache}, {}, workers=0)
@@ -188,9 +193,23 @@ class _Bench:
                 decode_pixels(image, out)
             return time.perf_counter() - began
 
-        seconds = _by_turns({"bare": bare, "loader": lane.load}, max(11, self.config.rounds))
+        def worker() -> float:
+            # A worker makes batches ahead, so it is started for the measurement alone, and what it had ahead is not
+            # counted. Then it is at work all the time, and a batch is taken as soon as it is there.
+            with closing(self._lane("mr_mae", {"t": cache}, {}, workers=1).batches) as batches:
+                for _ in range(2 * PREFETCH):
+                    next(batches)
+                began, few = time.perf_counter(), max(self.config.steps, 2 * PREFETCH)
+                for _ in range(few):
+                    next(batches).to(self.device)
+                return (time.perf_counter() - began) * self.config.steps / few
+
+        seconds = _by_turns({"bare": bare, "loader": lane.load, "worker": worker}, max(11, self.config.rounds))
         rates = {f"{name}_images_per_s": count / statistics.median(times) for name, times in seconds.items()}
-        return {"loader_over_bare_decoding": _ratio(seconds["bare"], seconds["loader"])} | rates
+        return {
+            "loader_over_bare_decoding": _ratio(seconds["bare"], seconds["loader"]),
+            "worker_over_bare_decoding": _ratio(seconds["bare"], seconds["worker"]),
+        } | rates
 
     def _extract(self, teacher: Teacher, store: str, name: str) -> CacheReader:
         """Made once in a folder, of whatever is there under that name by now."""
@@ -241,7 +260,7 @@ class _Lane:
         self,
         student: Student,
         targets: Targets,
-        batches: Iterator[PretrainBatch],
+        batches: Generator[PretrainBatch, None, None],
         device: torch.device,
         dtype: torch.dtype,
         steps: int,

@@ -58,8 +58,10 @@ def test_errors_are_one_line_without_a_traceback(arguments: list[str], message: 
 
 def test_debug_shows_the_traceback() -> None:
     result = mrmae("--debug", "verify-cache", "/absent")
-    assert result.exception is not None
-    assert type(result.exception).__name__ == "CacheError"
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.output
+    assert "pipeline.errors.CacheError: " in result.output
+    assert result.output.splitlines()[-1].startswith("error: ")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

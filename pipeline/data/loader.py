@@ -4,7 +4,7 @@ A global batch is fixed by the config; each process takes its slice. So the stre
 number of processes nor of workers, and a run resumes by starting the sampler at its step.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -63,7 +63,7 @@ class StepSampler:
             step += ahead
 
 
-def load(dataset: IndexedDataset[B], requests: Iterable[list[Request]], workers: int) -> Iterator[B]:
+def load(dataset: IndexedDataset[B], requests: Iterable[list[Request]], workers: int) -> Generator[B, None, None]:
     """Run the dataset over the requests in `workers` processes (0: in this one), in order.
 
     The processes end with the batches, with the iterator, or with the stage that runs (see `pipeline.processes.stage`).

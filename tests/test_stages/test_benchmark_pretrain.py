@@ -14,4 +14,5 @@ def test_figures_are_there_and_make_sense(store: str) -> None:
     assert 0 < low <= lanes["cached_over_mae"]["ratio"] <= high
     assert lanes["online_over_cached"]["ratio"] > 1  # a ViT-Ti's forward on top of a micro student's step
     assert lanes["ceiling"] == pytest.approx(1 + lanes["teacher_gmacs"] / lanes["student_step_gmacs"], rel=0.05)
-    assert 0 < figures["stored_views"]["loader_over_bare_decoding"]["ratio"] < 2
+    for where in ("loader", "worker"):
+        assert 0 < figures["stored_views"][f"{where}_over_bare_decoding"]["ratio"] < 2
