@@ -194,8 +194,18 @@ class Store(Protocol):
         """Write a checked shard, each file atomically and durably, and return what `files` names."""
         ...
 
-    def open_view(self, shard: int, view: int) -> OpenView:
-        """Open one view of a committed shard. Raises CacheDamage."""
+    def table(self, shard: int, view: int | None) -> bytes:
+        """The small facts that find and check the records of one view of a committed shard, or (None) of all views.
+
+        Read from the disk and checked. Raises CacheDamage.
+        """
+        ...
+
+    def open_view(self, shard: int, view: int, shared: Any, table: Any) -> OpenView:
+        """Open one view of a committed shard, given its tables (buffers): of all views, and its own.
+
+        Raises CacheDamage.
+        """
         ...
 
     def scan(self, shard: int, view: int, rows: list[int], walk: Walk, fresh: bool = False) -> Scan:

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import glob
 import os
+import resource
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import preadv
@@ -27,6 +28,7 @@ PARTIAL = ".partial"
 CHECKSUM_BYTES = 4
 BLOCK = 1 << 20  # bytes that are walked more than once while the CPU's cache holds them
 _PAGE = 4096
+_MOST_FILES = 1 << 16  # open ones that a process asks for: where the hard limit is a billion, that isn't meant
 
 
 class FileEntry(BaseModel):
@@ -164,21 +166,25 @@ class Descriptor:
     So a thread that still reads from it keeps it open while the LRU drops it, and no number is read after its reuse.
     """
 
-    __slots__ = ("number", "path")
+    __slots__ = ("_path", "number")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self._path = path  # as it came: making a Path takes longer than opening the file
         self.number = -1
         try:
             self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise CacheDamage(f"{path.name} is missing") from error
+            raise CacheDamage(f"{self.path.name} is missing") from error
         except OSError as error:
             raise CacheError(f"{path}: {_reason(error)}") from error
 
     def __del__(self) -> None:
         if self.number >= 0:
             os.close(self.number)
+
+    @property
+    def path(self) -> Path:
+        return Path(self._path)
 
     def size(self) -> int:
         return os.fstat(self.number).st_size
@@ -278,6 +284,21 @@ def hash_rest(file: Descriptor, hasher: xxhash.xxh3_128, offset: int) -> FileEnt
         hasher.update(buffer[:got])
         offset += got
     return FileEntry(bytes=offset, xxh3_128=hasher.hexdigest())
+
+
+def allow_files(count: int) -> int:
+    """Raise this process's limit of open files to `count`, as far as the system lets it; returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return max(count, _MOST_FILES)
+    wanted = min(count, _MOST_FILES, count if hard == resource.RLIM_INFINITY else hard)
+    if wanted <= soft:
+        return soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # a sandbox may forbid it
+        return soft
+    return wanted
 
 
 K = TypeVar("K")

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from pipeline.cache.base import OpenView, Record, Seal
 from pipeline.cache.commits import committed_shards, read_commit
-from pipeline.cache.files import Lru
+from pipeline.cache.files import Lru, allow_files
 from pipeline.cache.manifest import CacheHeader, read_header
+from pipeline.cache.tables import Tables
 from pipeline.cache.writer import store_of
 from pipeline.errors import CacheDamage, CacheError
 
-_MOST_OPEN = 128  # views of shards; each keeps about 100 KB of small arrays
+_MOST_OPEN = 128  # views of shards whose tables weren't loaded: each keeps its own, about 60 KB
 
 
 def open_cache(path: Path | str) -> "CacheReader":
@@ -37,6 +38,8 @@ class CacheReader:
     """Reads records by sample index and view. Pickles small, and opens its files where it is used.
 
     It sees the shards that were committed when it was opened. `tombstones` maps sample index → error.
+    A read that finds its shard closed reads the shard's small tables first: call `load_tables` before reading at random
+    from more than 128 shards.
     """
 
     def __init__(
@@ -47,7 +50,10 @@ class CacheReader:
         self._store = store_of(path, header)
         self._seal = Seal(header.fingerprint)
         self._count, self._views, self._size = header.count, header.views, header.samples_per_shard
-        self._open: Lru[tuple[int, int], OpenView] = Lru(self._capacity(), self._open_view)
+        self._tables = Tables()
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _MOST_OPEN if soft == resource.RLIM_INFINITY else min(_MOST_OPEN, soft // (2 * self._store.descriptors))
+        self._open: Lru[tuple[int, int], OpenView] = Lru(max(1, most), self._open_view)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CacheReader, (self.path, self.header, self._committed, self.tombstones)
@@ -59,6 +65,27 @@ class CacheReader:
     def stores_images(self) -> bool:
         """Whether records carry the JPEG of their view."""
         return self._store.stores_images
+
+    def load_tables(self, caches: int = 1) -> None:
+        """Read and check the small tables of all shards now, and let as many shards stay open as the system allows.
+
+        About 60 bytes a sample (zarr: key, box, flip, hash, checksum) or 32 (webdataset: the index). Processes that are
+        forked afterwards share them; a pickled reader leaves them behind.
+
+        Args:
+            caches: how many this process reads from; they share its limit of open files, which is raised.
+
+        Raises:
+            CacheDamage: tables that differ from what was written. The others are there; of these, reads say it again.
+        """
+        shards = np.flatnonzero(self._committed).tolist()
+        damaged = self._tables.load(self._store, shards, self._views)
+        views, each = len(shards) * self._views, 2 * self._store.descriptors * caches  # half is left to others
+        self._open = Lru(max(1, min(views, allow_files(views * each) // each)), self._open_view)
+        if damaged:
+            shard, view, error = damaged[0]
+            more = f" (and {len(damaged) - 1} more tables)" if len(damaged) > 1 else ""
+            raise CacheDamage(self._damage(shard, shard * self._size, view, error) + more) from error
 
     def read(
         self, index: int, view: int, rows: NDArray[Any] | None = None, dequantise: bool = False, keep: bool = True
@@ -130,13 +157,11 @@ class CacheReader:
             raise CacheError(
                 f"shard {shard} of {self.path} is not extracted yet: finish it with `mrmae extract-teacher-features`"
             )
-        return self._store.open_view(shard, view)
+        return self._store.open_view(shard, view, self._table(shard, None), self._table(shard, view))
 
-    def _capacity(self) -> int:
-        """Open views that leave half of the process's descriptors to others."""
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = _MOST_OPEN if soft == resource.RLIM_INFINITY else soft // (2 * self._store.descriptors)
-        return max(1, min(_MOST_OPEN, most))
+    def _table(self, shard: int, view: int | None) -> memoryview:
+        loaded = self._tables.get(shard, view)
+        return memoryview(self._store.table(shard, view)) if loaded is None else loaded
 
     def _damage(self, shard: int, index: int, view: int, error: CacheDamage) -> str:
         return (

@@ -18,6 +18,7 @@ from pipeline.errors import CacheDamage
 
 SUFFIXES = ("jpg", "safetensors", "json")  # members of a sample, in their order
 FIELDS = 4  # of an index row: start of the first member's header, then the byte length of each member
+_ROW = struct.Struct(f"={FIELDS}q")  # such a row in memory
 NONE = -1  # start of a tombstone in the index
 _OUTSIDE = -2  # start of a record that its tar is too short for
 _SAFETENSORS_TYPES = {"int8": "I8", "float16": "F16", "float32": "F32"}
@@ -177,17 +178,20 @@ class Rooms(threading.local):
 
 
 class TarView:
-    """One tar with its index, open for reading."""
+    """One tar, open for reading, with its index: the int64 of `within` in a buffer."""
 
-    def __init__(
-        self, tar: Descriptor, rows: NDArray[np.int64], span: range, layout: TensorLayout, rooms: Rooms
-    ) -> None:
-        self.tar, self.span, self.layout, self._rooms = tar, span, layout, rooms
-        self.rows = _within(rows, tar.size())
-        self._fields = memoryview(self.rows.tobytes()).cast("q")  # faster to index than an array
+    __slots__ = ("_rooms", "_table", "layout", "span", "tar")
+
+    def __init__(self, tar: Descriptor, table: Any, span: range, layout: TensorLayout, rooms: Rooms) -> None:
+        self.tar, self._table, self.span, self.layout, self._rooms = tar, table, span, layout, rooms
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The index [n, 4]."""
+        return np.frombuffer(self._table, np.int64).reshape(-1, FIELDS)
 
     def read(self, row: int, keep: bool = True) -> Raw:
-        start, jpg, tensors, facts = self._fields[FIELDS * row : FIELDS * row + FIELDS].tolist()
+        start, jpg, tensors, facts = _ROW.unpack_from(self._table, row * _ROW.size)
         if start < 0:
             raise CacheDamage(self.absence(row))
         layout, front = self.layout, 2 * BLOCKSIZE + jpg + -jpg % BLOCKSIZE
@@ -201,7 +205,7 @@ class TarView:
         return Raw(key, tail, crc32c, room.tokens, room.scale, room.attention, image, (*room.sealed, image))
 
     def key(self, row: int) -> str:
-        start, jpg, tensors, facts = self.rows[row].tolist()
+        start, jpg, tensors, facts = _ROW.unpack_from(self._table, row * _ROW.size)
         if start < 0:
             raise CacheDamage(self.absence(row))
         content = np.empty(facts, np.uint8)
@@ -210,7 +214,7 @@ class TarView:
 
     def absence(self, row: int) -> str:
         """Why the tar can't give this row."""
-        if self.rows[row, 0] == _OUTSIDE:
+        if _ROW.unpack_from(self._table, row * _ROW.size)[0] == _OUTSIDE:
             return f"{self.tar.path.name} ends before or within {self.span[row]:09d}"
         return f"{self.tar.path.name} does not hold {self.span[row]:09d}"
 
@@ -228,7 +232,7 @@ class TarView:
             raise CacheDamage(f"{self.tar.path.name}: {self.span[row]:09d}.json is not what was written") from error
 
 
-def _within(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+def within(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """Index rows [n, 4], those that no tar of `size` bytes can hold marked as outside."""
     sizes = rows[:, 1:]
     sound = ((sizes >= 0) & (sizes <= size)).all(1) & (rows[:, 0] >= 0) & (rows[:, 0] <= size)

@@ -28,6 +28,7 @@ from pipeline.cache.tar_view import (
     index_of,
     padded,
     trailer,
+    within,
 )
 from pipeline.errors import CacheDamage
 
@@ -51,14 +52,14 @@ class WebdatasetStore:
             (self._root / name).mkdir(parents=True, exist_ok=True)
 
     def files(self, shard: int) -> list[str]:
-        return [_tar_name(shard, view) for view in range(self._header.views)]
+        return [tar_name(shard, view) for view in range(self._header.views)]
 
     def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:
         span, written = self._header.shard_range(shard), {}
         for view in range(self._header.views):
             rows = np.full((len(span), FIELDS), NONE, np.int64)
             tar = _tar(span, data, view, seal, self._layout, rows)
-            written[_tar_name(shard, view)] = write_file(file_of(self._root, _tar_name(shard, view)), tar)
+            written[tar_name(shard, view)] = write_file(file_of(self._root, tar_name(shard, view)), tar)
             self._write_index(shard, view, rows)
         sync_folder(self._root / "shards")
         sync_folder(self._root / "index")
@@ -66,19 +67,26 @@ class WebdatasetStore:
 
     def _write_index(self, shard: int, view: int, rows: NDArray[np.int64]) -> None:
         payload = rows.astype("<i8").tobytes()
-        write_file(file_of(self._root, _index_name(shard, view)), [payload, checksum(payload)])
+        write_file(file_of(self._root, index_name(shard, view)), [payload, checksum(payload)])
 
-    def open_view(self, shard: int, view: int, fresh: bool = False) -> "TarView":
-        tar = Descriptor(file_of(self._root, _tar_name(shard, view)))
-        span, index = self._header.shard_range(shard), file_of(self._root, _index_name(shard, view))
+    def table(self, shard: int, view: int | None, fresh: bool = False) -> bytes:
+        if view is None:
+            return b""
+        tar = Descriptor(file_of(self._root, tar_name(shard, view)))
+        span, index = self._header.shard_range(shard), file_of(self._root, index_name(shard, view))
         if fresh or not index.is_file():
             rows = index_of(tar, span)
         else:
             rows = np.frombuffer(read_table(index, len(span) * FIELDS * 8), "<i8").reshape(-1, FIELDS)
-        return TarView(tar, rows, span, self._layout, self._rooms)
+        return within(rows, tar.size()).tobytes()
+
+    def open_view(self, shard: int, view: int, shared: Any, table: Any) -> TarView:
+        tar = Descriptor(f"{self._root}/{tar_name(shard, view)}")
+        return TarView(tar, table, self._header.shard_range(shard), self._layout, self._rooms)
 
     def scan(self, shard: int, view: int, rows: list[int], walk: Walk, fresh: bool = False) -> Scan:
-        return scan_tar(self.open_view(shard, view, fresh), view, rows, walk, _tar_name(shard, view))
+        opened = self.open_view(shard, view, b"", self.table(shard, view, fresh))
+        return scan_tar(opened, view, rows, walk, tar_name(shard, view))
 
     def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
         problems: dict[str, str] = {}
@@ -87,38 +95,38 @@ class WebdatasetStore:
         for view in range(self._header.views):
             problem = self._index_problem(shard, view, thorough)
             if problem is not None:
-                problems[_index_name(shard, view)] = problem
+                problems[index_name(shard, view)] = problem
         return problems
 
     def _index_problem(self, shard: int, view: int, thorough: bool) -> str | None:
         span = self._header.shard_range(shard)
         try:
-            stored = read_table(file_of(self._root, _index_name(shard, view)), len(span) * FIELDS * 8)
+            stored = read_table(file_of(self._root, index_name(shard, view)), len(span) * FIELDS * 8)
         except CacheDamage as error:
             return str(error)
         try:
-            tar = Descriptor(file_of(self._root, _tar_name(shard, view)))
+            tar = Descriptor(file_of(self._root, tar_name(shard, view)))
             expected = index_of(tar, span).astype("<i8").tobytes() if thorough else stored
         except CacheDamage:
             return None  # the tar itself is damaged, which its own finding says
         return None if stored == expected else "is not the index of its tar"
 
     def derived(self, shard: int | None) -> list[str]:
-        return [] if shard is None else [_index_name(shard, view) for view in range(self._header.views)]
+        return [] if shard is None else [index_name(shard, view) for view in range(self._header.views)]
 
     def rebuild(self, file: str) -> None:
         shard, view = (int(part) for part in file.removeprefix("index/").removesuffix(".index").split("-"))
         with one_line(f"{file_of(self._root, file)}: can't be written"):
-            tar = Descriptor(file_of(self._root, _tar_name(shard, view)))
+            tar = Descriptor(file_of(self._root, tar_name(shard, view)))
             self._write_index(shard, view, index_of(tar, self._header.shard_range(shard)))
             sync_folder(self._root / "index")
 
 
-def _tar_name(shard: int, view: int) -> str:
+def tar_name(shard: int, view: int) -> str:
     return f"shards/{shard:06d}-{view:02d}.tar"
 
 
-def _index_name(shard: int, view: int) -> str:
+def index_name(shard: int, view: int) -> str:
     return f"index/{shard:06d}-{view:02d}.index"
 
 
@@ -132,7 +140,7 @@ def _tar(
             continue
         raw = data.record(row, view)
         assert raw.image is not None
-        members = ([raw.image], layout.write(raw), [_facts(raw, seal(index, view, raw))])
+        members = ([raw.image], layout.write(raw), [facts_of(raw, seal(index, view, raw))])
         rows[row] = [offset, len(raw.image), layout.bytes, len(members[2][0])]
         for suffix, parts, size in zip(SUFFIXES, members, rows[row, 1:].tolist(), strict=True):
             yield member_header(f"{index:09d}.{suffix}", size)
@@ -150,7 +158,7 @@ def member_header(name: str, size: int) -> bytes:
     return bytes(header)
 
 
-def _facts(raw: Raw, crc32c: int) -> bytes:
+def facts_of(raw: Raw, crc32c: int) -> bytes:
     *box, hflip, source_hash = TAIL.unpack(raw.tail)
     facts = {"key": raw.key.decode(), "box": box, "hflip": hflip, "source_hash": source_hash, "crc32c": crc32c}
     return canonical(facts)

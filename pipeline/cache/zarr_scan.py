@@ -16,7 +16,16 @@ from pipeline.cache.base import TAIL, Scan, Walk
 from pipeline.cache.files import Descriptor, FileEntry, aligned, cut_table, file_of, read_whole
 from pipeline.cache.manifest import CacheHeader
 from pipeline.cache.walk import RUN
-from pipeline.cache.zarr_view import Layout, PackedRows, array_specs, chunk_file, parse_strings, table_sizes, tails_of
+from pipeline.cache.zarr_view import (
+    Layout,
+    array_specs,
+    chunk_file,
+    packed_index,
+    parse_strings,
+    read_packed,
+    table_sizes,
+    tails_of,
+)
 from pipeline.errors import CacheDamage
 
 
@@ -27,7 +36,7 @@ def scan_chunks(root: Path, header: CacheHeader, shard: int, view: int, rows: li
     name = chunk_file("tokens", shard, view, 4)
     file = Descriptor(file_of(root, name))
     if header.compression is not None:
-        tokens.check_packed(PackedRows(file.path, header.samples_per_shard))
+        tokens.check_packed(file, packed_index(file, header.samples_per_shard))
     elif (measure := tokens.check_file(file)) is not None:
         walk.seen[name] = measure
     sound = [row for row in rows if row not in tokens.damaged]
@@ -134,13 +143,13 @@ class _Tokens:
             else:
                 self._check(row, part)
 
-    def check_packed(self, packed: PackedRows) -> None:
-        """Check every record of a compressed chunk."""
+    def check_packed(self, file: Descriptor, index: NDArray[np.uint64]) -> None:
+        """Check every record of a compressed chunk, whose `index` says where they lie."""
         part = aligned(self._size)
         tokens = part.view(self._dtype).reshape(self._shape)
         for row in self._rows:
             try:
-                packed.read_into(tokens, row)
+                read_packed(file, row, index[row].tolist(), tokens)
             except CacheDamage as error:
                 self.damaged[row] = str(error)
             else:

@@ -20,17 +20,24 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from pipeline.cache.base import Scan, Seal, ShardData, Walk
-from pipeline.cache.files import (
-    FileEntry,
-    file_of,
-    one_line,
-    sync_folder,
-    write_file,
-)
+from pipeline.cache.files import Descriptor, FileEntry, file_of, one_line, read_table, sync_folder, write_file
 from pipeline.cache.manifest import CacheHeader
 from pipeline.cache.zarr_chunks import blosc, packed_chunk, raw_chunk, text_chunk
 from pipeline.cache.zarr_scan import scan_chunks
-from pipeline.cache.zarr_view import Layout, Rooms, ZarrView, array_specs, chunk_file
+from pipeline.cache.zarr_view import (
+    ENTRY,
+    PACKED_ENTRY,
+    Layout,
+    Rooms,
+    ZarrView,
+    array_specs,
+    chunk_file,
+    entry_table,
+    key_table,
+    packed_index,
+    parse_strings,
+    table_sizes,
+)
 from pipeline.errors import CacheError
 
 _KEY_ENCODING: Any = {"name": "default", "separator": "."}  # one flat folder an array: one fsync a shard, not five
@@ -82,7 +89,9 @@ class ZarrStore:
     def __init__(self, root: Path, header: CacheHeader) -> None:
         self._root, self._header = root, header
         self._specs, self._rooms = array_specs(header), Rooms(Layout(header))
-        self.descriptors = sum(name in self._specs for name in ("tokens", "scale", "attention"))
+        self._large = [(name, len(self._specs[name][0])) for name in self._rooms.layout.names]
+        self._entry = ENTRY if header.compression is None else PACKED_ENTRY
+        self.descriptors = len(self._large)
 
     def create(self) -> None:
         for file, content in self._metadata.items():
@@ -138,8 +147,20 @@ class ZarrStore:
     def _path(self, name: str, shard: int, view: int) -> Path:
         return file_of(self._root, chunk_file(name, shard, view, len(self._specs[name][0])))
 
-    def open_view(self, shard: int, view: int) -> "ZarrView":
-        return ZarrView(self._root, self._header, shard, view, self._rooms)
+    def table(self, shard: int, view: int | None) -> bytes:
+        S = self._header.samples_per_shard
+        if view is None:
+            path = self._path("key", shard, 0)
+            return key_table(parse_strings(read_table(path), S, path.name))
+        tables = {name: read_table(self._path(name, shard, view), size) for name, size in table_sizes(S).items()}
+        packed = self._entry is PACKED_ENTRY
+        index = packed_index(Descriptor(self._path("tokens", shard, view)), S) if packed else None
+        return entry_table(tables, index)
+
+    def open_view(self, shard: int, view: int, shared: Any, table: Any) -> ZarrView:
+        names = [chunk_file(name, shard, view, dimensions) for name, dimensions in self._large]
+        files = [Descriptor(f"{self._root}/{name}") for name in names]
+        return ZarrView(files, self._entry, shared, table, self._rooms)
 
     def scan(self, shard: int, view: int, rows: list[int], walk: Walk, fresh: bool = False) -> Scan:
         return scan_chunks(self._root, self._header, shard, view, rows, walk)

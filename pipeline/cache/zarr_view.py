@@ -1,7 +1,8 @@
 """Reading the zarr store's chunk files raw: a chunk is the plain array and its crc32c, so a record is one `pread`."""
 
 import threading
-from pathlib import Path
+from collections.abc import Sequence
+from struct import Struct
 from typing import Any
 
 import numcodecs
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.base import TAIL, TAILS, Raw
-from pipeline.cache.files import CHECKSUM_BYTES, Descriptor, aligned, check_table, file_of, read_table
+from pipeline.cache.files import CHECKSUM_BYTES, Descriptor, aligned, check_table
 from pipeline.cache.manifest import CacheHeader
 from pipeline.errors import CacheDamage
 
@@ -81,69 +82,82 @@ class Rooms(threading.local):
 
 
 class ZarrView:
-    """One view of one shard: the large arrays as open files, the small ones in memory (about 100 bytes a sample)."""
+    """One view of one shard: the large arrays as open files, and where its records stand in the small tables."""
 
-    def __init__(self, root: Path, header: CacheHeader, shard: int, view: int, rooms: Rooms) -> None:
-        paths = {
-            name: file_of(root, chunk_file(name, shard, view, len(shape)))
-            for name, (shape, _, _) in array_specs(header).items()
-        }
-        S = header.samples_per_shard
-        self._rooms = rooms
-        self._packed = None if header.compression is None else PackedRows(paths["tokens"], S)
-        plain = rooms.layout.names if self._packed is None else rooms.layout.names[1:]
-        self._files = [Descriptor(paths[name]) for name in plain]
-        tables = {name: read_table(paths[name], size) for name, size in table_sizes(S).items()}
-        self._tails = tails_of(tables).tobytes()
-        self._crc = memoryview(np.frombuffer(tables["crc32c"], "<u4").astype(np.uint32).tobytes()).cast("I")
-        self._keys = parse_strings(read_table(paths["key"]), S, paths["key"].name)
+    __slots__ = ("_entry", "_files", "_rooms", "_shared", "_table")
+
+    def __init__(self, files: list[Descriptor], entry: Struct, shared: Any, table: Any, rooms: Rooms) -> None:
+        self._files, self._entry, self._shared, self._table, self._rooms = files, entry, shared, table, rooms
 
     def read(self, row: int, keep: bool = True) -> Raw:
+        tail, crc32c, *packed = self._entry.unpack_from(self._table, row * self._entry.size)
         room = Room(self._rooms.layout) if keep else self._rooms.own
-        parts = room.parts
-        if self._packed is not None:
-            self._packed.read_into(room.tokens, row)
-            parts = parts[1:]
-        for file, (part, size) in zip(self._files, parts, strict=True):
+        parts, files = room.parts, self._files
+        if packed:
+            read_packed(files[0], row, packed, room.tokens)
+            parts, files = parts[1:], files[1:]
+        for file, (part, size) in zip(files, parts, strict=True):
             file.read_parts(part, size, row * size)
-        return Raw(
-            self._keys[row],
-            self._tails[row * TAIL.size : (row + 1) * TAIL.size],
-            self._crc[row],
-            room.tokens,
-            room.scale,
-            room.attention,
-            None,
-            room.body,
-        )
+        return Raw(self._key(row), tail, crc32c, room.tokens, room.scale, room.attention, None, room.body)
 
     def key(self, row: int) -> str:
-        return self._keys[row].decode()
+        return self._key(row).decode()
+
+    def _key(self, row: int) -> bytes:
+        start, stop = _SPAN.unpack_from(self._shared, row * _START)
+        return bytes(self._shared[start:stop])
 
 
-class PackedRows:
-    """Tokens in zarr's sharding codec: inner chunks, one a record, then an index of (offset, length) and its crc32c."""
+# What an open view knows of a record, for one lookup: TAIL, crc32c, and of packed tokens their offset and length.
+ENTRY, PACKED_ENTRY = Struct(f"<{TAIL.size}sI"), Struct(f"<{TAIL.size}sIQQ")
+_ENTRIES: np.dtype[Any] = np.dtype([("tail", TAILS), ("crc32c", "<u4")])
+_PACKED_ENTRIES: np.dtype[Any] = np.dtype([*_ENTRIES.descr, ("place", "<u8", 2)])
+_SPAN, _START = Struct("<II"), 4  # where a key starts and stops: the next one's start
 
-    def __init__(self, path: Path, rows: int) -> None:
-        self._file = Descriptor(path)
-        self._end = self._file.size() - rows * 16 - CHECKSUM_BYTES
-        if self._end < 0:
-            raise CacheDamage(f"{path.name} is shorter than its index")
-        index = check_table(path, self._file.read_from(self._end))
-        self._index = np.frombuffer(index, "<u8").reshape(rows, 2)
-        self._codec = numcodecs.Blosc()
 
-    def read_into(self, tokens: NDArray[Any], row: int) -> None:
-        """Decompress one record's tokens."""
-        offset, length = self._index[row].tolist()
-        if not 0 < length <= self._end - offset:
-            raise CacheDamage(f"{self._file.path.name}: row {row} lies outside the file")
-        packed = np.empty(length, np.uint8)
-        self._file.read_into(packed, offset)
-        try:
-            self._codec.decode(packed, tokens)
-        except (RuntimeError, ValueError) as error:
-            raise CacheDamage(f"{self._file.path.name}: row {row} doesn't decompress") from error
+def entry_table(tables: dict[str, bytes], index: NDArray[Any] | None) -> bytes:
+    """The table of one view: an entry for each row, from its small chunks and from the index of packed tokens."""
+    rows = np.empty(len(tables["hflip"]), _ENTRIES if index is None else _PACKED_ENTRIES)
+    rows["tail"], rows["crc32c"] = tails_of(tables), np.frombuffer(tables["crc32c"], "<u4")
+    if index is not None:
+        rows["place"] = index
+    return rows.tobytes()
+
+
+def key_table(keys: list[bytes]) -> bytes:
+    """The table that all views of a shard share: where each key starts, where the last one stops, and the keys."""
+    starts = np.cumsum([_START * (len(keys) + 1), *map(len, keys)], dtype="<u4")
+    return starts.tobytes() + b"".join(keys)
+
+
+_BLOSC = numcodecs.Blosc()  # decodes frames of any settings
+
+
+def packed_index(file: Descriptor, rows: int) -> NDArray[np.uint64]:
+    """Of tokens in zarr's sharding codec: offset and length of each record's frame, [rows, 2].
+
+    Length 0 stands for those that lie outside the file. The file ends with this index and its crc32c.
+    """
+    end = file.size() - rows * 16 - CHECKSUM_BYTES
+    if end < 0:
+        raise CacheDamage(f"{file.path.name} is shorter than its index")
+    index = np.frombuffer(check_table(file.path, file.read_from(end)), "<u8").reshape(rows, 2).copy()
+    offsets, lengths = index.T
+    index[(offsets > end) | (lengths > end - np.minimum(offsets, np.uint64(end))), 1] = 0
+    return index
+
+
+def read_packed(file: Descriptor, row: int, place: Sequence[int], tokens: NDArray[Any]) -> None:
+    """Decompress one record's tokens from its place (offset, length)."""
+    offset, length = place
+    if length == 0:
+        raise CacheDamage(f"{file.path.name}: row {row} lies outside the file")
+    packed = np.empty(length, np.uint8)
+    file.read_into(packed, offset)
+    try:
+        _BLOSC.decode(packed, tokens)
+    except (RuntimeError, ValueError) as error:
+        raise CacheDamage(f"{file.path.name}: row {row} doesn't decompress") from error
 
 
 def table_sizes(rows: int) -> dict[str, int]:

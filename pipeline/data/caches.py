@@ -20,10 +20,11 @@ log = logging.getLogger(__name__)
 
 
 def open_caches(paths: Mapping[str, Path]) -> dict[str, CacheReader]:
-    """Open one cache a teacher; an empty name stands for the name of the cache's own teacher.
+    """Open one cache a teacher, its tables loaded; an empty name stands for the name of the cache's own teacher.
 
     Raises:
         CacheError: a cache is unfinished, or they don't show the same pixels of the same images.
+        CacheDamage: a table is damaged.
     """
     readers = {}
     for name, path in paths.items():
@@ -36,6 +37,8 @@ def open_caches(paths: Mapping[str, Path]) -> dict[str, CacheReader]:
                 f"cache {name} lacks {len(missing)} of {reader.header.shards} shards: finish its extraction"
             )
         _agree(next(iter(readers)), name, readers)
+    for reader in readers.values():
+        reader.load_tables(len(readers))
     return readers
 
 
