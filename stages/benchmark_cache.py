@@ -8,12 +8,15 @@ Every figure pairs our code with the least that could do the job, over the same 
     write         write_shard, with its commit       against plain writes and the same fsyncs     (aim: >= 0.7)
     verify        verify at level full               against xxh3-128 by hashlib.file_digest      (aim: >= 0.7)
     verify_tight  the same                           against xxh3-128 and our crc32c over our own blocks
+    shards        reads as training does them, from  against the fewest shards; microseconds, reads and bytes a record
+                  100, 600 and 1,252 shards          (aim: <= 1.5)
 
 The loop of `read` takes google-crc32c, which zarr takes too; the cache itself takes awscrt's, which is twice as fast.
 Verification walks every byte twice, by the file's hash and by the records' checksums, and reads ahead in a second
 thread; `file_digest` does it once, in one thread. The tight pairs hold us against a loop in one thread that has the
 cache's own libraries and does nothing else.
-Files are warm: the figures speak of our overhead, not of the disk.
+Files are warm: the figures speak of our overhead, not of the disk. The cache of many shards consists of sparse files
+with whole tables; as many different records are read from 100 of its shards as from all.
 """
 
 import hashlib
@@ -27,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import google_crc32c
 import numpy as np
@@ -36,7 +39,7 @@ import webdataset
 import xxhash
 from awscrt.checksums import crc32c
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, Strict
 
 from pipeline.cache import (
     CacheHeader,
@@ -52,15 +55,17 @@ from pipeline.cache import (
     verify,
 )
 from pipeline.cache.files import BLOCK, Descriptor, aligned, file_of, sync_folder
+from pipeline.cache.sparse import create_sparse_cache, filled_rows
 from pipeline.cache.tar_view import index_of
 from pipeline.config import Config, PathField
+from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]  # bare, ours
 
 
 class BenchmarkCacheConfig(Config):
-    """What is measured. The defaults take about a minute and 3 GB of disk."""
+    """What is measured. The defaults take about two minutes and 3 GB of disk."""
 
     path: PathField | None = None  # an existing cache; a synthetic one of each store when left out
     folder: PathField | None = None  # where synthetic caches go; the system's temporary folder when left out
@@ -71,6 +76,8 @@ class BenchmarkCacheConfig(Config):
     image_bytes: int = Field(default=25_000, ge=1)
     visible: float = Field(default=0.25, gt=0, le=1)  # share of the rows that are taken
     repeats: int = Field(default=11, ge=1)  # pairs; the median counts
+    shards: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] = (100, 600, 1252)  # ascending
+    shard_records: int = Field(default=4096, ge=1)  # read from that many shards
     seed: int = 0
 
 
@@ -97,7 +104,72 @@ def _measure(config: BenchmarkCacheConfig, scratch: Path) -> dict[str, Any]:
         results[store] = _read_and_verify(config, path, scratch)
         shutil.rmtree(path)
         results[store]["write"] = _write(config, header, _random_shard(config, header, 0), scratch)
+        results[store]["shards"] = _many_shards(config, store, scratch / "sparse")
+        shutil.rmtree(scratch / "sparse", ignore_errors=True)
     return results
+
+
+def _many_shards(config: BenchmarkCacheConfig, store: str, path: Path) -> dict[str, Any]:
+    """Shuffled reads of visible rows from few and many shards of one sparse cache, by turns."""
+    if not config.shards:
+        return {}
+    S, counts = config.samples_per_shard, sorted(config.shards)
+    header = _header(config.model_copy(update={"samples": counts[-1] * S}), store)
+    wanted = {count: min(S, -(-config.shard_records // count)) for count in counts}
+    filled = [wanted[next(count for count in counts if shard < count)] for shard in range(header.shards)]
+    create_sparse_cache(path, header, filled, config.image_bytes)
+    began = time.perf_counter()
+    reader = open_cache(path)
+    opened = time.perf_counter()
+    reader.load_tables()
+    loaded = time.perf_counter()
+    rows = np.arange(max(1, round(header.tokens * config.visible)))
+    jobs, records = dict[int, Callable[[], None]](), dict[int, int]()
+    for count in counts:
+        kept = [filled_rows(header, shard, filled[shard])[: wanted[count]] + shard * S for shard in range(count)]
+        indices = EpochOrder(np.concatenate(kept), config.seed, "full", S, 1)
+        records[count] = len(indices)
+        jobs[count] = _training_reads(reader, indices.take(0, np.arange(len(indices))).tolist(), rows)
+    traffic = {count: _traffic(jobs[count]) for count in counts}  # warms files, too
+    times = [{count: _seconds(job) / records[count] for count, job in jobs.items()} for _ in range(config.repeats)]
+    lanes = {
+        str(count): {
+            "over_fewest": statistics.median(turn[count] / turn[counts[0]] for turn in times),
+            "microseconds_per_record": 1e6 * statistics.median(turn[count] for turn in times),
+            "reads_per_record": traffic[count][0] / records[count],
+            "bytes_per_record": traffic[count][1] / records[count],
+        }
+        for count in counts
+    }
+    return {"open_seconds": opened - began, "load_tables_seconds": loaded - opened, **lanes}
+
+
+def _training_reads(reader: CacheReader, indices: list[int], rows: NDArray[np.int64]) -> Callable[[], None]:
+    """Read as a training's dataset does: a record's arrays last until the next one is read."""
+
+    def read() -> None:
+        for index in indices:
+            record = reader.read(index, 0, keep=False)
+            record.tokens.take(rows, 0)
+            if record.scale is not None:
+                record.scale.take(rows)
+
+    return read
+
+
+def _traffic(job: Callable[[], None]) -> tuple[int, int]:
+    """Reading system calls of this process, and their bytes, once every file has been opened."""
+    job()
+    first, second = _io(), _io()  # looking is reading, too
+    job()
+    reads, size = (after - 2 * before + once for once, before, after in zip(first, second, _io(), strict=True))
+    return reads, size
+
+
+def _io() -> tuple[int, int]:
+    """Reading system calls of this process so far, and their bytes."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["syscr"]), int(counts["rchar"])
 
 
 def _read_and_verify(config: BenchmarkCacheConfig, path: Path, scratch: Path) -> dict[str, Any]:

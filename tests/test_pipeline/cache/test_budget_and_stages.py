@@ -115,10 +115,15 @@ def test_cache_info_of_damage(cache: Path) -> None:
 def test_benchmark_measures_both_stores_and_given_caches(tmp_path: Path) -> None:
     """The figures themselves are the benchmark's business; here it runs and says what it should."""
     config = benchmark_cache.BenchmarkCacheConfig(
-        folder=tmp_path, samples=16, samples_per_shard=8, grid=2, dim=8, image_bytes=100, repeats=2
-    )
+        folder=tmp_path, samples=16, samples_per_shard=8, grid=2, dim=8, image_bytes=100, repeats=2, shards=(2, 5),
+        shard_records=10,
+    )  # fmt: skip
     answer = benchmark_cache.run(config)
     for store in ("zarr", "webdataset"):
+        many = answer[store].pop("shards")
+        assert [many[lane]["reads_per_record"] for lane in ("2", "5")] == 2 * [3 if store == "zarr" else 1]
+        assert many["2"]["over_fewest"] == 1
+        assert many["5"]["bytes_per_record"] == pytest.approx(48 if store == "zarr" else 1900, rel=0.2)
         assert set(answer[store]) == {"read", "read_tight", "npy", "verify", "verify_tight", "write"}
         assert all(len(figure["ratios"]) >= 2 and figure["ratio"] > 0 for figure in answer[store].values())
     assert list(tmp_path.iterdir()) == []
