@@ -311,11 +311,12 @@ class _Lane:
         """Bytes at a step's peak on CUDA, what the other lanes hold left out."""
         weights = [*self.student.parameters(), *self.student.buffers()]
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        own = sum(value.numel() * value.element_size() for value in [*weights, *moments])
+        own: int = sum(value.numel() * value.element_size() for value in [*weights, *moments])
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         self.train_again()
-        return int(torch.cuda.max_memory_allocated(self.device)) - before + own
+        peak: int = torch.cuda.max_memory_allocated(self.device) - before + own
+        return peak
 
     def _step(self, batch: PretrainBatch) -> None:
         ids_keep, targets = self.targets(batch)
