@@ -20,7 +20,7 @@ process and in a worker (aim: ≥ 0.8).
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
@@ -182,6 +182,7 @@ class _Bench:
         teacher = load_teacher(self.config.teachers[0], self.device, self.dtype)
         cache = self._extract(teacher, "webdataset", "stored")
         lane = self._lane("mr_mae", {"t": cache}, {}, workers=0)
+        dataset = self._dataset(lane.student, {"t": cache})
         count = self.config.batch_size * self.config.steps
         images = cycle([cache.read(index, 0).image or b"" for index in range(len(cache))])
 
@@ -196,7 +197,7 @@ class _Bench:
         def worker() -> float:
             # A worker makes batches ahead, so it is started for the measurement alone, and what it had ahead is not
             # counted. Then it is at work all the time, and a batch is taken as soon as it is there.
-            with closing(self._lane("mr_mae", {"t": cache}, {}, workers=1).batches) as batches:
+            with closing(load(dataset, self._requests(), workers=1)) as batches:
                 for _ in range(2 * PREFETCH):
                     next(batches)
                 began, few = time.perf_counter(), max(self.config.steps, 2 * PREFETCH)
@@ -232,25 +233,29 @@ class _Bench:
         student = build_student(
             **config.student.model_dump(exclude_none=True), objective=objective, teachers=dims or None
         )
-        patches = student.grid[0] * student.grid[1]
-        keep = visible_count(patches, config.mask_ratio)
-        source = None if any(cache.stores_images for cache in caches.values()) else self.source
-        dataset = PretrainDataset(
-            source, caches, self.views, patches=patches, keep=keep, focus="sampled" if dims else "random",
-            rows=student.target_rows, masks_per_sample=1, seed=config.seed, online=bool(teachers),
-        )  # fmt: skip
-        live = torch.arange(len(self.source)).numpy()
-        order = EpochOrder(live, config.seed, "full", 64, 16)
-        sampler = StepSampler(order, config.batch_size, 1, 0, 1, 0, FOREVER)
-        batches = load(dataset, sampler, config.workers if workers is None else workers)
+        dataset = self._dataset(student, caches, online=bool(teachers))
+        batches = load(dataset, self._requests(), config.workers if workers is None else workers)
         targets: Targets = (
-            OnlineTargets(teachers, keep, student.target_rows, 1)
+            OnlineTargets(teachers, dataset.keep, student.target_rows, 1)
             if teachers
             else CachedTargets({name: cache.header.quantiser.dequantise for name, cache in caches.items()})
         )
         if config.compile:
             student.compile()
         return _Lane(student.to(self.device), targets, batches, self.device, self.dtype, config.steps)
+
+    def _dataset(self, student: Student, caches: dict[str, CacheReader], online: bool = False) -> PretrainDataset:
+        patches = student.grid[0] * student.grid[1]
+        keep = visible_count(patches, self.config.mask_ratio)
+        source = None if any(cache.stores_images for cache in caches.values()) else self.source
+        return PretrainDataset(
+            source, caches, self.views, patches=patches, keep=keep, focus="sampled" if caches or online else "random",
+            rows=student.target_rows, masks_per_sample=1, seed=self.config.seed, online=online,
+        )  # fmt: skip
+
+    def _requests(self) -> StepSampler:
+        order = EpochOrder(np.arange(len(self.source)), self.config.seed, "full", 64, 16)
+        return StepSampler(order, self.config.batch_size, 1, 0, 1, 0, FOREVER)
 
 
 class _Lane:
@@ -260,7 +265,7 @@ class _Lane:
         self,
         student: Student,
         targets: Targets,
-        batches: Generator[PretrainBatch, None, None],
+        batches: Iterator[PretrainBatch],
         device: torch.device,
         dtype: torch.dtype,
         steps: int,
