@@ -577,15 +577,15 @@ def test_a_full_disk_ends_the_run_with_the_next_batch(
 def test_tombstones_hold_nothing_of_a_former_shard(
     image_tree: Path, tmp_path: Path, make_cache: Make, store: str
 ) -> None:
-    """Twelve shards go through three buffers: as if each had been the first one of its run."""
+    """Six shards go through three buffers: as if each had been the first one of its run."""
     images = tmp_path / "images"
     shutil.copytree(image_tree, images)
     for number in (7, 9, 16, 23):
         file = sorted(images.rglob("*.jpg"))[number]
         file.write_bytes(bytes(100))
-    keys: dict[str, Any] = {"cache__samples_per_shard": 2, "cache__store": store, "max_tombstones": 0.5}
+    keys: dict[str, Any] = {"cache__samples_per_shard": 4, "cache__store": store, "max_tombstones": 0.5}
     whole = content(make_cache("whole", images=images, **keys))
     config = extract_config(images, tmp_path / "parts", **keys)
-    for shard in range(12):
+    for shard in range(6):
         extract_teacher_features.run(config, shard_range=f"{shard}:{shard + 1}")
     assert content(tmp_path / "parts") == whole
