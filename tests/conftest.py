@@ -5,6 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+# A thread without work sleeps, here and in what tests start: else each small sum of torch keeps all cores busy.
+# OpenMP reads it when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from tests import forked

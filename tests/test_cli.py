@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
+from tests import forked
 from tests.test_stages.conftest import extract_config
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,9 @@ def test_verify_exit_codes(image_tree: Path, tmp_path: Path) -> None:
     assert '"sound": false' in result.output
 
 
-def start(tmp_path: Path, image_tree: Path, cache: Path) -> subprocess.Popen[str]:
+def start(
+    popen: type[subprocess.Popen[str]] | type[forked.Popen], tmp_path: Path, image_tree: Path, cache: Path
+) -> subprocess.Popen[str] | forked.Popen:
     """A pre-training run that would go on for hours, in a process of its own."""
     command = [
         sys.executable, "-m", "cli", "pretrain", f"data.path={image_tree}", f"cache.path={cache}", "log_every=1",
@@ -91,17 +94,17 @@ def start(tmp_path: Path, image_tree: Path, cache: Path) -> subprocess.Popen[str
         "tensorboard=false", "checkpoint_every=100000",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    return popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_before_leaving(image_tree: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "popen"), [(signal.SIGINT, subprocess.Popen), (signal.SIGTERM, forked.Popen)])
+def test_a_signal_saves_before_leaving(
+    image_tree: Path, tmp_path: Path, number: signal.Signals, popen: type[subprocess.Popen[str]] | type[forked.Popen]
+) -> None:
     from stages import extract_teacher_features
 
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache"))
-    process = start(tmp_path, image_tree, tmp_path / "cache")
+    process = start(popen, tmp_path, image_tree, tmp_path / "cache")
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):

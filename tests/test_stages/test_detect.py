@@ -30,7 +30,7 @@ from stages import detect, finetune, pretrain, visualize
 from stages.detect import DetectConfig
 from tests.coco import scene_annotations, write_coco
 from tests.test_stages.conftest import pretrain_config
-from tests.test_stages.test_processes import torchrun
+from tests.test_stages.test_processes import forked_ranks
 
 CONFIG = Path(__file__).parents[2] / "configs/coco_tiny.yaml"
 STUDENT = {"name": "mrmae_vit_tiny_patch16", "patch_size": 8, "dim": 48, "depth": 2, "num_heads": 3}
@@ -240,11 +240,11 @@ def test_two_processes_train_and_score_as_one_scores(annotated: dict[str, Any], 
         return json.dumps(value).replace('"', "")
 
     data = {"train": annotated, "val": annotated, "workers": 0}
-    done = torchrun(
+    both = forked_ranks(
         2, "detect", f"data={written(data)}", f"student={written(STUDENT)}", f"detector={written(DETECTOR)}",
         "image_size=64", "batch_size=2", "max_steps=2", "log_every=1", "tensorboard=false", f"output={tmp_path}/two",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert [done.returncode for done in both] == [0, 0], both
     scored = detect.run(detect_config(annotated, tmp_path / "two"), eval_only=True)
     row = next(row for row in rows(tmp_path / "two") if "box_AP" in row)
     assert scored == pytest.approx({key: row[key] for key in scored}, abs=1e-6)

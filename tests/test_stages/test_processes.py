@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from pipeline.evaluation.records import read_records
 from pipeline.training.metrics import read_metrics
 from stages import extract_teacher_features, knn, linear_probe, pretrain
+from tests import forked
 from tests.test_stages.conftest import ENCODER, MICRO, extract_config, pretrain_config, sets
 from tests.test_stages.test_extract_teacher_features import content
 
@@ -41,6 +44,26 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
     finally:
         process.kill()
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+
+
+def forked_ranks(processes: int, *arguments: str) -> list["subprocess.CompletedProcess[str]"]:
+    """As torchrun starts them, without its own seconds and those of each interpreter."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+
+    def start(rank: str) -> "subprocess.CompletedProcess[str]":
+        return forked.run(
+            [*forked.CLI, *arguments],
+            cwd=ROOT,
+            text=True,
+            env={**os.environ, **shared, **sizes, "RANK": rank, "LOCAL_RANK": rank},
+        )
+
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(start, map(str, range(processes))))
 
 
 def without_key_biases(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from pipeline.cache import (
 )
 from pipeline.cache import files as cache_files
 from pipeline.errors import CacheDamage, CacheError
+from tests import forked
 from tests.test_pipeline.cache.samples import (
     STORES,
     attention_of,
@@ -330,11 +330,14 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path, stor
     command = [sys.executable, "-c", WRITER, str(tmp_path / "cache")]
     random = np.random.default_rng(1)
     for _ in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(random.uniform(0.0, 0.15))
-            process.send_signal(signal.SIGKILL)
+        ready, write = os.pipe()
+        process = forked.Popen(command, stdout=write)
+        os.close(write)
+        with open(ready) as output:
+            assert output.readline() == "ready\n"
+        time.sleep(random.uniform(0.0, 0.15))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
         reader = open_cache(tmp_path / "cache")
         for index in reader.live_indices().tolist():
             reader.read(index, 0)
