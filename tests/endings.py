@@ -47,10 +47,10 @@ def strike(what: str) -> None:
     if what == "step":
         backward = _Loop._backward
 
-        def step(loop: Any, number: int, *rest: Any) -> None:
-            if number:
+        def step(loop: Any, *rest: Any) -> None:
+            if loop.watch.steps:
                 raise ValueError("a broken loss")
-            backward(loop, number, *rest)
+            backward(loop, *rest)
 
         _Loop._backward = step  # type: ignore[method-assign]
         return
