@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.cache import CacheReader, Record, hash_source
+from pipeline.cache import CacheHeader, CacheReader, Record, hash_source
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import ImageSource
 from pipeline.data.masks import Focus, mask_noise, visible_patches
@@ -152,25 +152,28 @@ class PretrainDataset:
         repeats, size = self.masks_per_sample, self.views.image_size
         views = [view_of_epoch(index, epoch, self.views.count) for epoch, index in requests]
         noise = mask_noise(requests, self.patches, self.focus, self.seed, repeats)
+        ids_keep = None if self.defers_masks else np.empty((len(requests), repeats, self.keep), np.int64)
+        wanted = {} if ids_keep is None or self.rows == "none" else self.caches
+        targets = {name: self._target_rows(cache, len(requests), empty) for name, cache in wanted.items()}
         shown: list[list[Record]] = []
-        masks: list[NDArray[np.int64]] = []
-        targets: dict[str, list[tuple[NDArray[Any], NDArray[Any] | None]]] = {name: [] for name in self.caches}
-        for (_, index), view, own in zip(requests, views, noise, strict=True):
+        for row, ((_, index), view, mask_noise_of_sample) in enumerate(zip(requests, views, noise, strict=True)):
             # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
             records = {name: cache.read(index, view, keep=False) for name, cache in self.caches.items()}
             shown.append(list(records.values()))
-            if self.defers_masks:
+            if ids_keep is None:
                 continue
-            masks.append(visible_patches(_attention_of(shown[-1]), own, self.keep, self.focus))
-            for name, record in records.items():
-                if self.rows != "none":
-                    targets[name].append(_rows_of(record, masks[-1], self.rows))
+            attention = _attention_of(shown[-1])
+            ids_keep[row] = visible_patches(attention, mask_noise_of_sample, self.keep, self.focus)
+            if targets:
+                ids = self._wanted_ids(ids_keep[row])
+                for name, target_rows in targets.items():
+                    target_rows.take(row, records[name], ids)
         pixels = empty((len(requests), repeats, size, size, 3), np.uint8)
         gumbel = noise.reshape(-1, self.patches) if self.defers_masks and self.focus == "sampled" else None
         batch = PretrainBatch(
             to_chw(pixels.reshape(-1, size, size, 3)),
-            torch.from_numpy(np.concatenate(masks)) if masks else None,
-            {name: _join(rows, empty) for name, rows in targets.items() if rows},
+            None if ids_keep is None else torch.from_numpy(ids_keep.reshape(-1, self.keep)),
+            {name: target_rows.tensors() for name, target_rows in targets.items()},
             torch.from_numpy(np.repeat([index for _, index in requests], repeats)),
             None if gumbel is None else torch.from_numpy(gumbel),
         )
@@ -179,6 +182,19 @@ class PretrainDataset:
             self._show(index, view, shown[row], pixels[row, 0])
         pixels[:, 1:] = pixels[:, :1]
         return batch
+
+    def _target_rows(self, cache: CacheReader, samples: int, empty: Empty) -> "_TargetRows":
+        count = {"visible": self.keep, "masked": self.patches - self.keep, "all": self.patches}[self.rows]
+        return _TargetRows(cache.header, (samples, self.masks_per_sample, count), empty)
+
+    def _wanted_ids(self, ids_keep: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The target rows [repeats, R] of masks [repeats, K]."""
+        if self.rows == "visible":
+            return ids_keep
+        patches = np.arange(self.patches)
+        if self.rows == "all":
+            return np.broadcast_to(patches, (len(ids_keep), self.patches))
+        return np.stack([np.setdiff1d(patches, ids, assume_unique=True) for ids in ids_keep])
 
     def _show(self, index: int, view: int, records: list[Record], out: NDArray[np.uint8]) -> None:
         """The view that the teacher saw, byte for byte, into `out` [S, S, 3]."""
@@ -222,19 +238,27 @@ def _attention_of(records: list[Record]) -> NDArray[Any] | None:
     return attention
 
 
-def _rows_of(record: Record, masks: NDArray[np.int64], rows: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Values [repeats, R, D] and scales [repeats, R] for `masks` [repeats, K]; copies."""
-    every = np.arange(len(record.tokens))
-    if rows == "all":
-        masks = np.broadcast_to(every, (len(masks), len(every)))
-    elif rows == "masked":
-        masks = np.stack([np.setdiff1d(every, mask, assume_unique=True) for mask in masks])
-    return record.tokens.take(masks, 0), None if record.scale is None else record.scale.take(masks)
+class _TargetRows:
+    """The target rows of a batch, each record's taken where they are handed over.
 
+    Args:
+        header: of the cache that the records come from.
+        shape: (samples, masks of each, rows of each mask).
+    """
 
-def _join(rows: list[tuple[NDArray[Any], NDArray[Any] | None]], empty: Empty) -> tuple[Tensor, Tensor | None]:
-    values = [value for value, _ in rows]
-    shape = (sum(map(len, values)), *values[0].shape[1:])
-    joined = torch.from_numpy(np.concatenate(values, out=empty(shape, values[0].dtype)))
-    scales = [scale for _, scale in rows if scale is not None]
-    return joined, torch.from_numpy(np.concatenate(scales)) if scales else None
+    def __init__(self, header: CacheHeader, shape: tuple[int, int, int], empty: Empty) -> None:
+        self._values = empty((*shape, header.dim), header.quantiser.dtype)
+        self._scales = np.empty(shape, np.float16) if header.quantiser.has_scale else None
+
+    def take(self, row: int, record: Record, ids: NDArray[np.int64]) -> None:
+        """Rows `ids` [masks, R] of a record become those of sample `row`."""
+        # Without a mode numpy takes into a buffer first, so that a wrong id leaves `out` as it was; ids are ours.
+        record.tokens.take(ids, 0, out=self._values[row], mode="clip")
+        if self._scales is not None:
+            assert record.scale is not None
+            record.scale.take(ids, out=self._scales[row], mode="clip")
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Values [samples × masks, R, D] and scales [samples × masks, R]."""
+        scales = None if self._scales is None else torch.from_numpy(self._scales).flatten(0, 1)
+        return torch.from_numpy(self._values).flatten(0, 1), scales

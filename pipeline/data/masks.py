@@ -69,8 +69,9 @@ def visible_patches(
     if focus == "top-k" and attention is not None:
         ids = np.tile(np.argsort(-attention.astype(np.float64), kind="stable")[:keep], (len(noise), 1))
     elif focus == "sampled" and attention is not None:
-        scores = np.log(np.maximum(attention.astype(np.float64), _FLOOR)) + noise
-        ids = (-scores).argpartition(keep - 1, axis=1)[:, :keep].copy()
+        scores = np.log(np.maximum(attention, _FLOOR, dtype=np.float64)) + noise
+        first = scores.shape[1] - keep
+        ids = scores.argpartition(first, axis=1)[:, first:]
     else:
         ids = _split_permutation(noise, keep)
     ids.sort(axis=1)
