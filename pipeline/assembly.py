@@ -24,8 +24,8 @@ from pipeline.models import (
 from pipeline.models.config import StudentConfig
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.config import TeacherConfig
-from pipeline.teachers.weights import state_digest
 from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.weights import state_digest
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
         compile=description.get("compile", False),
     )
     teacher = load_teacher(config, device, getattr(torch, description["dtype"]))
-    if teacher.weights_sha256 != description["weights_sha256"]:
+    if not teacher.recognises(description["weights_sha256"]):
         raise TeacherError(f"the weights of teacher {config.spec} are not those that the cache was made with")
     return teacher
 

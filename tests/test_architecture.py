@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMPOSING = {"demo"}  # stages that are made of other stages
-CONFIG = {"config", "errors", "processes", "progress"}  # modules of pipeline/ that any wing may use
+CONFIG = {"config", "errors", "processes", "progress", "weights"}  # modules of pipeline/ that any wing may use
 WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection"}
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import TeacherError
-from pipeline.teachers.weights import load_strictly, read_state, state_digest
+from pipeline.teachers.weights import load_strictly
+from pipeline.weights import read_state, state_digest
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 
