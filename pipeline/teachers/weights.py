@@ -32,7 +32,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     own = model.state_dict()
     problems = _summary("lacks", own.keys() - state.keys()) + _summary("has unknown", state.keys() - own.keys())
     problems += [
-        f"{key} is {list(state[key].shape)} where {list(own[key].shape)} is expected"
+        f"has {key} as {list(state[key].shape)} where {list(own[key].shape)} is expected"
         for key in sorted(own.keys() & state.keys())
         if state[key].shape != own[key].shape
     ][:2]
