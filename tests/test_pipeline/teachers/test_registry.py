@@ -123,7 +123,7 @@ def test_a_network_is_run_before_its_weights_are_fetched(
 @pytest.mark.parametrize("choice", [{"image_size": 40}, {"tokens": "projected"}, {"layers": 99}])
 def test_choices_are_checked_before_weights_are_fetched(choice: dict[str, Any]) -> None:
     """Without a network the download would be the first to fail."""
-    with pytest.raises(TeacherError, match="multiple|no projection|blocks"):
+    with pytest.raises(TeacherError, match=r"multiple|no projection|blocks"):
         build_teacher("timm:vit_tiny_patch16_224", **choice)
 
 
