@@ -91,7 +91,7 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
     """
     recorded, spec = description["weights"], description["spec"]
     ours = spec.startswith("mrmae:")
-    if weights is None and not ours and recorded.endswith((".safetensors", ".pth", ".pt", ".bin")):
+    if weights is None and not ours and recorded != "random" and "/" not in recorded:  # a hub's name has a slash
         raise TeacherError(f"the cache was made with the local weights {recorded}: say where they lie with --weights")
     config = TeacherConfig(
         spec=f"mrmae:{weights}" if ours and weights else spec,  # the run has moved or has been trained on
