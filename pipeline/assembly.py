@@ -24,8 +24,8 @@ from pipeline.models import (
 from pipeline.models.config import StudentConfig
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.config import TeacherConfig
-from pipeline.teachers.weights import state_digest
 from pipeline.training.checkpoint import recorded_start, resolve_checkpoint
+from pipeline.weights import state_digest
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
     """
     recorded, spec = description["weights"], description["spec"]
     ours = spec.startswith("mrmae:")
-    if weights is None and not ours and recorded.endswith((".safetensors", ".pth", ".pt", ".bin")):
+    if weights is None and not ours and recorded != "random" and "/" not in recorded:  # a hub's name has a slash
         raise TeacherError(f"the cache was made with the local weights {recorded}: say where they lie with --weights")
     config = TeacherConfig(
         spec=f"mrmae:{weights}" if ours and weights else spec,  # the run has moved or has been trained on
@@ -113,7 +113,7 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
         compile=description.get("compile", False),
     )
     teacher = load_teacher(config, device, getattr(torch, description["dtype"]))
-    if teacher.weights_sha256 != description["weights_sha256"]:
+    if not teacher.recognises(description["weights_sha256"]):
         raise TeacherError(f"the weights of teacher {config.spec} are not those that the cache was made with")
     return teacher
 

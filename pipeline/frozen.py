@@ -24,7 +24,7 @@ from pipeline.models.config import StudentConfig
 from pipeline.processes import gather_rows, processes
 from pipeline.progress import track
 from pipeline.teachers.config import TeacherConfig
-from pipeline.teachers.weights import state_digest
+from pipeline.weights import state_digest
 
 
 class FrozenConfig(Config):

@@ -107,6 +107,9 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
     caches = config.caches()
     dtype = teacher_dtype(config.precision, state.device)
     teachers = [load_teacher(teacher, state.device, dtype) for teacher in caches.values()]
+    for path, teacher in zip(caches, teachers, strict=True):
+        if (path / "cache.json").is_file():
+            teacher.recognises(read_header(path).teacher["weights_sha256"])
     extractor = Extractor(source, config.views, teachers, config.batch_size, config.data.workers, config.cache.store)
     header = _open(list(caches), config.cache, extractor, first=state.is_main_process)
     if init_only:

@@ -8,7 +8,7 @@ cache.path the teacher runs in every step, on the same views and with the same m
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,13 +37,13 @@ from pipeline.processes import processes, stage
 from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
-from pipeline.teachers.weights import state_digest
-from pipeline.training.checkpoint import recorded_start, resolve_checkpoint
+from pipeline.training.checkpoint import newest_checkpoint, recorded_start, resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, StepPlan
 from pipeline.watch import WatchConfig, open_watch
+from pipeline.weights import state_digest
 
 log = logging.getLogger(__name__)
 
@@ -205,13 +205,24 @@ def _open_knowledge(config: PretrainConfig) -> _Knowledge:
         device = processes().device
         dtype = teacher_dtype(config.precision, device)
         live = [load_teacher(each, device, dtype) for each in [config.teacher, *config.teachers.values()] if each]
-        return _Knowledge(teachers=dict(zip(config.teachers or [live[0].name], live, strict=True)))
+        teachers = dict(zip(config.teachers or [live[0].name], live, strict=True))
+        _recall_digests(config, teachers)
+        return _Knowledge(teachers=teachers)
     if config.mimic.objective != "mae":
         raise ConfigError(
             f"mimic.objective={config.mimic.objective} needs a cache: give cache.path=..., or objective=mae, or "
             "teacher.spec=... to run a teacher in every step"
         )
     return _Knowledge()
+
+
+def _recall_digests(config: PretrainConfig, teachers: Mapping[str, Teacher]) -> None:
+    """A run of before knows its live teachers by the digest of resampled weights, and goes on with them."""
+    if any(teacher.backbone.native for teacher in teachers.values()):
+        newest = newest_checkpoint(config.output / "checkpoints")
+        recorded = newest.identity.get("teachers", {}) if newest else {}
+        for name in teachers.keys() & recorded.keys():
+            teachers[name].recognises(recorded[name]["weights_sha256"])
 
 
 def _views(config: PretrainConfig, known: _Knowledge) -> ViewConfig:

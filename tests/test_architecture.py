@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMPOSING = {"demo", "benchmark_gpu"}  # stages that are made of other stages
-CONFIG = {"config", "errors", "processes", "progress", "tensor_files"}  # modules of pipeline/ that any wing may use
+# Modules of pipeline/ that any wing may use
+CONFIG = {"config", "errors", "processes", "progress", "tensor_files", "weights"}
 WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection"}
 
 

@@ -1,10 +1,9 @@
-"""Weights in and out: files of several kinds, public checkpoints, other grids, students turned into classifiers.
+"""Weights in and out of a model: our own folders, public checkpoints, other grids, students turned into classifiers.
 
 Nothing is loaded in silence: `load_weights` raises, or returns a report of what came from where.
 """
 
 import json
-import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,9 +11,6 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, PipelineError
@@ -23,6 +19,7 @@ from pipeline.models.classifier import Classifier
 from pipeline.models.mr_mae import Student
 from pipeline.models.patches import resample_positions
 from pipeline.tensor_files import save_tensors
+from pipeline.weights import load_tensors, read_state
 
 # What belongs to a task and not to the encoder, by the first part of its flat name.
 TASK_PARTS = frozenset(
@@ -61,20 +58,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read a state dict, and the spec of the model if the file has one.
 
     Args:
-        path: a folder that `save_weights` wrote (or any holding its two files), a .safetensors, or a .pth or .pt, which
-            is read as tensors only: a pickle that holds code is refused. "model" and "state_dict" wrappers and the
-            prefix "module." are taken off.
+        path: a folder that `save_weights` wrote (or any holding its two files), read as it is, or a file that
+            `pipeline.weights.read_state` takes.
 
     Raises:
         CheckpointError: absent, torn, of an unknown kind, or holding no tensors.
     """
-    if path.is_dir():
-        state, spec = _read_tensors(path / "model.safetensors"), _read_spec(path / "model.json")
-    else:
-        state, spec = _read_tensors(path), None
-    if not state:
-        raise CheckpointError(f"{path} holds no tensors: is it a model's checkpoint?")
-    return {key.removeprefix("module."): value for key, value in state.items()}, spec
+    if not path.is_dir():
+        return read_state(path), None
+    return load_tensors(path / "model.safetensors"), _read_spec(path / "model.json")
 
 
 def save_weights(model: Student | Classifier, folder: Path) -> None:
@@ -198,32 +190,6 @@ def _part(key: str) -> str:
 
 def _summary(names: list[str], shown: int = 6) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; give a checkpoint folder, a .safetensors or a .pth")
-    try:
-        if file.suffix == ".safetensors":
-            return dict(load_file(file))
-        if file.suffix in (".pth", ".pt"):
-            return _unwrap(torch.load(file, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} is torn, or holds more than tensors and is refused: save its state dict alone, as .safetensors"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{file} can't be read ({reason}): fetch or save it again") from error
-    raise CheckpointError(f"{file}: '{file.suffix}' is no known kind; give a .safetensors, a .pth or a .pt")
-
-
-def _unwrap(loaded: Any) -> dict[str, Tensor]:
-    for wrapper in ("model", "state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    tensors = loaded if isinstance(loaded, Mapping) else {}
-    return {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
 
 
 def _read_spec(file: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ are projected as the block does it, in the block's own precision; logits and sof
 Shapes: B images, H heads, d channels a head, N = P + L tokens (P prefix: class and registers, L patches), Q queries.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -118,5 +119,7 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def _softmax_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """[B,H,Q,d], [B,H,N,d] → [B,H,Q,N] fp32; autocast would run this product in bf16, so it is switched off."""
-    with torch.autocast(query.device.type, enabled=False):
+    # The meta device, on which a network is traced before its weights are fetched, knows no autocast.
+    full = nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False)
+    with full:
         return (query.float() * scale @ key.float().transpose(-2, -1)).softmax(dim=-1)

@@ -8,7 +8,7 @@ One walk: `prepare` (pixels, resized and normalised for this very network) → `
 """
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import TeacherError
+from pipeline.errors import PipelineError, TeacherError
 from pipeline.teachers.attention import patches_only
-from pipeline.teachers.weights import state_digest
+from pipeline.weights import state_digest
 
 TokenChoice = Literal["norm", "block", "projected"]
 RESIZE_FILTER = "bicubic, antialiased, clamped to 0..255, not rounded"
@@ -55,6 +55,7 @@ class Backbone(Protocol):
     has_attention: bool
     mean: tuple[float, ...]  # of the pixels in 0..1, a channel
     std: tuple[float, ...]
+    native: Mapping[str, Tensor]  # by names of `state_dict`, as the file has them: tensors resampled to `image_size`
 
     def trace(self, x: Tensor, layers: int) -> Trace:
         """Run normalised pixels [B,3,S,S] once and keep the last `layers` blocks and the attention rows."""
@@ -237,10 +238,22 @@ class Teacher(nn.Module):
 
     @property
     def weights_sha256(self) -> str:
-        """Digest of the weights in use, whatever file they came from; computed once (about 1 s a GB)."""
+        """Digest of the weights, whatever file they came from; computed once (about 1 s a GB).
+
+        Of what was resampled to `image_size` the file's tensors count: a resampling's last bits depend on the CPU.
+        """
         if self._digest is None:
-            self._digest = state_digest(self.backbone.state_dict())
+            self._digest = state_digest({**self.backbone.state_dict(), **self.backbone.native})
         return self._digest
+
+    def recognises(self, digest: str) -> bool:
+        """Whether a recorded digest is of these weights; if it is, it is this teacher's from now on.
+
+        Caches of before hold the digest of the resampled tensors, and go on as the caches that they are.
+        """
+        if self.backbone.native and digest == state_digest(self.backbone.state_dict()):
+            self._digest = digest
+        return digest == self.weights_sha256
 
     def _choose(self, block: Tensor) -> Tensor:
         """Block output [B,L,D] → the tokens asked for, fp32."""
@@ -259,6 +272,34 @@ def resize_views(views: Tensor, size: int) -> Tensor:
     if views.shape[-2:] == (size, size):
         return pixels
     return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+
+
+def rehearse(name: str, build: Callable[[], Teacher]) -> None:
+    """Build a teacher and run it on one black view, so that one that can't speak is refused before its weights come.
+
+    On the meta device this takes no memory and little time, and finds what shapes and missing members can tell.
+
+    Raises:
+        TeacherError: the build or the forward fails, or gives other shapes than the teacher states.
+    """
+    try:
+        teacher = build()
+        size = teacher.image_size
+        tokens, attention, _ = teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=teacher.device))
+    except PipelineError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().partition("\n")[0] or "no reason given")[:120]
+        raise TeacherError(
+            f"teacher '{name}' can't be run ({type(error).__name__}: {reason}): choose another model, or another "
+            "image_size"
+        ) from error
+    length = teacher.grid[0] * teacher.grid[1]
+    if tokens.shape != (1, length, teacher.dim) or (attention is not None and attention.shape != (1, length)):
+        raise TeacherError(
+            f"teacher '{name}' gives tokens {list(tokens.shape[1:])} and not one of {teacher.dim} channels for "
+            f"each of {length} patches: choose a plain ViT"
+        )
 
 
 def look_together(teachers: Sequence[Teacher], views: Tensor, heads: bool = False) -> list[TeacherOutput]:

@@ -1,6 +1,7 @@
 """CLIP's vision towers from open_clip as teachers; towers that open_clip takes from timm go the way of timm_vit."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from pipeline.errors import TeacherError
 from pipeline.teachers.attention import multihead_class_row, normed_class_row
 from pipeline.teachers.base import Trace, vit_macs
 from pipeline.teachers.timm_vit import TimmBackbone, fit_size, random_model
-from pipeline.teachers.weights import fetching, load_strictly, read_state
+from pipeline.teachers.weights import fetching, load_strictly, read_weights
 
 # open_clip builds both towers together; this is the smallest text tower it makes, and it is thrown away.
 TINY_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
+# What open_clip takes for an architecture without any tag.
+_DEFAULTS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
 
 
 class ClipBackbone(nn.Module):
@@ -47,7 +50,10 @@ class ClipBackbone(nn.Module):
         self.model = visual
         self.mean, self.std = mean, std
         self.image_size = fit_size(name, image_size, tuple(visual.image_size), tuple(visual.patch_size))
+        positions = visual.positional_embedding
         self.grid = _resample_positions(visual, self.image_size)
+        resampled = visual.positional_embedding is not positions
+        self.native: Mapping[str, Tensor] = {"model.positional_embedding": positions.detach()} if resampled else {}
         blocks = visual.transformer.resblocks
         self.dim: int = visual.transformer.width
         self.depth = len(blocks)
@@ -98,7 +104,7 @@ def build_open_clip(name: str, weights: str | None, image_size: int | None) -> t
 
     Args:
         name: architecture and tag; the tag also says whether QuickGELU is used and how pixels are normalised, so it is
-            needed with local and random weights, too.
+            needed with local and random weights, too, unless all tags of the architecture agree or it has none.
         weights: None for the tag's download, "random", or a local file with `visual.*` tensors, or the tower's alone.
         image_size: pixels a side, None for the architecture's own.
 
@@ -106,7 +112,7 @@ def build_open_clip(name: str, weights: str | None, image_size: int | None) -> t
         TeacherError: unknown architecture or tag, a tower that is no ViT, weights that can't be had or don't fit.
     """
     architecture, _, tag = name.partition(":")
-    config = _known_config(architecture, tag)
+    config = _known_config(architecture, tag, local=weights is not None)
     spec = f"open_clip:{name}"
     visual = random_model(lambda: _build_visual(architecture, bool(config.get("quick_gelu"))))
     label = "random"
@@ -135,15 +141,27 @@ def _wrap(
     raise TeacherError(f"teacher '{spec}' has no ViT as its vision tower: choose a ViT-* architecture")
 
 
-def _known_config(architecture: str, tag: str) -> dict[str, Any]:
-    """open_clip's entry for the tag's weights: where they are, mean and std, QuickGELU or not."""
+def _known_config(architecture: str, tag: str, local: bool) -> dict[str, Any]:
+    """open_clip's entry for the tag's weights: where they are, mean and std, QuickGELU or not.
+
+    `local` weights need no tag where it decides nothing: all of the architecture's agree, or there is none.
+    """
     if architecture not in open_clip.list_models():
         near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists what there is"
         raise TeacherError(f"open_clip has no architecture '{architecture}': {hint}")
     config: dict[str, Any] = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     if not config:
-        tags = ", ".join(f"{architecture}:{known}" for known in open_clip.list_pretrained_tags_by_model(architecture))
+        known = open_clip.list_pretrained_tags_by_model(architecture)
+        if not tag and local:
+            configs = [open_clip.get_pretrained_cfg(architecture, other) for other in known] or [_DEFAULTS]
+            if len({(tuple(c["mean"]), tuple(c["std"]), bool(c.get("quick_gelu"))) for c in configs}) == 1:
+                return dict(configs[0])
+        if not known:
+            raise TeacherError(
+                f"open_clip has no weights of {architecture}: give open_clip:{architecture} and teacher.weights=FILE"
+            )
+        tags = ", ".join(f"{architecture}:{other}" for other in known)
         raise TeacherError(f"open_clip has no weights '{tag}' of {architecture}: choose open_clip:<one of {tags}>")
     return config
 
@@ -156,10 +174,14 @@ def _build_visual(architecture: str, quick_gelu: bool) -> Any:
 
 
 def _load_visual(visual: nn.Module, file: Path, source: str) -> None:
-    """Load the tower from a checkpoint of both towers, or of the vision tower alone."""
-    state = read_state(file)
-    tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    load_strictly(visual, tower or state, source)
+    """Load the tower from a checkpoint of both towers, or of the vision tower alone; with or without its projection."""
+    state = read_weights(file)
+    tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")} or state
+    if isinstance(visual, TimmModel) and not any(key.startswith(("trunk.", "head.")) for key in tower):
+        tower = {f"trunk.{key}": value for key, value in tower.items()}
+    if isinstance(visual, VisionTransformer) and "proj" not in tower:
+        visual.proj = None  # teacher.tokens=projected is refused then
+    load_strictly(visual, tower, source)
 
 
 def _resample_positions(visual: Any, size: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ class TeacherConfig(Config):
     """Which teacher, and which of its tokens."""
 
     spec: str = Field(min_length=1)  # see `mrmae teachers`: dino_vitb16, clip_vitb16, timm:NAME, mrmae:RUN, ...
-    weights: str | None = None  # a local .safetensors or .pth; "random" for tests; default: the hub
+    weights: str | None = None  # a local weights file, of any ending; "random" for tests; default: the hub
     image_size: int | None = Field(None, ge=8, le=4096)  # what the teacher sees, pixels; default: its own
     tokens: Literal["norm", "block", "projected"] = "norm"
     layers: int = Field(1, ge=1)  # mean of the last so many blocks

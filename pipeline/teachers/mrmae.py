@@ -3,9 +3,10 @@
 The stage that builds the teacher loads the checkpoint and hands the module over, so this wing imports no other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -50,6 +51,7 @@ class MrmaeBackbone(nn.Module):
     projected_dim: int | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    native: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, module: Any, name: str, image_size: int | None) -> None:
         super().__init__()

@@ -3,13 +3,13 @@
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from pipeline.errors import TeacherError
-from pipeline.teachers.base import Backbone, Teacher, TokenChoice
+from pipeline.teachers.base import Backbone, Teacher, TokenChoice, rehearse
 from pipeline.teachers.clip import build_open_clip
 from pipeline.teachers.mrmae import build_mrmae
 from pipeline.teachers.timm_vit import build_timm
@@ -64,7 +64,7 @@ def build_teacher(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
 ) -> Teacher:
-    """Build a frozen teacher.
+    """Build a frozen teacher. Before its weights are read or fetched, its network has run once, without memory.
 
     Args:
         spec: a name in `TEACHERS`, `timm:<name>`, `open_clip:<arch>:<tag>` or `mrmae:<checkpoint>`.
@@ -78,14 +78,22 @@ def build_teacher(
         compile: use torch.compile, which costs a minute once and fuses the rest.
 
     Raises:
-        TeacherError: unknown spec, weights that can't be had or don't fit, a choice that the model doesn't offer.
+        TeacherError: unknown spec, weights that can't be had or don't fit, a choice that the model doesn't offer, a
+            network that can't be built or run.
     """
     source = None if weights is None else str(Path(weights).expanduser())
-    backbone, label = _build_backbone(spec, source, image_size, module)
     name = spec if spec in TEACHERS else _short_name(spec)
-    teacher = Teacher(
-        backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, dtype=dtype, compile=compile
-    )
+
+    def build(weights: str | None, **how: Any) -> Teacher:
+        backbone, label = _build_backbone(spec, weights, image_size, module)
+        return Teacher(backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, **how)
+
+    if module is None and not spec.startswith("mrmae:"):
+        with torch.device("meta"):
+            rehearse(name, lambda: build("random"))
+    teacher = build(source, dtype=dtype, compile=compile)
+    if module is not None:
+        rehearse(name, lambda: teacher)
     return teacher.to(device)
 
 

@@ -1,8 +1,7 @@
 """ViTs of timm as teachers: DINO v1 to v3, SigLIP, supervised ones; with class and register tokens, any patch size."""
 
 import difflib
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from pipeline.errors import TeacherError
 from pipeline.teachers.attention import class_row, pooling_row, rotary_class_row
 from pipeline.teachers.base import Trace, vit_macs
-from pipeline.teachers.weights import fetching, load_strictly, read_state
+from pipeline.teachers.conversion import to_timm
+from pipeline.teachers.weights import fetching, load_strictly, read_weights
 
 NEEDED = ("blocks", "norm", "patch_embed", "num_prefix_tokens", "embed_dim", "forward_intermediates", "set_input_size")
 
@@ -54,7 +54,13 @@ class TimmBackbone(nn.Module):
         self.mean, self.std = mean, std
         _check_plain(model, name)
         self.image_size = fit_size(name, image_size, _native_size(model), model.patch_embed.patch_size)
+        before = model.state_dict()
         model.set_input_size((self.image_size, self.image_size))
+        self.native: Mapping[str, Tensor] = {
+            f"model.{key}": before[key]
+            for key, value in model.state_dict().items()
+            if key in before and value.data_ptr() != before[key].data_ptr()
+        }
         self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
         self.dim: int = model.embed_dim
         self.projected_dim = projected_dim
@@ -62,13 +68,14 @@ class TimmBackbone(nn.Module):
         self.num_prefix: int = model.num_prefix_tokens
         self.row = _choose_row(model)
         self.has_attention = self.row is not None
-        self.num_heads: int = getattr(model.blocks[-1].attn, "num_heads", 0)
+        attn = getattr(model.blocks[-1], "attn", None)  # parallel blocks have several, or none apart
+        self.num_heads: int = getattr(attn, "num_heads", 0)
 
     def trace(self, x: Tensor, layers: int) -> Trace:
         """See `Backbone.trace`. One block more than asked is kept: the last block's input, for the attention row."""
         keep = min(layers + 1, self.depth)
         outputs = self.model.forward_intermediates(
-            x, keep, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+            x, keep, return_prefix_tokens=self.num_prefix > 0, output_fmt="NLC", intermediates_only=True
         )
         blocks = tuple(_join(output) for output in outputs)
         rows = self.row(self.model, blocks) if self.row is not None else None
@@ -100,6 +107,7 @@ def build_timm(name: str, weights: str | None, image_size: int | None) -> tuple[
         TeacherError: unknown name, no plain ViT, weights that can't be had or don't fit.
     """
     config = _known_config(name)
+    native: dict[str, Tensor] = {}
     if weights is None:
         hub = config.hf_hub_id or config.url
         if not hub:
@@ -111,8 +119,11 @@ def build_timm(name: str, weights: str | None, image_size: int | None) -> tuple[
     elif weights == "random":
         model, label = random_model(lambda: timm.create_model(name, num_classes=0)), "random"
     else:
-        model, label = _load_local(name, Path(weights), config.classifier), Path(weights).name
-    return TimmBackbone(model, f"timm:{name}", image_size, tuple(config.mean), tuple(config.std)), label
+        model, native = _load_local(name, Path(weights))
+        label = Path(weights).name
+    backbone = TimmBackbone(model, f"timm:{name}", image_size, tuple(config.mean), tuple(config.std))
+    backbone.native = {**backbone.native, **{f"model.{key}": value for key, value in native.items()}}
+    return backbone, label
 
 
 def random_model(build: Callable[[], Any]) -> Any:
@@ -145,18 +156,23 @@ def _known_config(name: str) -> Any:
         near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists what there is"
         raise TeacherError(f"timm has no model '{name}': {hint}")
-    return timm.get_pretrained_cfg(name)
+    config: Any = timm.get_pretrained_cfg(name)
+    quick = f"{architecture.replace('_clip_', '_clip_quickgelu_')}.{config.tag}"
+    if "quickgelu" not in name and quick in timm.list_pretrained("*_clip_quickgelu_*"):
+        raise TeacherError(
+            f"teacher 'timm:{name}' has GELU and its weights were trained with QuickGELU, so that its tokens would be "
+            f"wrong: choose timm:{quick}"
+        )
+    return config
 
 
-def _load_local(name: str, file: Path, classifier: str | tuple[str, ...] | None) -> Any:
-    """The model without its classifier, from a file. timm renames keys of original releases and resamples positions."""
-    state = read_state(file)
-    heads = (classifier,) if isinstance(classifier, str) else classifier or ()
-    state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{head}." for head in heads))}
+def _load_local(name: str, file: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The model without its classifier, from a file, and the tensors as the file has them that were resampled."""
+    state = read_weights(file)
     model = timm.create_model(name, num_classes=0)
-    convert = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
-    load_strictly(model, convert(state, model) if convert else state, str(file))
-    return model
+    converted = to_timm(state, model, name, str(file))
+    load_strictly(model, converted.state, str(file))
+    return model, converted.native
 
 
 def _native_size(model: Any) -> tuple[int, int]:
@@ -187,7 +203,7 @@ def _choose_row(model: Any) -> Row | None:
     """Which query says where this model looks: the class token's, else that of its pooling head, else none."""
     block = model.blocks[-1]
     if getattr(model, "cls_token", None) is not None and len(model.blocks) > 1:
-        return KNOWN_ROWS.get((type(block), type(block.attn)))
+        return KNOWN_ROWS.get((type(block), type(getattr(block, "attn", None))))
     return _pooling_row if isinstance(getattr(model, "attn_pool", None), AttentionPoolLatent) else None
 
 
@@ -202,9 +218,9 @@ def _rotary_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
 
 
 def _pooling_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
-    """The pooling head sees normed patches only; zero columns stand for the prefix, so that all rows look alike."""
+    """The row over all tokens, or with zero columns for a prefix that isn't pooled. timm's Eva always pools it."""
     prefix = model.num_prefix_tokens
-    if model.pool_include_prefix:
+    if getattr(model, "pool_include_prefix", True):
         return pooling_row(model.attn_pool, model.norm(blocks[-1]))
     rows = pooling_row(model.attn_pool, model.norm(blocks[-1][:, prefix:]))
     return nn.functional.pad(rows, (prefix, 0))

@@ -1,40 +1,26 @@
-"""Weights from a file or the hub into a network: read safely, loaded strictly, one clear line when they don't fit."""
+"""Weights into a teacher's network: fetched with one clear line, loaded strictly; `pipeline/weights.py` reads them."""
 
-import hashlib
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.errors import TeacherError
+from pipeline.errors import CheckpointError, TeacherError
+from pipeline.teachers.layouts import from_transformers
+from pipeline.weights import read_state
 
-# Where public checkpoints keep the weights when the file holds more than them.
-WRAPPERS = ("state_dict", "model", "teacher")
 
-
-def read_state(file: Path) -> dict[str, Tensor]:
-    """Read a state dict on the CPU: safetensors, or a .pth that torch opens with `weights_only=True`.
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of `teacher.weights`, transformers' layouts turned into those of the models' own releases.
 
     Raises:
-        TeacherError: no such file, a torn one, or one that holds more than tensors.
+        TeacherError: no file of weights, or of a layout that is not known here.
     """
-    if not file.is_file():
-        raise TeacherError(f"teacher.weights={file}: no such file")
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TeacherError(
-            f"teacher.weights={file} is no file of plain tensors ({reason[:120]}): save its state_dict as safetensors"
-        ) from error
-    return _unwrap(loaded, file)
+        return from_transformers(read_state(file), str(file))
+    except CheckpointError as error:
+        raise TeacherError(f"teacher.weights={error}") from error
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -46,23 +32,16 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     own = model.state_dict()
     problems = _summary("lacks", own.keys() - state.keys()) + _summary("has unknown", state.keys() - own.keys())
     problems += [
-        f"{key} is {list(state[key].shape)} where {list(own[key].shape)} is expected"
+        f"has {key} as {list(state[key].shape)} where {list(own[key].shape)} is expected"
         for key in sorted(own.keys() & state.keys())
         if state[key].shape != own[key].shape
     ][:2]
     if problems:
-        raise TeacherError(f"teacher.weights={source} doesn't fit the model: it {'; '.join(problems)}")
+        raise TeacherError(
+            f"teacher.weights={source} doesn't fit the model: it {'; '.join(problems)}: choose the teacher "
+            "that the file is of"
+        )
     model.load_state_dict(state)
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes in the order of the names, so that no file format shows."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -76,17 +55,6 @@ def fetching(name: str, what: str) -> Iterator[None]:
             f"teacher '{name}' can't be fetched ({reason}): download {what} where there is a network "
             f"and give teacher.weights=FILE"
         ) from error
-
-
-def _unwrap(loaded: object, file: Path) -> dict[str, Tensor]:
-    """The dict of tensors inside a checkpoint, without the `module.` that data-parallel training adds."""
-    state = loaded
-    for key in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TeacherError(f"teacher.weights={file} holds no state dict: save one as safetensors")
-    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _summary(verb: str, keys: set[str]) -> list[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import extraction
 from pipeline.assembly import load_teacher
-from pipeline.cache import BLOSC, CacheWriter, ShardData, open_cache
+from pipeline.cache import BLOSC, CacheWriter, ShardData, open_cache, read_header
 from pipeline.data import rendering
 from pipeline.data import views as view_module
 from pipeline.data.caches import views_of
@@ -28,6 +28,7 @@ from pipeline.errors import CacheError, ConfigError, DataError, StorageError, Te
 from pipeline.extraction import Extractor
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
+from pipeline.weights import state_digest
 from stages import extract_teacher_features, verify_cache
 from stages.extract_teacher_features import ExtractConfig
 from tests.test_stages.conftest import TEACHER, extract_config
@@ -73,6 +74,24 @@ def test_a_sound_cache_verifies_at_every_level(cache: Path) -> None:
         )
         assert found.sound, found.to_text()
         assert "checked" in found.images or level == "quick"
+
+
+def test_caches_that_know_the_digest_of_resampled_weights_go_on(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once positions were hashed as they were resampled to the teacher's input, whose last bits depend on the CPU."""
+    path = tmp_path / "cache"
+    config = extract_config(image_tree, path, data__limit=8)
+    with monkeypatch.context() as once:
+        once.setattr(Teacher, "weights_sha256", property(lambda teacher: state_digest(teacher.backbone.state_dict())))
+        extract_teacher_features.run(config)
+    now = load_teacher(TeacherConfig.model_validate(TEACHER), torch.device("cpu")).weights_sha256
+    assert read_header(path).teacher["weights_sha256"] != now
+    shutil.rmtree(path / "commits")  # as if it had been stopped before its first shard was whole
+    assert extract_teacher_features.run(config)["images"] == 8
+    options = {"path": path, "level": "deep", "samples": 4}
+    assert verify_cache.run(verify_cache.VerifyConfig.model_validate(options)).sound
+    assert "was made by other versions" not in caplog.text
 
 
 def test_running_again_does_nothing(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:

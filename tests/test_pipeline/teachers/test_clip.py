@@ -181,3 +181,31 @@ def test_a_projection_beside_the_trunk_is_part_of_the_digest() -> None:
         torch.nn.init.constant_(backbone.projection.weight, number)
         torch.nn.init.zeros_(backbone.projection.bias)
     assert teachers[0].weights_sha256 != teachers[1].weights_sha256
+
+
+@pytest.mark.parametrize("name", ["ViT-S-32", "ViT-S-32-alt"])
+def test_an_architecture_without_weights_of_its_own_takes_a_local_file(name: str, tmp_path: Path) -> None:
+    teacher = build_teacher(f"open_clip:{name}", weights="random", image_size=64)
+    save_file({f"visual.{key}": value for key, value in teacher.model.state_dict().items()}, tmp_path / "v.safetensors")
+    assert teacher.mean == open_clip.OPENAI_DATASET_MEAN
+    with pytest.raises(TeacherError, match="doesn't fit"):  # these positions are of another input
+        build_teacher(f"open_clip:{name}", weights=tmp_path / "v.safetensors")
+    with pytest.raises(TeacherError, match=f"no weights of {name}: give open_clip:{name} and teacher.weights=FILE"):
+        build_teacher(f"open_clip:{name}")
+
+
+def test_a_tower_without_its_projection_gives_all_but_projected_tokens(
+    views: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    whole = build_teacher("open_clip:ViT-S-32", weights="random")
+    state = {key: value for key, value in whole.model.state_dict().items() if key != "proj"}
+    save_file(state, tmp_path / "v.safetensors")
+    teacher = build_teacher("open_clip:ViT-S-32", weights=tmp_path / "v.safetensors")
+    torch.testing.assert_close(teacher(views(224)).tokens, whole(views(224)).tokens)
+    with pytest.raises(TeacherError, match="has no projection"):
+        build_teacher("open_clip:ViT-S-32", weights=tmp_path / "v.safetensors", tokens="projected")
+
+
+def test_resampled_positions_leave_the_digest_as_it_is() -> None:
+    native, small = (build_teacher("open_clip:ViT-S-32", weights="random", image_size=size) for size in (None, 64))
+    assert native.weights_sha256 == small.weights_sha256

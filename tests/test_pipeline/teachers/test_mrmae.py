@@ -81,9 +81,9 @@ def test_mean_row_in_chunks_of_queries(
 def test_raw_blocks_and_their_mean(encoder: Callable[[str, int], Any], views: Callable[..., Tensor]) -> None:
     module = encoder("cls", 1)
     outputs: list[Tensor] = []
+    teacher = build_teacher("mrmae:a", module=module, tokens="block", layers=2)
     for block in module.blocks:
         block.register_forward_hook(lambda _module, _args, output: outputs.append(output[:, 1:]))
-    teacher = build_teacher("mrmae:a", module=module, tokens="block", layers=2)
     tokens = teacher(views(32)).tokens
     torch.testing.assert_close(tokens, (outputs[1] + outputs[2]) / 2)
     assert len(outputs) == 3
@@ -118,7 +118,6 @@ def test_what_cannot_be_a_teacher(options: dict[str, Any], message: str) -> None
         build_teacher("mrmae:a", **options)
 
 
-def test_means_of_normed_blocks_are_refused(encoder: Callable[[str, int], Any], views: Callable[..., Tensor]) -> None:
-    teacher = build_teacher("mrmae:a", module=encoder("cls", 1), layers=2)
+def test_means_of_normed_blocks_are_refused_when_the_teacher_is_built(encoder: Callable[[str, int], Any]) -> None:
     with pytest.raises(TeacherError, match=r"teacher.layers=1, or teacher.tokens=block"):
-        teacher(views(32))
+        build_teacher("mrmae:a", module=encoder("cls", 1), layers=2)

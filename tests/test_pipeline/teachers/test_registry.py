@@ -1,9 +1,16 @@
 """Names, prefixes and the table of `mrmae teachers`."""
 
+from typing import Any
+
 import pytest
+import timm
+import torch
+from timm.models.eva import Eva
 
 from pipeline.errors import TeacherError
-from pipeline.teachers import TEACHERS, Entry, build_teacher, list_teachers
+from pipeline.teachers import TEACHERS, Entry, Teacher, build_teacher, list_teachers, timm_vit
+from pipeline.teachers.base import Trace
+from pipeline.teachers.timm_vit import TimmBackbone
 
 
 def test_the_table_needs_no_weights() -> None:
@@ -58,3 +65,80 @@ def test_prefixed_names_are_fit_for_files() -> None:
 def test_unknown_specs_list_near_names(spec: str, message: str) -> None:
     with pytest.raises(TeacherError, match=message):
         build_teacher(spec)
+
+
+@pytest.mark.parametrize("spec", ["timm:test_vit_relpos", "timm:vit_pwee_patch16_reg1_gap_256"])
+def test_networks_without_a_row_or_a_prefix_are_teachers_without_attention(spec: str) -> None:
+    """No prefix tokens at all, and parallel blocks, whose attention is no module of its own."""
+    teacher = build_teacher(spec, weights="random", image_size=32)
+    tokens, attention, _ = teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert tokens.shape == (1, teacher.grid[0] * teacher.grid[1], teacher.dim)
+    assert attention is None
+    assert not teacher.has_attention
+
+
+def test_a_pooling_head_without_prefix_tokens_is_the_focus() -> None:
+    """PE-G: an Eva of timm without class token, which always pools all of its tokens."""
+    model = Eva(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="map")
+    teacher = Teacher(TimmBackbone(model, "t", None, (0.5,) * 3, (0.5,) * 3), spec="t", name="t", weights="random")
+    attention = teacher(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).attention
+    assert attention is not None
+    torch.testing.assert_close(attention.sum(-1), torch.ones(1))
+
+
+class Broken(TimmBackbone):
+    """Builds, and fails when it is run, as a network that the library has changed would."""
+
+    def trace(self, x: torch.Tensor, layers: int) -> Trace:
+        raise AttributeError("'Block' object has no attribute 'attn'\nand more")
+
+
+class Short(TimmBackbone):
+    """Gives fewer tokens than its grid has patches."""
+
+    def trace(self, x: torch.Tensor, layers: int) -> Trace:
+        return Trace(tuple(block[:, :-1] for block in super().trace(x, layers).blocks), None)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [(Broken, r"can't be run \(AttributeError: .*'attn'\): choose another model"), (Short, r"gives tokens \[99, 64\]")],
+)
+def test_a_network_is_run_before_its_weights_are_fetched(
+    backbone: type[TimmBackbone], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    create = timm.create_model
+    monkeypatch.setattr(timm_vit, "TimmBackbone", backbone)
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **options: fetched.append(name) or create(name, num_classes=0)
+        if options.get("pretrained") else create(name, **options)
+    )  # fmt: skip
+    with pytest.raises(TeacherError, match=message) as caught:
+        build_teacher("timm:test_vit.r160_in1k")
+    assert "\n" not in str(caught.value)
+    assert fetched == []
+
+
+@pytest.mark.parametrize("choice", [{"image_size": 40}, {"tokens": "projected"}, {"layers": 99}])
+def test_choices_are_checked_before_weights_are_fetched(choice: dict[str, Any]) -> None:
+    """Without a network the download would be the first to fail."""
+    with pytest.raises(TeacherError, match=r"multiple|no projection|blocks"):
+        build_teacher("timm:vit_tiny_patch16_224", **choice)
+
+
+def test_weights_that_were_trained_with_quickgelu_are_refused_under_a_name_with_gelu() -> None:
+    """timm has them under both names, with one file, and the activation has no parameters that could differ."""
+    wrong = "vit_base_patch16_clip_224.openai"
+    right = "timm:vit_base_patch16_clip_quickgelu_224.openai"
+    for weights in (None, "random", "file.safetensors"):
+        with pytest.raises(TeacherError, match=f"trained with QuickGELU.*: choose {right}"):
+            build_teacher(f"timm:{wrong}", weights=weights)
+    noted = [name for name in timm.list_pretrained("*_clip_*") if timm.get_pretrained_cfg(name).notes]
+    refused = [name for name in noted if "quickgelu" not in name]
+    assert len(refused) >= 17
+    for name in refused:
+        with pytest.raises(TeacherError, match="QuickGELU"):
+            timm_vit._known_config(name)
+    for name in ("vit_base_patch16_clip_224.laion2b", "vit_base_patch16_clip_224.openai_ft_in1k", right[5:]):
+        timm_vit._known_config(name)
