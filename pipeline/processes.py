@@ -1,22 +1,19 @@
-"""Which processes there are, what they may be told by the environment, and what a stage leaves behind: nothing.
+"""Which processes there are, and what the environment may tell them.
 
 torchrun or accelerate launch start the processes, accelerate knows them. What is trained follows from the config alone.
 accelerate would also read its choices from variables that `accelerate launch` or a shell leaves in the environment;
-here each of them is given, or refused. A stage owns what is opened while it runs.
+here each of them is given, or refused.
 """
 
-import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, ParamSpec, Protocol, TypeVar
-from weakref import WeakSet
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DynamoBackend,
     GradientAccumulationPlugin,
@@ -25,23 +22,9 @@ from accelerate.utils import (
     gather,
     str_to_bool,
 )
-from torch import Tensor, distributed
+from torch import Tensor
 
 from pipeline.errors import ConfigError
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class Closable(Protocol):
-    """What a stage can own; closing it twice does nothing."""
-
-    def close(self) -> None: ...
-
-
-C = TypeVar("C", bound=Closable)
-
-_stages: list[WeakSet[Closable]] = []  # what the stages at work own, the innermost last
 
 # What would replace the model, the optimiser or the step by another library's.
 _REFUSED = {
@@ -69,56 +52,6 @@ def processes(patience: timedelta | None = None) -> PartialState:
     _check_environment()
     waiting = {} if patience is None else {"timeout": patience}
     return PartialState(cpu=without_cuda(), **waiting)
-
-
-def stage(run: Callable[P, R]) -> Callable[P, R]:
-    """Make `run` the owner of what is opened in it: on any exit its loaders are closed, its process group left.
-
-    An error alone would not do that: its traceback keeps alive what the frames hold, as long as somebody looks at it,
-    and the other processes would wait for this one in the collective that they are in.
-    """
-
-    @functools.wraps(run)
-    def owner(*args: P.args, **kwargs: P.kwargs) -> R:
-        grouped = distributed.is_available() and distributed.is_initialized()
-        owned: WeakSet[Closable] = WeakSet()
-        _stages.append(owned)
-        try:
-            result = run(*args, **kwargs)
-        except BaseException:
-            _leave(owned, grouped, failed=True)
-            raise
-        _leave(owned, grouped, failed=False)
-        return result
-
-    return owner
-
-
-def closed_with_stage(resource: C) -> C:
-    """Let the stage at work close it, if it is still open then."""
-    if _stages:
-        _stages[-1].add(resource)
-    return resource
-
-
-def _leave(owned: WeakSet[Closable], grouped: bool, failed: bool) -> None:
-    _stages.pop()
-    with ExitStack() as last:
-        if not grouped:
-            last.callback(_leave_group, failed)
-        for resource in list(owned):
-            last.callback(resource.close)
-
-
-def _leave_group(failed: bool) -> None:
-    """Leave the process group that the stage has joined, so that its other processes learn of it at once."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    if failed and "nccl" in distributed.get_backend():
-        distributed.distributed_c10d._abort_process_group()  # to destroy it would wait for the others
-    else:
-        distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)  # or the next stage would think that the group is there
 
 
 def open_accelerator(mixed_precision: str, folder: Path) -> Accelerator:

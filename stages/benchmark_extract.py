@@ -39,7 +39,7 @@ from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.extraction import Extractor, Targets, Taught
-from pipeline.processes import stage
+from pipeline.ownership import stage
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig
 

@@ -39,6 +39,7 @@ from pipeline.data.images import ImageSource, open_images
 from pipeline.data.views import ViewConfig
 from pipeline.extraction import Extractor
 from pipeline.models.config import StudentConfig
+from pipeline.ownership import stage
 from pipeline.teachers.config import TeacherConfig
 from pipeline.training.flops import peak_tflops
 from stages import benchmark_extract, benchmark_pretrain, benchmark_student
@@ -94,6 +95,7 @@ class _Part(NamedTuple):
     run: Callable[[], dict[str, Any]]
 
 
+@stage
 def run(config: BenchmarkGpuConfig) -> dict[str, Any]:
     """Measure as much as fits; returns the figures as JSON-able values: by part, or why there are none."""
     end = time.monotonic() + 60 * config.minutes - _RESERVE

@@ -45,7 +45,7 @@ from pipeline.data.workers import PREFETCH
 from pipeline.extraction import Extractor
 from pipeline.models import Student, build_student
 from pipeline.models.config import StudentConfig
-from pipeline.processes import stage
+from pipeline.ownership import stage
 from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig

@@ -23,6 +23,7 @@ from pipeline.data.labelled import evaluation_batches
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid
 from pipeline.inspection import choose_patches, reconstruct
 from pipeline.models import Student, load_model
+from pipeline.ownership import stage
 from pipeline.teachers.config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 from pipeline.training.plots import plot_curves
@@ -51,6 +52,7 @@ class DemoConfig(Config):
     finetune_steps: int = Field(60, ge=1)
 
 
+@stage
 def run(config: DemoConfig, say: Callable[[str], None] = lambda line: None) -> str:
     """Run everything; returns the comparison as a Markdown table, which also lies in the output folder."""
     out = config.output

@@ -42,7 +42,8 @@ from pipeline.detection import (
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.records import write_record
 from pipeline.models.config import StudentConfig
-from pipeline.processes import processes, stage
+from pipeline.ownership import stage
+from pipeline.processes import processes
 from pipeline.progress import track
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit

@@ -36,7 +36,8 @@ from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
 from pipeline.extraction import Extractor, check_lost
-from pipeline.processes import processes, stage
+from pipeline.ownership import stage
+from pipeline.processes import processes
 from pipeline.progress import Progress
 from pipeline.teachers.config import TeacherConfig
 

@@ -40,7 +40,8 @@ from pipeline.evaluation.metrics import topk_hits
 from pipeline.evaluation.records import write_record
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
 from pipeline.models.config import StudentConfig
-from pipeline.processes import processes, stage
+from pipeline.ownership import stage
+from pipeline.processes import processes
 from pipeline.progress import Progress
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.ema import EmaConfig

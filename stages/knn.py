@@ -12,7 +12,8 @@ from pydantic import Field
 from pipeline.evaluation.knn import knn_classify
 from pipeline.evaluation.records import write_record
 from pipeline.frozen import FrozenConfig, frozen_features
-from pipeline.processes import processes, stage
+from pipeline.ownership import stage
+from pipeline.processes import processes
 
 
 class KnnConfig(FrozenConfig):

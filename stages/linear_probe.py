@@ -13,7 +13,8 @@ from pydantic import Field, Strict
 from pipeline.evaluation.probe import linear_probe
 from pipeline.evaluation.records import write_record
 from pipeline.frozen import FrozenConfig, frozen_features
-from pipeline.processes import processes, stage
+from pipeline.ownership import stage
+from pipeline.processes import processes
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,8 @@ from pipeline.errors import CacheError, ConfigError
 from pipeline.extraction import Extractor
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
 from pipeline.models.config import MimicConfig, StudentConfig
-from pipeline.processes import processes, stage
+from pipeline.ownership import stage
+from pipeline.processes import processes
 from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.config import TeacherConfig

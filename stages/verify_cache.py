@@ -36,7 +36,7 @@ from pipeline.data.rendering import preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheDamage, CacheError, DataError
 from pipeline.extraction import Extractor
-from pipeline.processes import stage
+from pipeline.ownership import stage
 from pipeline.progress import Progress
 from pipeline.teachers import Teacher
 

@@ -32,7 +32,8 @@ from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, overla
 from pipeline.inspection import Look, Reconstruction, choose_patches, look, reconstruct
 from pipeline.models import Classifier, Student, read_weights
 from pipeline.models.config import StudentConfig
-from pipeline.processes import processes, stage
+from pipeline.ownership import stage
+from pipeline.processes import processes
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMPOSING = {"demo", "benchmark_gpu"}  # stages that are made of other stages
 # Modules of pipeline/ that any wing may use
-CONFIG = {"config", "errors", "processes", "progress", "tensor_files", "weights"}
+CONFIG = {"config", "errors", "ownership", "processes", "progress", "tensor_files", "weights"}
 WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection"}
 
 
@@ -83,6 +83,20 @@ def test_one_place_writes_tensors() -> None:
     """safetensors' own function leaves files that only their owner reads."""
     found = [file for file in files("pipeline") + files("stages") if "save_file" in file.read_text()]
     assert [file.name for file in found] == ["tensor_files.py"]
+
+
+def test_a_stage_that_loads_or_joins_others_owns_what_it_opens() -> None:
+    """Without `@stage` an error in it may leave workers, or processes that wait for this one, behind."""
+    opening = {"pipeline.data.loader", "pipeline.data.labelled", "pipeline.extraction", "pipeline.frozen"}
+    opening |= {"pipeline.processes.processes", "pipeline.detection.dataset"}
+    found = set()
+    for file in files("stages"):
+        if any(name.startswith(tuple(opening)) for name in imports_of(file)):
+            found.add(file.stem)
+            for node in ast.parse(file.read_text()).body:
+                if isinstance(node, ast.FunctionDef) and node.name in {"run", "evaluate"}:
+                    assert "stage" in map(ast.unparse, node.decorator_list), f"{file}: {node.name}"
+    assert {"pretrain", "finetune", "detect", "knn", "extract_teacher_features"} <= found
 
 
 def test_every_wing_is_known_here() -> None:

@@ -23,7 +23,7 @@ from pipeline.data.slots import Empty
 from pipeline.data.views import Picture, View, ViewConfig, to_chw, view_of_epoch
 from pipeline.data.workers import Pool
 from pipeline.errors import CacheError, DataError
-from pipeline.processes import closed_with_stage
+from pipeline.ownership import closed_with_stage
 
 Request = tuple[int, int]  # (epoch, sample index)
 _LOOK_AHEAD = 4096  # samples: an order gives thousands at once for the price of a few
@@ -66,7 +66,7 @@ class StepSampler:
 def load(dataset: IndexedDataset[B], requests: Iterable[list[Request]], workers: int) -> Generator[B, None, None]:
     """Run the dataset over the requests in `workers` processes (0: in this one), in order.
 
-    The processes end with the batches, with the iterator, or with the stage that runs (see `pipeline.processes.stage`).
+    The processes end with the batches, with the iterator, or with the stage that runs (see `pipeline.ownership.stage`).
 
     Raises:
         Exception: whatever the dataset raised, from a worker as from here.
