@@ -229,7 +229,10 @@ class _Splitter(pickle.Pickler):
             return NotImplemented
         order = _descending(value)
         dense = value.permute(order).contiguous()
-        content: Any = dense.reshape(-1).view(torch.uint8).numpy()
+        flat = dense.reshape(-1)
+        if flat.stride(0) != 1:  # of a single number, whose stride may be any
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        content: Any = flat.view(torch.uint8).numpy()
         back = tuple(order.index(dim) for dim in range(value.ndim))
         return _tensor, (pickle.PickleBuffer(content), value.dtype, tuple(dense.shape), back)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import slots
-from pipeline.data.slots import Empty, Page, Slots, unpack
+from pipeline.data.slots import Empty, Page, Slots, read_memory, unpack, write_memory
 from pipeline.data.workers import PREFETCH, Pool
 from pipeline.errors import DataError
 
@@ -105,6 +105,28 @@ def test_what_is_made_in_the_slot_is_not_copied(monkeypatch: pytest.MonkeyPatch)
     assert packed is not None
     assert 4 * 64 * 64 * 3 not in put
     check(unpack(memory, packed), 7)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(3),
+        torch.tensor([3]).as_strided((1,), (0,)),  # torch calls any stride of a single number contiguous
+        torch.tensor([7]).expand(5),
+        torch.zeros(0, 4),
+        torch.ones(2, 3, dtype=torch.bfloat16),
+        torch.tensor([True, False]),
+        torch.arange(48.0).reshape(1, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.arange(12).reshape(3, 4).T,
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.dtype} {tensor.stride()}",
+)
+def test_any_tensor_is_handed_over(tensor: torch.Tensor) -> None:
+    (found,) = read_memory(*write_memory([tensor]))
+    assert found.dtype == tensor.dtype
+    assert torch.equal(found, tensor)
+    if tensor.ndim == 4:
+        assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_nothing_of_it_has_a_name_in_shared_memory(pool: Pool) -> None:
