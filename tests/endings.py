@@ -45,11 +45,12 @@ def strike(what: str) -> None:
         raise DataError("image 7: unreadable; repair it") if what == "data" else ValueError("a broken augmentation")
 
     if what == "step":
-        backward = _Loop._backward
+        backward, steps = _Loop._backward, list[int]()
 
         def step(loop: Any, *rest: Any) -> None:
-            if loop.watch.steps:
+            if steps:
                 raise ValueError("a broken loss")
+            steps.append(1)
             backward(loop, *rest)
 
         _Loop._backward = step  # type: ignore[method-assign]
