@@ -21,6 +21,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 _EPILOG = "Every key of a config can be given as key=value, for instance: batch_size=256 data.path=/data/train"
 
 
+# What gloo and NCCL say in the processes that wait for one that has ended.
+_SIGNS_OF_ANOTHERS_END = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "communicator was aborted",
+)
+
+
 class _Group(click.Group):
     """Prints one line for what a user can mend; a traceback only with --debug."""
 
@@ -53,7 +63,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{error.filename or 'the system'}: {error.strerror or error}", 2
     if type(error).__name__ == "OutOfMemoryError":
         return "the accelerator's memory is full: raise accum_iter in training, lower batch_size in everything else", 2
-    if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_ANOTHERS_END):
         return "another process of this job has ended: the line that it left says why", 2
     first = (str(error).strip().splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first} (mrmae --debug ... shows where)", 2
