@@ -164,7 +164,7 @@ def serve(channel: socket.socket) -> str | None:
     import_module("cli")
     gc.collect()
     gc.freeze()  # a collection in a forked process neither walks nor copies what is imported
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for those that were forked
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for those that were forked
     while True:
         message, descriptors, _, _ = socket.recv_fds(channel, LARGEST, 3)
         with contextlib.suppress(ChildProcessError):
@@ -174,28 +174,32 @@ def serve(channel: socket.socket) -> str | None:
             return None
         if os.fork() == 0:
             channel.close()
+            forked = os.fork()
+            if forked:
+                _tell_the_end(forked, descriptors[-1])
+            signal.signal(signal.SIGINT, interrupt)
             return _forked(json.loads(message), *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
+def _tell_the_end(forked: int, tell: int) -> NoReturn:
+    _, status = os.waitpid(forked, 0)
+    with contextlib.suppress(BrokenPipeError):  # nobody wants to know any more
+        os.write(tell, b"%-16d" % os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
 def _forked(request: dict[str, Any], written: int, errors: int, tell: int) -> str:
-    """Fork once more: one process to wait and tell how the other ended, which is the one that returns."""
-    forked = os.fork()
-    if forked:
-        os.write(tell, b"%-16d" % forked)
-        _, status = os.waitpid(forked, 0)
-        with contextlib.suppress(BrokenPipeError):  # nobody wants to know any more
-            os.write(tell, b"%-16d" % os.waitstatus_to_exitcode(status))
-        os._exit(0)
+    """Become the process that was asked for, and tell its pid; returns the code to run."""
     if request["start_new_session"]:
         os.setsid()
+    os.write(tell, b"%-16d" % os.getpid())
     with open(os.devnull, "rb") as nothing:
         for descriptor, number in ((nothing.fileno(), 0), (written, 1), (errors, 2)):
             os.dup2(descriptor, number)
     for descriptor in (written, errors, tell):
         os.close(descriptor)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
