@@ -138,6 +138,7 @@ def _ask(request: dict[str, Any], written: int, errors: int) -> int:
         command = [sys.executable, "-m", "tests.forked", str(far.fileno())]
         # A pool of threads, as numpy's library makes when it is loaded, can't be forked.
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        environment.pop("OMP_NUM_THREADS", None)  # each request brings its own, or none
         with far:
             _server = near, _start(command, cwd=ROOT, env=environment, pass_fds=[far.fileno()])
     news, tell = os.pipe()

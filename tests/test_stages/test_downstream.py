@@ -1,6 +1,7 @@
 """finetune, knn and linear-probe: from a pre-trained run, from scratch, and what they refuse."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_the_probe_warns_at_the_edge_of_its_rates(colours: Path, caplog: pytest.
     def said(*blrs: float) -> str:
         caplog.clear()
         linear_probe.run(linear_probe.LinearProbeConfig.model_validate({**keys, "blrs": blrs}))
-        return caplog.text
+        return "".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
 
     assert "the best of blrs is the outermost, 300: a better rate may lie beyond; add for instance 900" in said(
         0.01, 300.0, 0.1

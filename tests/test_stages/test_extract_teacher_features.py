@@ -416,7 +416,7 @@ def test_several_teachers_decode_once_share_forwards_and_write_what_each_writes_
         return decode_once(data)
 
     def counting(self: Teacher, *arguments: Any) -> Any:
-        forwards[0] += 1
+        forwards[0] += self.device.type != "meta"  # a rehearsal computes nothing
         return trace(self, *arguments)
 
     monkeypatch.setattr(view_module, "decode", counting_decode)
