@@ -128,19 +128,21 @@ def _descriptor(wanted: int | IO[Any] | None, inherited: int, kept: IO[bytes] | 
 
 
 _server: tuple[socket.socket, "subprocess.Popen[bytes]"] | None = None
+_starting = threading.Lock()  # ranks are started side by side
 
 
 def _ask(request: dict[str, Any], written: int, errors: int) -> int:
     """Hand a request to the server, which is started for the first; a pipe that brings the pid, then the exit code."""
     global _server
-    if _server is None:
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "tests.forked", str(far.fileno())]
-        # A pool of threads, as numpy's library makes when it is loaded, can't be forked.
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        environment.pop("OMP_NUM_THREADS", None)  # each request brings its own, or none
-        with far:
-            _server = near, _start(command, cwd=ROOT, env=environment, pass_fds=[far.fileno()])
+    with _starting:
+        if _server is None:
+            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            command = [sys.executable, "-m", "tests.forked", str(far.fileno())]
+            # A pool of threads, as numpy's library makes when it is loaded, can't be forked.
+            environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+            environment.pop("OMP_NUM_THREADS", None)  # each request brings its own, or none
+            with far:
+                _server = near, _start(command, cwd=ROOT, env=environment, pass_fds=[far.fileno()])
     news, tell = os.pipe()
     socket.send_fds(_server[0], [json.dumps(request).encode()], [written, errors, tell])
     os.close(tell)
