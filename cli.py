@@ -89,7 +89,7 @@ def main(debug: bool, quiet: bool) -> None:
     first = int(os.environ.get("RANK", "0")) == 0
     level = logging.DEBUG if debug else logging.INFO if first and not quiet else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for wing in ("pipeline", "stages"):
+    for wing in ("pipeline", "stages", "benchmarks"):
         logging.getLogger(wing).setLevel(level)
     if not debug:
         import warnings
@@ -374,7 +374,7 @@ def _add_benchmark(name: str, about: str) -> None:
 
         from pipeline.config import load_config
 
-        stage = import_module(f"stages.benchmark_{name}")
+        stage = import_module(f"benchmarks.{name}")
         loaded = load_config(getattr(stage, f"Benchmark{name.title()}Config"), config, overrides, "benchmark")
         click.echo(json.dumps(stage.run(loaded), indent=1))
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from pipeline.cache import CacheHeader, Commit, FidelityFigures, read_commit, read_header
 from pipeline.cache.budget import readable
-from pipeline.cache.commits import committed_shards
+from pipeline.cache.format.commits import committed_shards
 from pipeline.config import Config, PathField
 
 SLOWER = "which makes a read about six times slower than a plain one"

@@ -16,15 +16,15 @@ from PIL import Image
 from pydantic import Field
 from sklearn.datasets import load_digits
 
-from pipeline.assembly import load_teacher
+from pipeline.assembly.inspection import choose_patches, reconstruct
+from pipeline.assembly.teachers import load_teacher
 from pipeline.config import Config, PathField
 from pipeline.data.images import open_images
 from pipeline.data.labelled import evaluation_batches
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid
-from pipeline.inspection import choose_patches, reconstruct
 from pipeline.models import Student, load_model
 from pipeline.ownership import stage
-from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 from pipeline.training.plots import plot_curves
 from stages import extract_teacher_features, finetune, knn, linear_probe, pretrain, verify_cache

@@ -19,7 +19,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.assembly import Start, build_detector, load_detector, normalise, read_start
+from pipeline.assembly.detectors import build_detector, load_detector
+from pipeline.assembly.students import Start, read_start
 from pipeline.config import Config, PathField
 from pipeline.data.loader import StepSampler, load
 from pipeline.data.order import EpochOrder
@@ -41,8 +42,9 @@ from pipeline.detection import (
 )
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.records import write_record
-from pipeline.models.config import StudentConfig
+from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
+from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.progress import track
 from pipeline.training.ema import EmaConfig

@@ -23,11 +23,11 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.assembly import load_encoder
+from pipeline.assembly.students import load_encoder
 from pipeline.config import Config, PathField
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models import Classifier, ConvViT, Student, ViT, build_classifier, build_student, load_weights
-from pipeline.models.config import StudentConfig
+from pipeline.models.student_config import StudentConfig
 from pipeline.tensor_files import save_tensors, usual_mode
 
 # Cosine between our features and those of what was written; fp32 in another order of operations is nearer than this.

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.assembly import load_teacher, teacher_dtype
+from pipeline.assembly.extraction import Extractor, check_lost
+from pipeline.assembly.teachers import load_teacher, teacher_dtype
 from pipeline.cache import (
     BLOSC,
     CacheHeader,
@@ -35,11 +36,10 @@ from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
-from pipeline.extraction import Extractor, check_lost
 from pipeline.ownership import stage
 from pipeline.processes import processes
 from pipeline.progress import Progress
-from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.teacher_config import TeacherConfig
 
 
 class CacheOutput(Config):

@@ -20,7 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from pipeline.assembly import Start, encoder_arguments, normalise, read_start
+from pipeline.assembly.students import Start, encoder_arguments, read_start
 from pipeline.config import Config, PathField
 from pipeline.data.augment import Augment, rand_augment
 from pipeline.data.images import DataConfig, ImageSource
@@ -39,8 +39,9 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.metrics import topk_hits
 from pipeline.evaluation.records import write_record
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
-from pipeline.models.config import StudentConfig
+from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
+from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.progress import Progress
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint

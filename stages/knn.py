@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import Field
 
+from pipeline.assembly.frozen_features import FrozenConfig, frozen_features
 from pipeline.evaluation.knn import knn_classify
 from pipeline.evaluation.records import write_record
-from pipeline.frozen import FrozenConfig, frozen_features
 from pipeline.ownership import stage
 from pipeline.processes import processes
 

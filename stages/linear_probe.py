@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
+from pipeline.assembly.frozen_features import FrozenConfig, frozen_features
 from pipeline.evaluation.probe import linear_probe
 from pipeline.evaluation.records import write_record
-from pipeline.frozen import FrozenConfig, frozen_features
 from pipeline.ownership import stage
 from pipeline.processes import processes
 

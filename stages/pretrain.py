@@ -19,31 +19,33 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.assembly import load_teacher, normalise, teacher_dtype
+from pipeline.assembly.caches import check_records, live_samples, match_images, open_caches, views_of
+from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.knn_callback import WatchConfig, open_watch
+from pipeline.assembly.samples import PretrainBatch, PretrainDataset
+from pipeline.assembly.targets import CachedTargets, OnlineTargets, Targets
+from pipeline.assembly.teachers import load_teacher, teacher_dtype
 from pipeline.cache import CacheReader
 from pipeline.config import Config, PathField
-from pipeline.data.caches import check_records, live_samples, match_images, open_caches, views_of
 from pipeline.data.images import ImageSource, open_images
-from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
+from pipeline.data.loader import StepSampler, load
 from pipeline.data.masks import visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.data.readable import check_readable
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError
-from pipeline.extraction import Extractor
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
-from pipeline.models.config import MimicConfig, StudentConfig
+from pipeline.models.student_config import MimicConfig, StudentConfig
 from pipeline.ownership import stage
+from pipeline.pixels import normalise
 from pipeline.processes import processes
-from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import Teacher
-from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.checkpoint import newest_checkpoint, recorded_start, resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, StepPlan
-from pipeline.watch import WatchConfig, open_watch
 from pipeline.weights import state_digest
 
 log = logging.getLogger(__name__)

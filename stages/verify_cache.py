@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from pipeline.assembly import teacher_of_cache
+from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.teachers import teacher_of_cache
 from pipeline.cache import (
     CacheHeader,
     Reextracted,
@@ -35,7 +36,6 @@ from pipeline.data.images import ImageSource, open_images
 from pipeline.data.rendering import preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheDamage, CacheError, DataError
-from pipeline.extraction import Extractor
 from pipeline.ownership import stage
 from pipeline.progress import Progress
 from pipeline.teachers import Teacher

@@ -18,24 +18,27 @@ from PIL import Image
 from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
-from pipeline.assembly import load_detector, load_encoder, load_teacher, normalise
+from pipeline.assembly.detectors import load_detector
+from pipeline.assembly.inspection import Look, Reconstruction, choose_patches, look, reconstruct
+from pipeline.assembly.samples import PretrainDataset
+from pipeline.assembly.students import load_encoder
+from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import open_cache
 from pipeline.config import Config, PathField
 from pipeline.data.decoding import decode
 from pipeline.data.images import DataConfig, open_images
-from pipeline.data.loader import PretrainDataset
 from pipeline.data.views import ViewConfig, center_view, render, to_chw, view_of_epoch
 from pipeline.detection.dataset import canvases
 from pipeline.detection.pictures import detected_scene, draw_scenes
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, overlay, pca_maps
-from pipeline.inspection import Look, Reconstruction, choose_patches, look, reconstruct
 from pipeline.models import Classifier, Student, read_weights
-from pipeline.models.config import StudentConfig
+from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
+from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.teachers import Teacher, build_teacher
-from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 
 _CHUNK = 8  # images through a network at once: sixty-four at 224 px would want a training run's memory

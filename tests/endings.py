@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import cli
+from pipeline.assembly.samples import PretrainDataset
 from pipeline.config import load_config
 from pipeline.data.labelled import LabelledDataset
-from pipeline.data.loader import PretrainDataset
 from pipeline.data.rendering import ViewRenderer
 from pipeline.detection import DetectionDataset
 from pipeline.errors import DataError

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMPOSING = {"demo", "benchmark_gpu"}  # stages that are made of other stages
+COMPOSING = {"demo"}  # stages that are made of other stages
 # Modules of pipeline/ that any wing may use
-CONFIG = {"config", "errors", "ownership", "processes", "progress", "tensor_files", "weights"}
-WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection"}
+CONFIG = {"config", "errors", "files", "ownership", "pixels", "processes", "progress", "tensor_files", "weights"}
+WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection", "assembly"}
 
 
 def imports_of(file: Path) -> set[str]:
@@ -24,7 +24,7 @@ def imports_of(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] in {"pipeline", "stages", "cli"}}
+    return {name for name in names if name.split(".")[0] in {"pipeline", "stages", "benchmarks", "cli"}}
 
 
 def wings_of(file: Path) -> set[str]:
@@ -39,17 +39,17 @@ def files(folder: str) -> list[Path]:
 
 @pytest.mark.parametrize("file", files("pipeline"), ids=lambda f: str(f.relative_to(ROOT)))
 def test_parts_know_no_stage(file: Path) -> None:
-    assert not {name for name in imports_of(file) if name.split(".")[0] in {"stages", "cli"}}
+    assert not {name for name in imports_of(file) if name.split(".")[0] in {"stages", "benchmarks", "cli"}}
 
 
 @pytest.mark.parametrize("file", files("stages"), ids=lambda f: f.name)
 def test_stages_do_not_import_each_other(file: Path) -> None:
     others = {name for name in imports_of(file) if name.startswith("stages.")}
     assert not others or file.stem in COMPOSING
-    assert "cli" not in {name.split(".")[0] for name in imports_of(file)}
+    assert not {"benchmarks", "cli"} & {name.split(".")[0] for name in imports_of(file)}
 
 
-@pytest.mark.parametrize("wing", ["models", "teachers", "training", "evaluation"])
+@pytest.mark.parametrize("wing", ["data", "models", "teachers", "training", "evaluation"])
 def test_wings_that_stand_alone(wing: str) -> None:
     for file in files(f"pipeline/{wing}"):
         assert wings_of(file) <= {wing}, file
@@ -64,19 +64,15 @@ def test_detection_knows_only_data() -> None:
 def test_the_cache_knows_only_errors() -> None:
     for file in files("pipeline/cache"):
         names = {name.split(".")[1] for name in imports_of(file)}
-        assert names <= {"cache", "errors"}, file
+        assert names <= {"cache", "errors", "files"}, file
 
 
-def test_only_data_and_extraction_import_the_cache() -> None:
+def test_wings_meet_in_assembly_alone() -> None:
     for file in files("pipeline"):
-        if "cache" in wings_of(file):
-            assert file.parent.name in {"cache", "data"} or file.name == "extraction.py", file
-
-
-def test_only_extraction_brings_data_teachers_and_cache_together() -> None:
-    for file in files("pipeline"):
-        if {"data", "teachers", "cache"} <= wings_of(file):
-            assert file.name == "extraction.py", file
+        wings = wings_of(file)
+        if file.parent.name != "assembly":
+            assert "assembly" not in wings, file
+            assert "cache" not in wings or file.is_relative_to(ROOT / "pipeline" / "cache"), file
 
 
 def test_one_place_writes_tensors() -> None:
@@ -87,7 +83,8 @@ def test_one_place_writes_tensors() -> None:
 
 def test_a_stage_that_loads_or_joins_others_owns_what_it_opens() -> None:
     """Without `@stage` an error in it may leave workers, or processes that wait for this one, behind."""
-    opening = {"pipeline.data.loader", "pipeline.data.labelled", "pipeline.extraction", "pipeline.frozen"}
+    opening = {"pipeline.data.loader", "pipeline.data.labelled"}
+    opening |= {"pipeline.assembly.extraction", "pipeline.assembly.frozen_features"}
     opening |= {"pipeline.processes.processes", "pipeline.detection.dataset"}
     found = set()
     for file in files("stages"):

@@ -15,14 +15,14 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import cli
+from benchmarks.cache import BenchmarkCacheConfig
+from benchmarks.decode import BenchmarkDecodeConfig
+from benchmarks.detector import BenchmarkDetectorConfig
+from benchmarks.extract import BenchmarkExtractConfig
+from benchmarks.pretrain import BenchmarkPretrainConfig
+from benchmarks.student import BenchmarkStudentConfig
 from pipeline.config import Config
 from stages.ablate import AblateConfig
-from stages.benchmark_cache import BenchmarkCacheConfig
-from stages.benchmark_decode import BenchmarkDecodeConfig
-from stages.benchmark_detector import BenchmarkDetectorConfig
-from stages.benchmark_extract import BenchmarkExtractConfig
-from stages.benchmark_pretrain import BenchmarkPretrainConfig
-from stages.benchmark_student import BenchmarkStudentConfig
 from stages.demo import DemoConfig
 from stages.detect import DetectConfig
 from stages.export import ExportConfig

@@ -7,16 +7,16 @@
 `docs/cache-format.md` describes the bytes.
 """
 
-from pipeline.cache.base import Record, ShardData, hash_source
-from pipeline.cache.commits import Commit, Tombstone, read_commit
-from pipeline.cache.deep import Reextract, Reextracted
-from pipeline.cache.fidelity import Fidelity, FidelityFigures
-from pipeline.cache.manifest import BLOSC, CacheHeader, DatasetSection, ViewSection, match_header, read_header
-from pipeline.cache.quantiser import Quantiser
+from pipeline.cache.check.deep import Reextract, Reextracted
+from pipeline.cache.check.repair import Repair, repair, revivable
+from pipeline.cache.check.report import Finding, Report
+from pipeline.cache.check.verify import Source, verify
+from pipeline.cache.format.commits import Commit, Tombstone, read_commit
+from pipeline.cache.format.fidelity import Fidelity, FidelityFigures
+from pipeline.cache.format.header import BLOSC, CacheHeader, DatasetSection, ViewSection, match_header, read_header
+from pipeline.cache.format.quantiser import Quantiser
+from pipeline.cache.format.records import Record, ShardData
 from pipeline.cache.reader import CacheReader, open_cache
-from pipeline.cache.repair import Repair, repair, revivable
-from pipeline.cache.report import Finding, Report
-from pipeline.cache.verify import Source, verify
 from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
 from pipeline.cache.writing import ShardArrays, ShardBuffers, ShardWriting
 
@@ -44,7 +44,6 @@ __all__ = [
     "Tombstone",
     "ViewSection",
     "create_cache",
-    "hash_source",
     "match_header",
     "open_cache",
     "open_writer",

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.base import OpenView, Record, Seal
-from pipeline.cache.commits import committed_shards, read_commit
 from pipeline.cache.files import Lru, allow_files
-from pipeline.cache.manifest import CacheHeader, read_header
+from pipeline.cache.format.commits import committed_shards, read_commit
+from pipeline.cache.format.header import CacheHeader, read_header
+from pipeline.cache.format.records import OpenView, Record, Seal
 from pipeline.cache.tables import Tables
 from pipeline.cache.writer import store_of
 from pipeline.errors import CacheDamage, CacheError

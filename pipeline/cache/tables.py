@@ -10,7 +10,7 @@ from threading import Lock
 
 import numpy as np
 
-from pipeline.cache.base import Store
+from pipeline.cache.format.records import Store
 from pipeline.errors import CacheDamage
 
 _BUFFER = 16 << 20  # bytes; its pages are taken as they are filled

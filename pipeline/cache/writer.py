@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.base import Seal, ShardData, Store
-from pipeline.cache.commits import Commit, Tombstone, commit_path, read_commit, write_commit
 from pipeline.cache.files import PARTIAL, file_of, one_line, remove_dead_partials, sync_folder, write_file
-from pipeline.cache.manifest import FILE, CacheHeader, match_header, read_header
-from pipeline.cache.webdataset_store import WebdatasetStore
-from pipeline.cache.zarr_store import ZarrStore
-from pipeline.cache.zarr_view import array_specs
+from pipeline.cache.format.commits import Commit, Tombstone, commit_path, read_commit, write_commit
+from pipeline.cache.format.header import FILE, CacheHeader, match_header, read_header
+from pipeline.cache.format.records import Seal, ShardData, Store
+from pipeline.cache.tar.store import WebdatasetStore
+from pipeline.cache.zarr.store import ZarrStore
+from pipeline.cache.zarr.view import array_specs
 from pipeline.errors import CacheError
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.base import ShardData
-from pipeline.cache.manifest import CacheHeader
+from pipeline.cache.format.header import CacheHeader
+from pipeline.cache.format.records import ShardData
 from pipeline.cache.writer import CacheWriter
 
 SHARDS = 2  # written at once; the second thread works only while the first can't keep up

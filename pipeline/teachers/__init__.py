@@ -1,6 +1,8 @@
 """Teachers: frozen CLIP and DINO ViTs that turn views into patch tokens and an attention row to focus by."""
 
-from pipeline.teachers.base import (
+from pipeline.teachers.mrmae import PatchEncoder
+from pipeline.teachers.registry import TEACHERS, Entry, TeacherRow, build_teacher, list_teachers
+from pipeline.teachers.teacher import (
     Backbone,
     Teacher,
     TeacherOutput,
@@ -9,8 +11,6 @@ from pipeline.teachers.base import (
     resize_views,
     share_backbones,
 )
-from pipeline.teachers.mrmae import PatchEncoder
-from pipeline.teachers.registry import TEACHERS, Entry, TeacherRow, build_teacher, list_teachers
 
 __all__ = [
     "TEACHERS",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import TeacherError
 from pipeline.teachers.attention import multihead_class_row, normed_class_row
-from pipeline.teachers.base import Trace, vit_macs
+from pipeline.teachers.teacher import Trace, vit_macs
 from pipeline.teachers.timm_vit import TimmBackbone, fit_size, random_model
 from pipeline.teachers.weights import fetching, load_strictly, read_weights
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import TeacherError
 from pipeline.teachers.attention import class_row, mean_row
-from pipeline.teachers.base import Trace
+from pipeline.teachers.teacher import Trace
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pipeline.errors import TeacherError
-from pipeline.teachers.base import Backbone, Teacher, TokenChoice, rehearse
 from pipeline.teachers.clip import build_open_clip
 from pipeline.teachers.mrmae import build_mrmae
+from pipeline.teachers.teacher import Backbone, Teacher, TokenChoice, rehearse
 from pipeline.teachers.timm_vit import build_timm
 
 

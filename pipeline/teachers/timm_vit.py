@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import TeacherError
 from pipeline.teachers.attention import class_row, pooling_row, rotary_class_row
-from pipeline.teachers.base import Trace, vit_macs
 from pipeline.teachers.conversion import to_timm
+from pipeline.teachers.teacher import Trace, vit_macs
 from pipeline.teachers.weights import fetching, load_strictly, read_weights
 
 NEEDED = ("blocks", "norm", "patch_embed", "num_prefix_tokens", "embed_dim", "forward_intermediates", "set_input_size")

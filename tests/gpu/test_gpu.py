@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.assembly import load_teacher
+from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import open_cache
 from pipeline.data.images import open_images
 from pipeline.data.views import ViewConfig
 from pipeline.evaluation.knn import knn_classify
-from pipeline.extraction import Extractor
 from pipeline.processes import float32_products
-from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training import engine
 from pipeline.training.interruption import Interrupted
 from pipeline.training.metrics import read_metrics

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 import cli
+from pipeline.assembly.samples import PretrainDataset
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset
-from pipeline.data.loader import PretrainDataset
 from pipeline.data.masks import visible_count
 from pipeline.data.views import ViewConfig
 from pipeline.detection import DetectionDataset, JitterConfig, open_coco

@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
 import cli
-from pipeline.assembly import build_detector, load_detector
+from pipeline.assembly.detectors import build_detector, load_detector
 from pipeline.detection import Detector, DetectorConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models import build_student, save_weights

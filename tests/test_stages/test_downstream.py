@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.assembly import load_teacher
+from pipeline.assembly.teachers import load_teacher
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models import load_model, save_weights
 from pipeline.teachers import Teacher
-from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune, knn, linear_probe, pretrain
 from tests.test_stages.conftest import ENCODER, MICRO, TEACHER, finetune_config, pretrain_config, sets
@@ -98,7 +98,7 @@ def test_the_second_command_reads_what_the_first_one_kept(
     def refuse(*_: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("pipeline.frozen.extract_features", refuse)
+    monkeypatch.setattr("pipeline.assembly.frozen_features.extract_features", refuse)
     assert knn.run(knn.KnnConfig.model_validate(keys)) == first
     probe = {key: value for key, value in keys.items() if key != "k"}
     linear_probe.run(linear_probe.LinearProbeConfig.model_validate({**probe, "epochs": 1}))
@@ -119,7 +119,7 @@ def test_teachers_of_equal_weights_keep_features_apart(
         teacher.spec = f"{teacher.spec}-twin"
         return teacher
 
-    monkeypatch.setattr("pipeline.frozen.load_teacher", twin)
+    monkeypatch.setattr("pipeline.assembly.frozen_features.load_teacher", twin)
     knn.run(knn.KnnConfig.model_validate(keys))
     assert len(list((tmp_path / "features").iterdir())) == 4
 

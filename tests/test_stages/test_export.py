@@ -85,8 +85,8 @@ def test_convvit_is_two_files_that_explain_themselves(tmp_path: Path, kind: str)
     assert names & {"head", "decoder_embed", "mask_token"} == ({"head"} if kind == "mean" else set())
     assert facts["cosine"] >= 0.99999
     if kind == "student":  # and it starts other stages, as a lone file
-        from pipeline.assembly import load_encoder
-        from pipeline.models.config import StudentConfig
+        from pipeline.assembly.students import load_encoder
+        from pipeline.models.student_config import StudentConfig
 
         again = load_encoder(
             tmp_path / "out/model.safetensors", StudentConfig.model_validate({**said["student"], "image_size": 64})

@@ -14,20 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import extraction
-from pipeline.assembly import load_teacher
+from pipeline.assembly import extraction
+from pipeline.assembly.caches import views_of
+from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.samples import PretrainDataset
+from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import BLOSC, CacheWriter, ShardData, open_cache, read_header
 from pipeline.data import rendering
 from pipeline.data import views as view_module
-from pipeline.data.caches import views_of
 from pipeline.data.decoding import decode
 from pipeline.data.images import open_images
-from pipeline.data.loader import PretrainDataset
 from pipeline.data.views import View, ViewConfig, render, to_chw, view_of_epoch
 from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
-from pipeline.extraction import Extractor
 from pipeline.teachers import Teacher
-from pipeline.teachers.config import TeacherConfig
+from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.weights import state_digest
 from stages import extract_teacher_features, verify_cache
 from stages.extract_teacher_features import ExtractConfig

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cli
-from pipeline.assembly import normalise
 from pipeline.config import load_config
 from pipeline.data.labelled import evaluation_batches, open_labelled
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import topk_accuracy
 from pipeline.evaluation.records import read_records
 from pipeline.models import Classifier, build_student, load_model, save_weights
+from pipeline.pixels import normalise
 from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune
 from stages.finetune import DataConfig, EvaluateConfig, FinetuneConfig

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.assembly import caches
+from pipeline.assembly.samples import PretrainBatch
 from pipeline.cache import open_cache
-from pipeline.data import caches
-from pipeline.data.loader import PretrainBatch
 from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError, TrainingError
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.engine import _Loop

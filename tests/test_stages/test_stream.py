@@ -14,9 +14,10 @@ import psutil
 import pytest
 import torch
 
-from pipeline.data.caches import live_samples, open_caches, views_of
+from pipeline.assembly.caches import live_samples, open_caches, views_of
+from pipeline.assembly.samples import PretrainBatch, PretrainDataset
 from pipeline.data.images import open_images
-from pipeline.data.loader import PretrainBatch, PretrainDataset, StepSampler, load
+from pipeline.data.loader import StepSampler, load
 from pipeline.data.order import EpochOrder
 from pipeline.data.slots import Page
 from pipeline.errors import ConfigError

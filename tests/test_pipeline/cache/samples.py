@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cache import BLOSC, CacheHeader, Quantiser, ShardData, create_cache, hash_source, open_writer
+from pipeline.cache import BLOSC, CacheHeader, Quantiser, ShardData, create_cache, open_writer
+from pipeline.files import hash_source
 
 STORES = ("zarr", "webdataset")
 KINDS = (*STORES, "packed")  # packed: float tokens, compressed, in the zarr store

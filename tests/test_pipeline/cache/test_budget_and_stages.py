@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import cache as benchmark_cache
 from pipeline.cache import create_cache, open_writer
 from pipeline.cache.budget import estimate_bytes, readable, require_room
 from pipeline.errors import CacheDamage, CacheError, ConfigError
-from stages import benchmark_cache, cache_info, plan
+from stages import cache_info, plan
 from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, make_shard
 
 

@@ -15,18 +15,10 @@ from typing import IO
 import numpy as np
 import pytest
 
-from pipeline.cache import (
-    CacheHeader,
-    create_cache,
-    hash_source,
-    match_header,
-    open_cache,
-    open_writer,
-    read_header,
-    wait_for_cache,
-)
+from pipeline.cache import CacheHeader, create_cache, match_header, open_cache, open_writer, read_header, wait_for_cache
 from pipeline.cache import files as cache_files
 from pipeline.errors import CacheDamage, CacheError
+from pipeline.files import hash_source
 from tests import forked
 from tests.test_pipeline.cache.samples import (
     STORES,

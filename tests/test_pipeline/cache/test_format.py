@@ -16,7 +16,7 @@ import zarr
 from PIL import Image
 
 from pipeline.cache import create_cache, open_cache, open_writer, read_header
-from pipeline.cache.webdataset_store import member_header
+from pipeline.cache.tar.store import member_header
 from tests.test_pipeline.cache.samples import make_cache, make_header, make_shard
 
 # webdataset leaves an open tar to the garbage collector

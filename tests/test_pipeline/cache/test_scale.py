@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.cache import CacheHeader, create_cache, open_cache, open_writer
-from pipeline.cache.commits import Commit, write_commit
 from pipeline.cache.files import FileEntry
+from pipeline.cache.format.commits import Commit, write_commit
 from pipeline.cache.writer import store_of
 from tests.test_pipeline.cache.samples import make_header, make_shard
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache import CacheHeader, CacheReader, open_cache, verify
+from benchmarks.sparse_cache import create_sparse_cache, filled_rows
+from pipeline.assembly.caches import open_caches
+from pipeline.cache import CacheHeader, CacheReader, open_cache
 from pipeline.cache import files as cache_files
 from pipeline.cache import reader as cache_reader
-from pipeline.cache.sparse import create_sparse_cache, filled_rows
-from pipeline.data.caches import open_caches
+from pipeline.cache.check import verify
 from pipeline.errors import CacheDamage
 from tests.test_pipeline.cache.samples import make_cache, make_header
 

@@ -17,19 +17,19 @@ from pipeline.cache import (
     Reextracted,
     Report,
     create_cache,
-    hash_source,
     open_cache,
     open_writer,
     read_header,
     repair,
-    tar_scan,
     verify,
-    zarr_scan,
 )
 from pipeline.cache import files as cache_files
-from pipeline.cache.commits import Commit, write_commit
 from pipeline.cache.files import hash_file
+from pipeline.cache.format.commits import Commit, write_commit
+from pipeline.cache.tar import scan as tar_scan
+from pipeline.cache.zarr import scan as zarr_scan
 from pipeline.errors import CacheDamage, CacheError, DataError, PipelineError, StorageError
+from pipeline.files import hash_source
 from tests.test_pipeline.cache.samples import (
     KINDS,
     STORES,
@@ -408,7 +408,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(cache: Path, monkeypatch: pyte
 def test_many_changed_images_are_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_cache(tmp_path / "cache", make_header("zarr"), TOMBSTONES)
     # By its name: in the package `verify` is the function.
-    monkeypatch.setattr(importlib.import_module("pipeline.cache.verify"), "_NAMED", 2)
+    monkeypatch.setattr(importlib.import_module("pipeline.cache.check.verify"), "_NAMED", 2)
     monkeypatch.setattr(Photos, "read", lambda self, index: b"another")
     findings = [f for f in verify(path, "full", source=Photos()).findings if f.shard == 0]
     assert [f.kind for f in findings] == ["changed"] * 3

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.cache.check.walk import Walker
 from pipeline.cache.files import Descriptor, hash_file
-from pipeline.cache.walk import Walker
 from pipeline.errors import CacheDamage
 
 

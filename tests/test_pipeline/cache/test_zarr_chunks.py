@@ -9,8 +9,8 @@ import pytest
 import zarr
 
 from pipeline.cache import create_cache
-from pipeline.cache.zarr_chunks import blosc
-from pipeline.cache.zarr_view import array_specs
+from pipeline.cache.zarr.chunks import blosc
+from pipeline.cache.zarr.view import array_specs
 from pipeline.errors import CacheError
 from tests.test_pipeline.cache.samples import make_cache, make_header, make_shard
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.assembly.knn_callback import WatchConfig, open_watch
 from pipeline.data.images import open_images
 from pipeline.data.labelled import open_labelled
 from pipeline.data.readable import check_readable
 from pipeline.errors import DataError
-from pipeline.watch import WatchConfig, open_watch
 from stages import finetune, pretrain
 from stages.finetune import DataConfig
 from tests.test_stages.conftest import ENCODER, MICRO, finetune_config, pretrain_config

@@ -9,7 +9,7 @@ from timm.models.eva import Eva
 
 from pipeline.errors import TeacherError
 from pipeline.teachers import TEACHERS, Entry, Teacher, build_teacher, list_teachers, timm_vit
-from pipeline.teachers.base import Trace
+from pipeline.teachers.teacher import Trace
 from pipeline.teachers.timm_vit import TimmBackbone
 
 

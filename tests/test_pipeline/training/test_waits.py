@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import assembly
+from pipeline import pixels
+from pipeline.assembly.samples import PretrainBatch
+from pipeline.assembly.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.cache import Quantiser
 from pipeline.data.labelled import LabelledBatch
-from pipeline.data.loader import PretrainBatch
 from pipeline.models import build_classifier, build_student
-from pipeline.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.teachers import build_teacher
 from pipeline.training import engine
 from pipeline.training.ema import EmaConfig
@@ -55,14 +55,14 @@ def _what_no_fake_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Generators of a device that isn't there, the name of a card, and constants that are kept where data is."""
     monkeypatch.setattr(engine, "generators_of", lambda _: [torch.default_generator])
     monkeypatch.setattr(engine, "peak_of", lambda _: None)
-    monkeypatch.setattr(assembly, "_PIXEL_STATISTICS", {})
+    monkeypatch.setattr(pixels, "_STATISTICS", {})
 
 
 def waits(
     folder: Path, waited: list[str], model: nn.Module, batch: Any, losses: Callable[..., Mapping[str, Tensor]]
 ) -> list[str]:
     """What the second and the third step waited for; the first may put constants on the device."""
-    assembly._PIXEL_STATISTICS[CUDA] = torch.ones(1, 3, 1, 1, device=CUDA), torch.ones(1, 3, 1, 1, device=CUDA)
+    pixels._STATISTICS[CUDA] = torch.ones(1, 3, 1, 1, device=CUDA), torch.ones(1, 3, 1, 1, device=CUDA)
     run: Any = FakeRun(folder, model)
     plan, optim = StepPlan(4, 8, 8, 2, 1), OptimConfig(clip_grad=1.0)
     loop = engine._Loop(run, model, {}, plan, optim, None, None, EmaConfig(), None)
@@ -132,13 +132,13 @@ def test_pixel_statistics_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None
     """In inference mode first: they are of use to training after it, all the same."""
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     with torch.inference_mode():
-        first = assembly.normalise(images)
+        first = pixels.normalise(images)
     made = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda *args, **keys: pytest.fail("a constant is made anew"))
-    again = assembly.normalise(images)
+    again = pixels.normalise(images)
     monkeypatch.setattr(torch, "tensor", made)
     assert torch.equal(first, again)
-    mean, std = assembly._PIXEL_STATISTICS[images.device]
+    mean, std = pixels._STATISTICS[images.device]
     weight = torch.ones(1, 3, 1, 1, requires_grad=True)
     (weight * mean / std).sum().backward()
     assert torch.equal(weight.grad, mean / std)  # type: ignore[arg-type]

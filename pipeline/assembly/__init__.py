@@ -1,0 +1,1 @@
+"""The layer between wings and commands: what several stages build from configs, checkpoints, caches and teachers."""

@@ -1,0 +1,153 @@
+"""The caches that a run learns from: opened together, and checked against each other, the images and themselves."""
+
+import functools
+import logging
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.cache import CacheReader, Record, open_cache
+from pipeline.data.decoding import decode
+from pipeline.data.images import ImageSource
+from pipeline.data.rendering import preprocessing
+from pipeline.data.rng import Stream, raw_bits
+from pipeline.data.views import View, ViewConfig, draw_view
+from pipeline.errors import CacheError
+from pipeline.files import hash_source
+
+log = logging.getLogger(__name__)
+
+
+def open_caches(paths: Mapping[str, Path]) -> dict[str, CacheReader]:
+    """Open one cache a teacher, its tables loaded; an empty name stands for the name of the cache's own teacher.
+
+    Raises:
+        CacheError: a cache is unfinished, or they don't show the same pixels of the same images.
+        CacheDamage: a table is damaged.
+    """
+    readers = {}
+    for name, path in paths.items():
+        reader = open_cache(path)
+        readers[name or reader.header.teacher["name"]] = reader
+    for name, reader in readers.items():
+        missing = reader.missing_shards()
+        if missing:
+            raise CacheError(
+                f"cache {name} lacks {len(missing)} of {reader.header.shards} shards: finish its extraction"
+            )
+        _agree(next(iter(readers)), name, readers)
+    for reader in readers.values():
+        reader.load_tables(len(readers))
+    return readers
+
+
+def _agree(first: str, name: str, readers: Mapping[str, CacheReader]) -> None:
+    for what in ("dataset.digest", "preprocessing", "view_policy"):
+        there, here = (operator.attrgetter(what)(readers[each].header) for each in (first, name))
+        if there != here:
+            raise CacheError(
+                f"caches {first} and {name} differ in {what} ({there}, {here}): their teachers did not see the same "
+                "pixels; extract both from the same images, with the same views.*, store and libraries"
+            )
+
+
+def views_of(caches: Mapping[str, CacheReader]) -> ViewConfig:
+    """How the views of the caches were drawn."""
+    return ViewConfig.model_validate(next(iter(caches.values())).header.view_policy.model_dump())
+
+
+def live_samples(caches: Mapping[str, CacheReader]) -> NDArray[np.int64]:
+    """The samples that every cache holds, ascending.
+
+    Raises:
+        CacheError: there is none.
+    """
+    live: NDArray[np.int64] = functools.reduce(np.intersect1d, (cache.live_indices() for cache in caches.values()))
+    if not len(live):
+        raise CacheError(f"no sample lives in {' and '.join(caches)}: `mrmae cache-info` says why; extract again")
+    return live
+
+
+def match_images(caches: Mapping[str, CacheReader], source: ImageSource) -> None:
+    """Refuse images that the caches were not made of; warn where this machine may render them otherwise.
+
+    Raises:
+        CacheError: other images, or another number of them.
+    """
+    digest = source.digest()
+    for name, cache in caches.items():
+        if cache.header.dataset.digest != digest:
+            raise CacheError(
+                f"cache {name} was made of {cache.header.count} images at {cache.header.dataset.source}, not of these "
+                f"{len(source)} at {source.root}: give the same data.path and data.limit, restore files whose names or "
+                "sizes have changed, or extract again"
+            )
+        here = preprocessing(views_of({name: cache}), "zarr")
+        if not cache.stores_images and cache.header.preprocessing != here:
+            log.warning(
+                "the views of cache %s were rendered with %s, this machine has %s: pixels may differ in their last bit",
+                name,
+                cache.header.preprocessing,
+                here,
+            )
+
+
+def check_records(
+    caches: Mapping[str, CacheReader],
+    source: ImageSource | None,
+    samples: NDArray[np.int64],
+    seed: int,
+    count: int = 32,
+) -> str:
+    """Before a run's first step: hold `count` random records of each cache against the live images.
+
+    Returns:
+        What was checked, in words.
+
+    Raises:
+        CacheError: a record is damaged, of another image, or of another view than its cache says.
+        DataError: an image can't be read any more.
+    """
+    views = views_of(caches)
+    draws = raw_bits(2 * count, Stream.CHECK, seed)
+    for which, view in draws.reshape(count, 2):
+        index, number = int(samples[int(which) % len(samples)]), int(view) % views.count
+        records = {name: cache.read(index, number) for name, cache in caches.items()}
+        for name, record in records.items():
+            if record.image is not None:
+                _check_stored(name, record, views.image_size)
+        if source is not None:
+            data = source.read(index)
+            for name, record in records.items():
+                _check_source(name, record, data)
+            image = decode(data)
+            view = draw_view(views, index, number, image.height, image.width)
+            for name, record in records.items():
+                _check_view(name, record, view)
+    against = "their stored images" if source is None else "the live images (hash, box and flip)"
+    return f"{count} random records of {', '.join(caches)}: checksums, and {against}"
+
+
+def _check_stored(name: str, record: Record, size: int) -> None:
+    assert record.image is not None
+    image = decode(record.image)
+    if image.size != (size, size):
+        raise CacheError(f"cache {name}: the image of {record.key} has {image.width}x{image.height} pixels, not {size}")
+
+
+def _check_source(name: str, record: Record, data: bytes) -> None:
+    if record.source_hash != hash_source(data):
+        raise CacheError(
+            f"image {record.key} is not the one that cache {name} was made of: restore it, or extract again"
+        )
+
+
+def _check_view(name: str, record: Record, view: View) -> None:
+    if tuple(record.box.tolist()) != view.box or record.hflip != view.hflip:
+        raise CacheError(
+            f"cache {name}: the view of {record.key} is {record.box.tolist()}, its policy draws {list(view.box)}: the "
+            "cache was made by another version of this program; extract again"
+        )

@@ -1,0 +1,133 @@
+"""Frozen features of labelled images: what `knn` and `linear-probe` both start from.
+
+The subject is a checkpoint, an untrained student, a teacher, or raw pixels: the references that a number needs.
+Features are kept in a folder, by what they are features of, so that a second command finds what the first computed.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pipeline.assembly.students import features_of, load_encoder
+from pipeline.assembly.teachers import load_teacher
+from pipeline.config import Config, PathField
+from pipeline.data.images import DataConfig, ImageSource
+from pipeline.data.labelled import evaluation_batches, open_splits
+from pipeline.errors import ConfigError
+from pipeline.evaluation.features import FeatureFile, extract_features
+from pipeline.models import model_record
+from pipeline.models.student_config import StudentConfig
+from pipeline.processes import gather_rows, processes
+from pipeline.progress import track
+from pipeline.teachers.teacher_config import TeacherConfig
+from pipeline.weights import state_digest
+
+
+class FrozenConfig(Config):
+    """What is frozen, and the images that it is measured on."""
+
+    data: DataConfig  # labelled images that the classifier learns from, or a folder that holds train/ and val/
+    val: DataConfig | None = None  # labelled images that it is measured on; default: val/ in data.path
+    init: PathField | None = None  # a run, a checkpoint or a public weights file
+    student: StudentConfig | None = None  # for a lone weights file, or an untrained student
+    teacher: TeacherConfig | None = None  # measure a teacher instead
+    pixels: bool = False  # measure raw pixels instead
+    image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: what the model was built for, else 224
+    crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
+    eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
+    seed: int = Field(0, ge=0)  # of an untrained student
+    output: PathField | None = None  # folder for metrics.json
+    features: PathField | None = None  # folder that keeps features for the next command; default: features/ in output
+
+    @model_validator(mode="after")
+    def _one_subject(self) -> "FrozenConfig":
+        if self.pixels + (self.teacher is not None) + (self.init is not None) > 1:
+            raise ValueError("give one of init, teacher.spec and pixels=true")
+        return self
+
+
+class Frozen(NamedTuple):
+    """Features float32 [N, D] and labels int64 [N] of both sets."""
+
+    train_x: Tensor
+    train_y: Tensor
+    val_x: Tensor
+    val_y: Tensor
+    num_classes: int
+
+
+def frozen_features(config: FrozenConfig) -> Frozen:
+    """The features of both sets: kept ones if the folder has them, else by one forward pass that processes share.
+
+    Raises:
+        DataError: no labels, or labels in one set that the other doesn't have.
+    """
+    train, val, classes = open_splits(config.data, config.val)
+    torch.manual_seed(config.seed)
+    subject = _subject(config, processes().device)
+    workers = config.data.workers, (config.val or config.data).workers
+    train_x, train_y = _features(config, subject, train, workers[0], "features (train)")
+    val_x, val_y = _features(config, subject, val, workers[1], "features (val)")
+    return Frozen(train_x, train_y, val_x, val_y, classes)
+
+
+class _Subject(NamedTuple):
+    """What is measured: uint8 images → features, the side that the images should have, and what it is by its bytes."""
+
+    encode: Callable[[Tensor], Tensor]
+    size: int
+    name: str
+
+
+def _features(
+    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, label: str
+) -> tuple[Tensor, Tensor]:
+    folder = config.features or (config.output / "features" if config.output else None)
+    known = {"subject": subject.name, "data": source.digest(), "size": str(subject.size), "crop": str(config.crop)}
+    file = FeatureFile(folder, known) if folder else None
+    kept = file.read() if file else None
+    labels = torch.from_numpy(source.labels)
+    # One that finds none, as on a node without that disk, would wait for the others' shares for ever.
+    if all(gather_object([kept is not None and len(kept) == len(labels)])) and kept is not None:
+        return kept, labels
+    share, _ = extract_features(subject.encode, _batches(config, subject, source, workers, label))
+    features = gather_rows(share, len(source))
+    if file and processes().is_main_process:
+        file.write(features)
+    return features, labels
+
+
+def _subject(config: FrozenConfig, device: torch.device) -> _Subject:
+    if config.pixels:
+        return _Subject(lambda images: images.float().flatten(1) / 255, config.image_size or 224, "pixels")
+    if config.teacher is not None:
+        teacher = load_teacher(config.teacher, device)
+        # All of it: QuickGELU and GELU, or two normalisations of pixels, may share weights.
+        name = f"teacher {json.dumps(teacher.identity(), sort_keys=True)}"
+        size = config.image_size or teacher.image_size
+        return _Subject(lambda images: teacher(images.to(device)).tokens.mean(1), size, name)
+    model = load_encoder(config.init, config.student)
+    size = model.encoder.image_size[0]
+    if config.image_size not in (None, size):
+        raise ConfigError(
+            f"image_size={config.image_size}, but the model was built for {size} pixels: "
+            "leave it out, or give student.image_size as well"
+        )
+    described = json.dumps(model_record(model), sort_keys=True)
+    return _Subject(features_of(model, device), size, f"model {state_digest(model.state_dict())} {described}")
+
+
+def _batches(
+    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, label: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of this process's share. One that comes after the last image looks at that one, and nobody at what it saw."""
+    state = processes()
+    rank, size = min(state.process_index, len(source) - 1), config.eval_batch_size
+    batches = evaluation_batches(source, subject.size, config.crop, workers, rank, state.num_processes, size)
+    for batch in track(batches, -(-len(source) // (size * state.num_processes)), label, "batch"):
+        yield batch.images, batch.labels

@@ -1,0 +1,75 @@
+"""k-NN on labelled images while a student is pre-trained: the number that people watch.
+
+Every process takes its share of the images, and keeps the features of those whose neighbours vote: what all of them
+hold is the features of the images to classify, and each finds the nearest among its own.
+"""
+
+from collections.abc import Callable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.assembly.students import features_of
+from pipeline.config import Config
+from pipeline.data.images import DataConfig, ImageSource, open_images
+from pipeline.data.labelled import LabelledDataset, evaluation_batches, match_classes
+from pipeline.data.readable import check_readable
+from pipeline.evaluation.features import extract_features
+from pipeline.evaluation.knn import knn_classify
+from pipeline.models import Student
+from pipeline.processes import gather_rows
+
+
+class WatchConfig(Config):
+    """k-NN every so many epochs."""
+
+    data: DataConfig  # labelled images whose neighbours vote
+    val: DataConfig  # labelled images that are classified
+    every: float = Field(10, gt=0)  # epochs
+    k: int = Field(20, ge=1)
+    temperature: float | None = Field(0.07, gt=0)  # as in `knn`
+    crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
+    eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
+
+
+def open_watch(
+    config: WatchConfig, image_size: int, rank: int, processes: int, device: torch.device
+) -> Callable[[nn.Module, int], dict[str, float]]:
+    """(student, step) → {"knn_top1", "knn_top5"}, fractions.
+
+    Raises:
+        DataError: no labels, or classes in one set that the other doesn't have.
+    """
+    train, val = open_images(config.data.path, config.data.limit), open_images(config.val.path, config.val.limit)
+    for source in (train, val):
+        LabelledDataset(source, image_size)  # says now, not after ten epochs, which image has no class,
+        check_readable(source)  # or is empty
+    val = match_classes(val, train.classes, train.num_classes, "knn.data", "knn.val")
+
+    def features(student: nn.Module, source: ImageSource, workers: int) -> tuple[Tensor, Tensor]:
+        """Of this process's share."""
+        assert isinstance(student, Student)
+        encode = features_of(student, device)
+        if rank >= len(source):  # fewer images than processes
+            return torch.empty(0, student.encoder.dim), torch.empty(0, dtype=torch.int64)
+        batches = evaluation_batches(source, image_size, config.crop, workers, rank, processes, config.eval_batch_size)
+        return extract_features(encode, ((batch.images, batch.labels) for batch in batches))
+
+    def evaluate(student: nn.Module, _step: int) -> dict[str, float]:
+        train_x, train_y = features(student, train, config.data.workers)
+        val_x, val_y = (gather_rows(rows, len(val)) for rows in features(student, val, config.val.workers))
+        figures = knn_classify(
+            train_x,
+            train_y,
+            val_x,
+            val_y,
+            min(config.k, len(train)),
+            config.temperature,
+            train.num_classes,
+            device=device,
+            shared=processes > 1,
+        )
+        return {f"knn_{name}": value for name, value in figures.items()}
+
+    return evaluate

@@ -1,0 +1,205 @@
+"""A pre-training batch: masked views, and the target rows that their teachers' caches hold. Made in the workers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.cache import CacheHeader, CacheReader, Record
+from pipeline.data.decoding import decode_pixels
+from pipeline.data.images import ImageSource
+from pipeline.data.loader import Request
+from pipeline.data.masks import Focus, mask_noise, visible_patches
+from pipeline.data.slots import Empty
+from pipeline.data.views import Picture, View, ViewConfig, to_chw, view_of_epoch
+from pipeline.errors import CacheError, DataError
+from pipeline.files import hash_source
+
+
+@dataclass
+class PretrainBatch:
+    """One micro-batch of masked views.
+
+    Attributes:
+        images: uint8 [B, 3, S, S], as rendered: the student's normalisation happens on the device.
+        ids_keep: int64 [B, K], visible patches, ascending; None where a live teacher's attention will choose them.
+        gumbel: float64 [B, L], what that choice adds to the logarithm of its attention (see `select_visible`).
+        targets: teacher → (values [B, R, D] as stored, scale float16 [B, R] or None); the R rows are the visible, the
+            masked (ascending) or all patches, as the objective declares.
+        indices: int64 [B], sample indices.
+    """
+
+    images: Tensor
+    ids_keep: Tensor | None
+    targets: dict[str, tuple[Tensor, Tensor | None]]
+    indices: Tensor
+    gumbel: Tensor | None = None
+
+    def to(self, device: torch.device) -> "PretrainBatch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "PretrainBatch":
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else move(tensor)
+
+        return PretrainBatch(
+            move(self.images),
+            moved(self.ids_keep),
+            {name: (move(values), moved(scale)) for name, (values, scale) in self.targets.items()},
+            self.indices,
+            moved(self.gumbel),
+        )
+
+
+class PretrainDataset:
+    """Masked views with their cached targets; without a cache, masked views alone.
+
+    Args:
+        source: the images; None when the first cache stores the rendered views itself.
+        caches: teacher → reader, all over the same samples and views.
+        views: how to draw views without a cache.
+        patches, keep: patches of a view, and how many stay visible.
+        focus: how visible patches are chosen; by the first cache's attention.
+        rows: which target rows the objective asks for: "visible", "masked", "all" or "none".
+        masks_per_sample: masks trained of each view that is read.
+        online: a live teacher on the device will say what to focus by; masks that need that are left to it.
+        seed: of views without a cache, and of masks.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | None,
+        caches: Mapping[str, CacheReader],
+        views: ViewConfig,
+        *,
+        patches: int,
+        keep: int,
+        focus: Focus,
+        rows: str,
+        masks_per_sample: int,
+        seed: int,
+        online: bool = False,
+    ) -> None:
+        self.source, self.caches, self.views = source, dict(caches), views
+        self.patches, self.keep, self.focus, self.rows = patches, keep, focus, rows
+        self.masks_per_sample, self.seed = masks_per_sample, seed
+        self.defers_masks = online and focus != "random"
+
+    def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> PretrainBatch:
+        repeats, size = self.masks_per_sample, self.views.image_size
+        views = [view_of_epoch(index, epoch, self.views.count) for epoch, index in requests]
+        noise = mask_noise(requests, self.patches, self.focus, self.seed, repeats)
+        ids_keep = None if self.defers_masks else np.empty((len(requests), repeats, self.keep), np.int64)
+        wanted = {} if ids_keep is None or self.rows == "none" else self.caches
+        targets = {name: self._target_rows(cache, len(requests), empty) for name, cache in wanted.items()}
+        shown: list[list[Record]] = []
+        for row, ((_, index), view, mask_noise_of_sample) in enumerate(zip(requests, views, noise, strict=True)):
+            # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
+            records = {name: cache.read(index, view, keep=False) for name, cache in self.caches.items()}
+            shown.append(list(records.values()))
+            if ids_keep is None:
+                continue
+            attention = _attention_of(shown[-1])
+            ids_keep[row] = visible_patches(attention, mask_noise_of_sample, self.keep, self.focus)
+            if targets:
+                ids = self._wanted_ids(ids_keep[row])
+                for name, target_rows in targets.items():
+                    target_rows.take(row, records[name], ids)
+        pixels = empty((len(requests), repeats, size, size, 3), np.uint8)
+        gumbel = noise.reshape(-1, self.patches) if self.defers_masks and self.focus == "sampled" else None
+        batch = PretrainBatch(
+            to_chw(pixels.reshape(-1, size, size, 3)),
+            None if ids_keep is None else torch.from_numpy(ids_keep.reshape(-1, self.keep)),
+            {name: target_rows.tensors() for name, target_rows in targets.items()},
+            torch.from_numpy(np.repeat([index for _, index in requests], repeats)),
+            None if gumbel is None else torch.from_numpy(gumbel),
+        )
+        # Pixels after all records, not in between: the two push each other's code and data out of the CPU's cache.
+        for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
+            self._show(index, view, shown[row], pixels[row, 0])
+        pixels[:, 1:] = pixels[:, :1]
+        return batch
+
+    def _target_rows(self, cache: CacheReader, samples: int, empty: Empty) -> "_TargetRows":
+        count = {"visible": self.keep, "masked": self.patches - self.keep, "all": self.patches}[self.rows]
+        return _TargetRows(cache.header, (samples, self.masks_per_sample, count), empty)
+
+    def _wanted_ids(self, ids_keep: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The target rows [repeats, R] of masks [repeats, K]."""
+        if self.rows == "visible":
+            return ids_keep
+        patches = np.arange(self.patches)
+        if self.rows == "all":
+            return np.broadcast_to(patches, (len(ids_keep), self.patches))
+        return np.stack([np.setdiff1d(patches, ids, assume_unique=True) for ids in ids_keep])
+
+    def _show(self, index: int, view: int, records: list[Record], out: NDArray[np.uint8]) -> None:
+        """The view that the teacher saw, byte for byte, into `out` [S, S, 3]."""
+        _agree(records)
+        if records and records[0].image is not None:
+            decode_pixels(records[0].image, out)
+            return
+        if self.source is None:
+            raise CacheError("this cache holds no images: give data.path")
+        data = self.source.read(index)
+        try:
+            picture = Picture(data, self.views)
+        except DataError as error:
+            raise DataError(f"image {self.source.key(index)}: {error}; repair it or take it away") from error
+        if records and records[0].source_hash != hash_source(data):
+            raise CacheError(
+                f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
+            )
+        picture.show(_view_of(records[0]) if records else picture.draw(index, view), out)
+
+
+def _agree(records: list[Record]) -> None:
+    """CacheError unless all teachers saw the same view of the same image."""
+    for record in records[1:]:
+        first = records[0]
+        same_view = record.hflip == first.hflip and (record.box == first.box).all()
+        if not same_view or record.source_hash != first.source_hash:
+            raise CacheError(f"the caches show different views of {first.key}: extract them from the same images")
+
+
+def _view_of(record: Record) -> View:
+    top, left, height, width = record.box.tolist()
+    return View((top, left, height, width), record.hflip)
+
+
+def _attention_of(records: list[Record]) -> NDArray[Any] | None:
+    """The first record's attention [L]; None where there is no record, or none in it."""
+    attention: NDArray[Any] | None = records[0].attention if records else None
+    if attention is not None and attention.ndim == 2:  # a row for each head
+        attention = attention.astype(np.float32).mean(0)
+    return attention
+
+
+class _TargetRows:
+    """The target rows of a batch, each record's taken where they are handed over.
+
+    Args:
+        header: of the cache that the records come from.
+        shape: (samples, masks of each, rows of each mask).
+    """
+
+    def __init__(self, header: CacheHeader, shape: tuple[int, int, int], empty: Empty) -> None:
+        self._values = empty((*shape, header.dim), header.quantiser.dtype)
+        self._scales = np.empty(shape, np.float16) if header.quantiser.has_scale else None
+
+    def take(self, row: int, record: Record, ids: NDArray[np.int64]) -> None:
+        """Rows `ids` [masks, R] of a record become those of sample `row`."""
+        # Without a mode numpy takes into a buffer first, so that a wrong id leaves `out` as it was; ids are ours.
+        record.tokens.take(ids, 0, out=self._values[row], mode="clip")
+        if self._scales is not None:
+            assert record.scale is not None
+            record.scale.take(ids, out=self._scales[row], mode="clip")
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Values [samples × masks, R, D] and scales [samples × masks, R]."""
+        scales = None if self._scales is None else torch.from_numpy(self._scales).flatten(0, 1)
+        return torch.from_numpy(self._values).flatten(0, 1), scales

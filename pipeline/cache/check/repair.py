@@ -1,0 +1,78 @@
+"""Mending what verification found: damaged shards are extracted again, and nothing else."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.cache.check.report import Finding, Report
+from pipeline.cache.format.commits import commit_path, committed_shards, read_commit
+from pipeline.cache.format.header import CacheHeader, read_header
+from pipeline.cache.format.records import ShardData
+from pipeline.cache.writer import open_writer, store_of
+from pipeline.errors import CacheDamage, CacheError
+
+ExtractShard = Callable[[int], ShardData]
+"""Makes the whole content of one shard again from the images, as extraction does."""
+
+
+@dataclass(slots=True)
+class Repair:
+    """What was mended, and what couldn't be."""
+
+    shards: list[int] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    beyond: list[Finding] = field(default_factory=list)  # the header or the images: extract into a new folder
+
+
+def revivable(path: Path, report: Report, can_be_read: Callable[[int], bool]) -> list[int]:
+    """Shards, undamaged ones, with a tombstone whose image (by its index) can be read by now; ascending."""
+    header, damaged = read_header(path), set(report.damaged_shards())
+    return [
+        shard
+        for shard in committed_shards(path, header)
+        if shard not in damaged
+        and any(can_be_read(stone.index) for stone in read_commit(path, header, shard).tombstones)
+    ]
+
+
+def repair(path: Path, report: Report, extract_shard: ExtractShard, also: Iterable[int] = ()) -> Repair:
+    """Write damaged and missing shards again and rebuild what is derived; then `verify` should find nothing.
+
+    A shard's commit is withdrawn before its files are touched: a repair that is killed leaves it unwritten, not torn.
+
+    Args:
+        also: undamaged shards to write again, as `revivable` finds them.
+
+    Raises:
+        CacheDamage: cache.json itself is damaged. CacheError: an image that the shard was made of can't be read any
+            more; the disk is full, ...
+    """
+    writer = open_writer(path)
+    store = store_of(path, writer.header)
+    done = Repair(beyond=report.beyond_repair())
+    for file in report.rebuilt_files():
+        store.rebuild(file)
+        done.files.append(file)
+    for shard in sorted({*report.damaged_shards(), *also}):
+        data = extract_shard(shard)
+        _check_lost(path, writer.header, shard, data)
+        writer.withdraw(shard)
+        writer.clean_partial(shard)
+        writer.write_shard(shard, data)
+        done.shards.append(shard)
+    return done
+
+
+def _check_lost(path: Path, header: CacheHeader, shard: int, data: ShardData) -> None:
+    """A repair gives no sample up: its record may be the sound one beside a damaged one."""
+    try:
+        known = {stone.index for stone in read_commit(path, header, shard).tombstones}
+    except CacheDamage:
+        return  # nobody knows what it held
+    lost = sorted(data.tombstones.keys() - known)
+    if lost:
+        raise CacheError(
+            f"shard {shard} stays as it is: {len(lost)} of its images can't be read any more (sample {lost[0]}: "
+            f"{data.tombstones[lost[0]]}): restore them; or give them up, by removing {commit_path(path, shard)} and "
+            "extracting again"
+        )

@@ -1,0 +1,106 @@
+"""commits/000017.json: the last file of a finished shard, and the only one that says it is finished.
+
+One line of canonical JSON: the shard's number, its sample count, each file's length and xxh3-128, the tombstones, and
+the sha256 of all of that. Readers and resume trust nothing else: a missing zarr chunk would read as zeros, a tar that
+was cut between members as a shorter one.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.cache.files import FileEntry, read_whole, sync_folder, write_file
+from pipeline.cache.format.header import CacheHeader, canonical
+from pipeline.errors import CacheDamage
+
+FOLDER = "commits"
+
+
+class Tombstone(BaseModel):
+    """A sample that could not be read when the cache was made; training passes over it."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    index: int
+    key: str
+    error: str
+
+
+class Commit(BaseModel):
+    """The content of one commit record."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    shard: int
+    fingerprint: str
+    count: int  # samples of the shard, tombstones among them
+    files: dict[str, FileEntry]
+    tombstones: list[Tombstone]
+    fidelity: dict[str, Any]
+    times: dict[str, Any]
+
+    def to_bytes(self) -> bytes:
+        fields = self.model_dump()
+        digest = hashlib.sha256(canonical(fields)).hexdigest()
+        return canonical({**fields, "digest": digest}) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "Commit":
+        """Parse a record. Raises ValueError when a single byte of it isn't as it was written."""
+        try:
+            fields = json.loads(content)
+            fields.pop("digest")
+            commit = cls.model_validate(fields)
+        except (ValidationError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError("not a commit record") from error
+        if commit.to_bytes() != content:
+            raise ValueError("its digest differs")
+        return commit
+
+
+def commit_path(root: Path, shard: int) -> Path:
+    return root / FOLDER / f"{shard:06d}.json"
+
+
+def write_commit(root: Path, commit: Commit) -> None:
+    """Declare a shard finished. Its files must be durable by now."""
+    path = commit_path(root, commit.shard)
+    write_file(path, [commit.to_bytes()])
+    sync_folder(path.parent)
+
+
+def read_commit(root: Path, header: CacheHeader, shard: int) -> Commit:
+    """One shard's commit record, checked against the header.
+
+    Raises:
+        CacheDamage: missing, damaged, of another shard or cache.
+    """
+    path = commit_path(root, shard)
+    problem = ""
+    try:
+        commit = Commit.from_bytes(read_whole(path))
+    except ValueError as error:
+        problem = str(error)
+    else:
+        span = header.shard_range(shard)
+        if commit.fingerprint != header.fingerprint:
+            problem = "it belongs to another cache"
+        elif commit.shard != shard or commit.count != len(span):
+            problem = f"it states shard {commit.shard} with {commit.count} samples"
+        elif any(stone.index not in span for stone in commit.tombstones):
+            problem = "a tombstone lies outside its shard"
+    if problem:
+        raise CacheDamage(
+            f"shard {shard}: commit record {path.name}: {problem}; run `mrmae verify-cache {root} --repair`"
+        )
+    return commit
+
+
+def committed_shards(root: Path, header: CacheHeader) -> list[int]:
+    """Shards that have a commit record, unread, in order; names that fit no shard are left to verify."""
+    folder = root / FOLDER
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return [shard for shard in range(header.shards) if f"{shard:06d}.json" in names]

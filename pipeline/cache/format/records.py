@@ -1,0 +1,226 @@
+"""What a cache is made of: records, shards of them, and what a store must offer.
+
+A store knows how a shard lies on the disk and nothing else; `CacheWriter` and `CacheReader` add commits, tombstones,
+checks and the LRU of open shards, the same for every store.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from struct import Struct
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from awscrt.checksums import crc32c
+from numpy.typing import NDArray
+
+from pipeline.cache.check.walk import Walker
+from pipeline.cache.files import FileEntry
+
+TAIL = Struct("<4iBQ")  # box (top, left, height, width), hflip, source hash: as a record's checksum covers them
+TAILS: np.dtype[Any] = np.dtype([("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")])  # the same for numpy
+_HEAD = Struct("<QI")  # sample index, view
+
+
+@dataclass(slots=True)
+class ShardData:
+    """Every record of one shard: n samples (the shard's range), V views, L tokens, D channels, H heads.
+
+    Rows of tombstones hold anything; the writer zeroes them, so that the files don't depend on it.
+    """
+
+    tokens: NDArray[Any]  # [n, V, L, D] int8, float16 or float32, as quantised
+    scale: NDArray[np.float16] | None  # [n, V, L], int8 only
+    attention: NDArray[np.float16] | None  # [n, V, L], [n, V, H, L], or None when the cache keeps none
+    box: NDArray[np.int32]  # [n, V, 4] top, left, height, width in source pixels
+    hflip: NDArray[np.uint8]  # [n, V] 1 = mirrored
+    source_hash: NDArray[np.uint64]  # [n], see `hash_source`
+    keys: list[str]  # n
+    images: list[list[bytes] | None] | None = None  # n × V JPEG files, for stores that keep images; None at tombstones
+    tombstones: dict[int, str] = field(default_factory=dict)  # sample index → why it can't be read, one line
+    fidelity: dict[str, Any] = field(default_factory=dict)  # `FidelityFigures.model_dump()`
+    times: dict[str, Any] = field(default_factory=dict)  # free, JSON; the only part that may differ between runs
+
+    def record(self, row: int, view: int) -> "Raw":
+        """One record on its way to the disk, its checksum still 0."""
+        images = None if self.images is None else self.images[row]
+        tokens = self.tokens[row, view]
+        scale = None if self.scale is None else self.scale[row, view]
+        attention = None if self.attention is None else self.attention[row, view]
+        image = None if images is None else images[view]
+        return Raw(
+            key=self.keys[row].encode(),
+            tail=TAIL.pack(*self.box[row, view].tolist(), int(self.hflip[row, view]), int(self.source_hash[row])),
+            crc32c=0,
+            tokens=tokens,
+            scale=scale,
+            attention=attention,
+            image=image,
+            body=[part for part in (tokens, scale, attention, image) if part is not None],
+        )
+
+
+class Raw(NamedTuple):
+    """One record as it lies in the store, before any check."""
+
+    key: bytes  # UTF-8
+    tail: bytes  # TAIL
+    crc32c: int
+    tokens: NDArray[Any]  # [L, D]
+    scale: NDArray[np.float16] | None  # [L]
+    attention: NDArray[np.float16] | None  # [L] or [H, L]
+    image: bytes | None
+    body: Sequence[Any]  # buffers that make up tokens‖scale‖attention‖image, as the checksum covers them
+
+
+class Record:
+    """One checked view of one sample.
+
+    `tokens` is [L, D] (or [K, D] where rows were asked for), as stored, or float32 when dequantised; `scale` float16
+    [L] (or [K]) or None; `attention` float16 [L] or [H, L], always of all L tokens, or None; `image` the stored JPEG.
+    """
+
+    __slots__ = ("_key", "_tail", "attention", "image", "index", "scale", "tokens", "view")
+
+    def __init__(self, index: int, view: int, raw: Raw, tokens: NDArray[Any], scale: Any, attention: Any) -> None:
+        self.index = index
+        self.view = view
+        self.tokens = tokens
+        self.scale: NDArray[np.float16] | None = scale
+        self.attention: NDArray[np.float16] | None = attention
+        self._key, self._tail, self.image = raw.key, raw.tail, raw.image
+
+    @property
+    def key(self) -> str:
+        """The sample's name in the dataset."""
+        return self._key.decode()
+
+    @property
+    def box(self) -> NDArray[np.int32]:
+        """int32 [4]: top, left, height, width in source pixels."""
+        return np.frombuffer(self._tail, "<i4", 4)
+
+    @property
+    def hflip(self) -> bool:
+        return self._tail[16] != 0
+
+    @property
+    def source_hash(self) -> int:
+        """`hash_source` of the image file that the view was cut from."""
+        return int.from_bytes(self._tail[17:], "little")
+
+
+class Seal:
+    """The crc32c of a record: fingerprint‖index‖view‖key‖box‖hflip‖source_hash‖tokens‖scale‖attention‖image.
+
+    It starts from the cache's fingerprint, so that a swapped or foreign record fails too, not only a damaged one.
+    """
+
+    def __init__(self, fingerprint: str) -> None:
+        self._start: int = crc32c(bytes.fromhex(fingerprint))
+
+    def head(self, index: int, view: int, key: bytes, tail: bytes) -> int:
+        """The checksum as far as it goes before the body."""
+        crc: int = crc32c(_HEAD.pack(index, view) + key + tail, self._start)
+        return crc
+
+    def __call__(self, index: int, view: int, raw: Raw) -> int:
+        crc: int = crc32c(_HEAD.pack(index, view) + raw.key + raw.tail, self._start)
+        for part in raw.body:
+            crc = crc32c(part, crc)
+        return crc
+
+
+@dataclass(slots=True)
+class Walk:
+    """What scans of one shard share."""
+
+    seal: Seal
+    walker: Walker
+    seen: dict[str, FileEntry] = field(default_factory=dict)  # the measures of files that were read whole
+
+
+@dataclass(slots=True)
+class Scan:
+    """What a scan of one view of one shard found: records whose checksum is right, and what is wrong with others.
+
+    `rows` ascending; the arrays run in parallel with it.
+    """
+
+    rows: list[int]
+    keys: list[bytes]  # n, UTF-8
+    tails: NDArray[Any]  # [n] of TAILS
+    scale: NDArray[np.float16] | None  # [n, L]
+    attention: NDArray[np.float16] | None  # [n, L] or [n, H, L]
+    infinite: list[int] = field(default_factory=list)  # rows with tokens that are not finite
+    damaged: dict[int, str] = field(default_factory=dict)  # row → what is wrong with its record
+
+
+class OpenView(Protocol):
+    """One view of one shard, open for reading; `row` counts from the shard's first sample."""
+
+    def read(self, row: int, keep: bool = True) -> Raw:
+        """One record, unchecked; without `keep`, its arrays and body are overwritten by this thread's next read.
+
+        Raises CacheDamage where the record can't even be found.
+        """
+        ...
+
+    def key(self, row: int) -> str:
+        """The sample's key."""
+        ...
+
+
+class Store(Protocol):
+    """How shards lie on the disk. Paths in results are relative to the cache's folder, with slashes."""
+
+    stores_images: bool
+    descriptors: int  # that one open view holds
+
+    def create(self) -> None:
+        """Write what must exist before the first shard; harmless when repeated, an error over other content."""
+        ...
+
+    def files(self, shard: int) -> list[str]:
+        """The files that the shard's commit record lists."""
+        ...
+
+    def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:
+        """Write a checked shard, each file atomically and durably, and return what `files` names."""
+        ...
+
+    def table(self, shard: int, view: int | None) -> bytes:
+        """The small facts that find and check the records of one view of a committed shard, or (None) of all views.
+
+        Read from the disk and checked. Raises CacheDamage.
+        """
+        ...
+
+    def open_view(self, shard: int, view: int, shared: Any, table: Any) -> OpenView:
+        """Open one view of a committed shard, given its tables (buffers): of all views, and its own.
+
+        Raises CacheDamage.
+        """
+        ...
+
+    def scan(self, shard: int, view: int, rows: list[int], walk: Walk, fresh: bool = False) -> Scan:
+        """Read every byte of one view once and check the records of `rows`, ascending.
+
+        Puts the measure of each file that could be read whole into `walk.seen`. `fresh` distrusts sidecars.
+        Raises CacheDamage when nothing of the view can be read.
+        """
+        ...
+
+    def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
+        """Check files that no commit record covers: those of one shard, or of the whole cache (None).
+
+        Returns file → what is wrong with it. `thorough` makes them again and compares.
+        """
+        ...
+
+    def derived(self, shard: int | None) -> list[str]:
+        """The files that `uncovered` checks: those of one shard, or of the whole cache (None)."""
+        ...
+
+    def rebuild(self, file: str) -> None:
+        """Write one of the files of `uncovered` again."""
+        ...

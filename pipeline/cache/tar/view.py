@@ -1,0 +1,242 @@
+"""Reading the webdataset store's tars: where records lie in them, and one record by one `pread`."""
+
+import json
+import struct
+import threading
+from pathlib import Path
+from tarfile import BLOCKSIZE, RECORDSIZE, TarError, TarInfo
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic_core import from_json
+
+from pipeline.cache.files import Descriptor, aligned
+from pipeline.cache.format.header import CacheHeader
+from pipeline.cache.format.records import TAIL, Raw
+from pipeline.errors import CacheDamage
+
+SUFFIXES = ("jpg", "safetensors", "json")  # members of a sample, in their order
+FIELDS = 4  # of an index row: start of the first member's header, then the byte length of each member
+_ROW = struct.Struct(f"={FIELDS}q")  # such a row in memory
+NONE = -1  # start of a tombstone in the index
+_OUTSIDE = -2  # start of a record that its tar is too short for
+_SAFETENSORS_TYPES = {"int8": "I8", "float16": "F16", "float32": "F32"}
+
+
+class TensorLayout:
+    """Where the tensors of one record lie in its safetensors file: the same for every record of a cache.
+
+    Larger items come first, so that every tensor is aligned; there are no metadata entries.
+    """
+
+    def __init__(self, header: CacheHeader) -> None:
+        half = np.dtype("<f2")
+        self._specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+            "tokens": (header.quantiser.dtype, (header.tokens, header.dim))
+        }
+        if header.quantiser.has_scale:
+            self._specs["scale"] = (half, (header.tokens,))
+        if header.attention_shape is not None:
+            self._specs["attention"] = (half, header.attention_shape)
+        self._starts, entries, offset = dict[str, int](), {}, 0
+        for name in sorted(self._specs, key=lambda name: -self._specs[name][0].itemsize):
+            dtype, shape = self._specs[name]
+            end = offset + int(np.prod(shape)) * dtype.itemsize
+            entries[name] = {
+                "dtype": _SAFETENSORS_TYPES[dtype.name],
+                "shape": list(shape),
+                "data_offsets": [offset, end],
+            }
+            self._starts[name], offset = offset, end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.head = struct.pack("<Q", len(text)) + text
+        self.bytes = len(self.head) + offset
+        self.sealed = self._sealed(offset)
+        # Scale and attention are neighbours, whatever the item size of tokens.
+        self._halves = [name for name in self._starts if name != "tokens"]
+        first = len(self.head) + self._starts[self._halves[0]] if self._halves else 0
+        self.small = first, first + sum(2 * int(np.prod(self._specs[name][1])) for name in self._halves)
+        self.facts = padded(self.bytes) + BLOCKSIZE  # from the file's start to the text of the JSON behind it
+        self.floats = header.quantiser.dtype.kind == "f"
+
+    def _sealed(self, total: int) -> list[tuple[int, int]]:
+        """Where a checksum finds tokens‖scale‖attention in the file: neighbours in one piece."""
+        ends = {
+            name: min([start for start in self._starts.values() if start > at], default=total)
+            for name, at in self._starts.items()
+        }
+        spans: list[tuple[int, int]] = []
+        for name in (name for name in ("tokens", "scale", "attention") if name in self._starts):
+            start, stop = len(self.head) + self._starts[name], len(self.head) + ends[name]
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, stop))
+        return spans
+
+    def write(self, raw: Raw) -> list[Any]:
+        """The parts of a record's safetensors file."""
+        arrays = {"tokens": raw.tokens, "scale": raw.scale, "attention": raw.attention}
+        return [self.head, *(np.ascontiguousarray(arrays[name]) for name in self._starts)]
+
+    def stack(self, small: NDArray[np.uint8]) -> tuple[Any, Any]:
+        """Scale [n, L] and attention [n, (H,) L] of n records whose `small` bytes [n, bytes] are given."""
+        values, arrays, start = small.view("<f2"), {}, 0
+        for name in self._halves:
+            shape = self._specs[name][1]
+            stop = start + int(np.prod(shape))
+            arrays[name], start = values[:, start:stop].reshape(len(small), *shape), stop
+        return arrays.get("scale"), arrays.get("attention")
+
+    def tensors(self, file: NDArray[np.uint8]) -> tuple[NDArray[Any], Any, Any]:
+        """Tokens, scale and attention as views of a safetensors file [bytes]."""
+        tokens, *halves = (
+            None
+            if name not in self._specs
+            else np.ndarray(self._specs[name][1], self._specs[name][0], file, self._at(name))
+            for name in ("tokens", "scale", "attention")
+        )
+        assert tokens is not None
+        return tokens, halves[0], halves[1]
+
+    def _at(self, name: str) -> int:
+        return len(self.head) + self._starts[name]
+
+
+def trailer(offset: int) -> int:
+    """Zero bytes at the end of a tar: two blocks, then as many as fill a record, as tar itself writes."""
+    return 2 * BLOCKSIZE + -(offset + 2 * BLOCKSIZE) % RECORDSIZE
+
+
+def padded(size: Any) -> Any:
+    return size + -size % BLOCKSIZE
+
+
+def index_of(tar: Descriptor, span: range) -> NDArray[np.int64]:
+    """Make the index [n, 4] of a tar again by walking its headers.
+
+    Raises:
+        CacheDamage: something else than the samples of `span` in their order, three members each.
+    """
+    rows = np.full((len(span), FIELDS), NONE, np.int64)
+    header, offset, end = np.empty(BLOCKSIZE, np.uint8), 0, tar.size()
+    while True:
+        tar.read_into(header, offset)
+        if not header.any():
+            break
+        start, sizes, names = offset, [], []
+        for _ in SUFFIXES:
+            tar.read_into(header, offset)
+            name, size = _parse_header(tar.path, header.tobytes(), offset)
+            names.append(name)
+            sizes.append(size)
+            offset += BLOCKSIZE + padded(size)
+        row = int(names[0][:9]) - span.start if names[0][:9].isdecimal() else NONE
+        if not 0 <= row < len(span) or names != [f"{span[row]:09d}.{suffix}" for suffix in SUFFIXES]:
+            raise CacheDamage(f"{tar.path.name}: unexpected members {', '.join(names)} at byte {start}")
+        rows[row] = [start, *sizes]
+    if end != offset + trailer(offset):
+        raise CacheDamage(f"{tar.path.name} ends at byte {end} instead of {offset + trailer(offset)}")
+    return rows
+
+
+def _parse_header(path: Path, header: bytes, offset: int) -> tuple[str, int]:
+    try:
+        info = TarInfo.frombuf(header, "ascii", "strict")
+    except (TarError, ValueError) as error:
+        raise CacheDamage(f"{path.name}: no tar header at byte {offset}") from error
+    if info.size < 0:
+        raise CacheDamage(f"{path.name}: a member of negative size at byte {offset}")
+    return info.name, info.size
+
+
+class Room:
+    """Memory for one record: its image's member with both headers around it, and what lies behind."""
+
+    __slots__ = ("attention", "back", "front", "scale", "sealed", "tokens")
+
+    def __init__(self, layout: TensorLayout, front: int = BLOCKSIZE, facts: int = BLOCKSIZE) -> None:
+        back = aligned(layout.facts + facts)
+        self.front, self.back = aligned(front).data, back.data  # slices of these cost half as much as an array's
+        self.sealed = [self.back[start:stop] for start, stop in layout.sealed]
+        self.tokens, self.scale, self.attention = layout.tensors(back)
+
+
+class Rooms(threading.local):
+    """One room for each thread, used again for every record that isn't kept: the CPU's cache still holds it."""
+
+    def __init__(self, layout: TensorLayout) -> None:
+        self._layout = layout
+        self._own = Room(layout)
+
+    def of(self, front: int, facts: int) -> Room:
+        """A room for so many bytes at least."""
+        if len(self._own.front) < front or len(self._own.back) < self._layout.facts + facts:
+            self._own = Room(self._layout, front + front // 4, 2 * facts)
+        return self._own
+
+
+class TarView:
+    """One tar, open for reading, with its index: the int64 of `within` in a buffer."""
+
+    __slots__ = ("_rooms", "_table", "layout", "span", "tar")
+
+    def __init__(self, tar: Descriptor, table: Any, span: range, layout: TensorLayout, rooms: Rooms) -> None:
+        self.tar, self._table, self.span, self.layout, self._rooms = tar, table, span, layout, rooms
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The index [n, 4]."""
+        return np.frombuffer(self._table, np.int64).reshape(-1, FIELDS)
+
+    def read(self, row: int, keep: bool = True) -> Raw:
+        start, jpg, tensors, facts = _ROW.unpack_from(self._table, row * _ROW.size)
+        if start < 0:
+            raise CacheDamage(self.absence(row))
+        layout, front = self.layout, 2 * BLOCKSIZE + jpg + -jpg % BLOCKSIZE
+        if tensors != layout.bytes:
+            raise CacheDamage(self.strange_head(row))
+        room, back = Room(layout, front, facts) if keep else self._rooms.of(front, facts), layout.facts + facts
+        self.tar.read_parts((room.front[:front], room.back[:back]), front + back, start)
+        # The safetensors header is left to verification: nothing is taken from it, and tensors have their checksum.
+        key, tail, crc32c = self.parse_facts(row, room.back[layout.facts : back].tobytes())
+        image = room.front[BLOCKSIZE : BLOCKSIZE + jpg].tobytes()
+        return Raw(key, tail, crc32c, room.tokens, room.scale, room.attention, image, (*room.sealed, image))
+
+    def key(self, row: int) -> str:
+        start, jpg, tensors, facts = _ROW.unpack_from(self._table, row * _ROW.size)
+        if start < 0:
+            raise CacheDamage(self.absence(row))
+        content = np.empty(facts, np.uint8)
+        self.tar.read_into(content, start + 3 * BLOCKSIZE + padded(jpg) + padded(tensors))
+        return self.parse_facts(row, content.tobytes())[0].decode()
+
+    def absence(self, row: int) -> str:
+        """Why the tar can't give this row."""
+        if _ROW.unpack_from(self._table, row * _ROW.size)[0] == _OUTSIDE:
+            return f"{self.tar.path.name} ends before or within {self.span[row]:09d}"
+        return f"{self.tar.path.name} does not hold {self.span[row]:09d}"
+
+    def strange_head(self, row: int) -> str:
+        return f"{self.tar.path.name}: the safetensors header of {self.span[row]:09d} differs"
+
+    def parse_facts(self, row: int, content: bytes) -> tuple[bytes, bytes, int]:
+        """A record's JSON → key, TAIL, crc32c."""
+        try:
+            facts = from_json(content)  # four times faster than json
+            top, left, height, width = facts["box"]
+            tail = TAIL.pack(top, left, height, width, facts["hflip"], facts["source_hash"])
+            return facts["key"].encode(), tail, int(facts["crc32c"])
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+            raise CacheDamage(f"{self.tar.path.name}: {self.span[row]:09d}.json is not what was written") from error
+
+
+def within(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Index rows [n, 4], those that no tar of `size` bytes can hold marked as outside."""
+    sizes = rows[:, 1:]
+    sound = ((sizes >= 0) & (sizes <= size)).all(1) & (rows[:, 0] >= 0) & (rows[:, 0] <= size)
+    ends = rows[:, 0] + 3 * BLOCKSIZE + padded(sizes[:, 0]) + padded(sizes[:, 1]) + sizes[:, 2]
+    result = rows.astype(np.int64)
+    result[~(sound & (ends <= size)) & (rows[:, 0] != NONE), 0] = _OUTSIDE
+    return result
