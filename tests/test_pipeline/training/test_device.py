@@ -17,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.evaluation import knn
 from pipeline.models import build_student
+from pipeline.steps import StepPlan
 from pipeline.training import device as device_module
 from pipeline.training.device import describe_step, float32_products_of, generators_of
 from pipeline.training.flops import count_flops, peak_tflops
 from pipeline.training.garbage import FixedCollection
 from pipeline.training.metrics import Meter, read_metrics
-from pipeline.training.run import RunConfig, StepPlan
+from pipeline.training.run import RunConfig
 from tests.test_pipeline.training.test_engine import Training, rows
 
 CPU = torch.device("cpu")
