@@ -36,6 +36,7 @@ def test_garbage_is_collected_at_fixed_steps_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gc, "collect", lambda *generation: collected.append(generation))
     assert gc.isenabled()
     with suppress(KeyError), FixedCollection() as garbage:
+        assert gc.get_freeze_count() > 1000  # what was there before is looked at no more
         for done in range(1, 101):
             garbage.step(done)
             assert not gc.isenabled()
@@ -45,6 +46,7 @@ def test_garbage_is_collected_at_fixed_steps_alone(monkeypatch: pytest.MonkeyPat
         garbage.all()
         raise KeyError
     assert gc.isenabled()  # also after an error
+    assert gc.get_freeze_count() == 0
     assert collected == [(1,), (1,), ()]
 
 
