@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
 
-from pipeline.assembly.extraction import Extractor, Targets, Taught
+from pipeline.assembly.extraction import Extractor, PendingTargets, Targets
 from pipeline.assembly.teachers import load_teacher, teacher_dtype
 from pipeline.cache import CacheHeader, Fidelity, Quantiser, create_cache, open_writer
 from pipeline.config import Config, PathField
@@ -255,8 +255,8 @@ class _FreeForward(Extractor):
         for chunk in chunks:
             yield replace(self._ready(len(chunk))[0], indices=list(chunk))
 
-    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> Taught:
-        return Taught(batch, self._ready(len(batch.indices))[1], None)
+    def start(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> PendingTargets:
+        return PendingTargets(batch, self._ready(len(batch.indices))[1], None)
 
     def _ready(self, samples: int) -> tuple[RenderedViews, list[Targets]]:
         """So many samples rendered, and tokens for them; made once."""

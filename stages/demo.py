@@ -170,8 +170,11 @@ def _draw_reconstructions(out: Path, images: torch.Tensor) -> Path:
         student = load_model(resolve_checkpoint(out / name))
         assert isinstance(student, Student)
         ids = choose_patches(len(images), student.grid[0] * student.grid[1])
-        seen = reconstruct(student.eval(), images, ids)
-        columns |= {"masked": as_pictures(seen.masked), f"{name} prediction": as_pictures(seen.completed)}
+        reconstruction = reconstruct(student.eval(), images, ids)
+        columns |= {
+            "masked": as_pictures(reconstruction.masked),
+            f"{name} prediction": as_pictures(reconstruction.completed),
+        }
     return draw_grid(out / "reconstructions.png", columns, "Reconstruction from a quarter of the patches")
 
 

@@ -127,7 +127,7 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
     group = processes()
     val = _open(config.data.val)
     model = load_detector(config.checkpoint or config.output).to(group.device).eval()
-    if model.spec["categories"] != [list(one) for one in val.categories]:
+    if model.spec["categories"] != [list(category) for category in val.categories]:
         raise DataError("data.val has other categories than the detector was trained on: give matching annotations")
     canvas = model.spec["encoder"]["image_size"]
     size, workers = config.eval_batch_size, config.data.workers
@@ -175,8 +175,8 @@ def _results(
     results: list[dict[str, Any]] = []
     for batch in batches:
         found = model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
-        for index, one in zip(batch.indices, found, strict=True):
-            results += as_results(one, coco, index)
+        for index, instances in zip(batch.indices, found, strict=True):
+            results += as_results(instances, coco, index)
     gathered: list[dict[str, Any]] = gather_object(results)
     return gathered
 
@@ -207,8 +207,8 @@ def _draw(config: DetectConfig, model: Detector, val: CocoImages, device: torch.
         found += model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
     annotated = [annotated_scene(val, index) for index in chosen]
     detected = [
-        detected_scene(scene.image, one, val.categories, config.picture_score)
-        for scene, one in zip(annotated, found, strict=True)
+        detected_scene(scene.image, instances, val.categories, config.picture_score)
+        for scene, instances in zip(annotated, found, strict=True)
     ]
     columns = {"annotated": annotated, f"detected, score ≥ {config.picture_score}": detected}
     draw_scenes(config.output / "predictions.png", columns, f"{config.checkpoint or config.output}")

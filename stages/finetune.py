@@ -246,15 +246,15 @@ def _accuracies(
     config: FinetuneConfig, models: Sequence[nn.Module], val: ImageSource, size: int, workers: int
 ) -> list[dict[str, float]]:
     """Top-1 and top-5 of each model and, if they are several, of the mean of their logits, over all processes."""
-    here, batch_size = processes(), config.eval_batch_size
-    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=here.device)
+    state, batch_size = processes(), config.eval_batch_size
+    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=state.device)
     with Progress(
-        -(-len(val) // (batch_size * here.num_processes)), "evaluate", "batch", show=here.is_main_process
+        -(-len(val) // (batch_size * state.num_processes)), "evaluate", "batch", show=state.is_main_process
     ) as progress:
         for batch in evaluation_batches(
-            val, size, config.crop, workers, here.process_index, here.num_processes, batch_size
+            val, size, config.crop, workers, state.process_index, state.num_processes, batch_size
         ):
-            moved = batch.to(here.device)
+            moved = batch.to(state.device)
             logits = [model(normalise(moved.images)).float() for model in models]
             rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
             for row, scores in enumerate(rows):

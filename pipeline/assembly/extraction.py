@@ -112,11 +112,11 @@ class Extractor:
         spread = np.arange(count, dtype=np.int64) * len(self.source) // count
         for batch in self._render_batches(spread.tolist(), views):
             if batch.readable:
-                for seen, out in zip(tokens, self._look(batch), strict=True):
-                    seen.append(out.tokens.cpu())
+                for tokens_of_teacher, out in zip(tokens, self._forward(batch), strict=True):
+                    tokens_of_teacher.append(out.tokens.cpu())
         if not tokens[0]:
             raise DataError(f"none of {count} images, spread over all, can be decoded: check data.path")
-        return [Quantiser.calibrate(name, torch.cat(seen)) for seen in tokens]
+        return [Quantiser.calibrate(name, torch.cat(batches)) for batches in tokens]
 
     def run(
         self,
@@ -166,19 +166,19 @@ class Extractor:
         span = headers[0].shard_range  # the same for all: one dataset, one number of samples a shard
         chunks = [(shard, chunk) for shard in shards for chunk in _chunks(span(shard), self._samples_per_batch)]
         batches = self.batches([chunk for _, chunk in chunks], self.views)
-        taught = _one_ahead(self.teach(batch, headers) for batch in batches)
-        for shard, group in groupby(zip((shard for shard, _ in chunks), taught, strict=True), key=itemgetter(0)):
+        pending = _one_ahead(self.start(batch, headers) for batch in batches)
+        for shard, group in groupby(zip((shard for shard, _ in chunks), pending, strict=True), key=itemgetter(0)):
             began = time.time()
             filling = [
-                _Filling(header, span(shard), self.source, arrays.take(len(span(shard))))
+                _ShardInProgress(header, span(shard), self.source, arrays.take(len(span(shard))))
                 for header, arrays in zip(headers, buffers, strict=True)
             ]
             for _, (batch, targets) in group:
-                for number, one in enumerate(filling):
-                    one.add(batch, targets[number] if targets else None)
+                for number, content in enumerate(filling):
+                    content.add(batch, targets[number] if targets else None)
                 progress(len(batch.indices))
             times = {"started": began, "seconds": time.time() - began, "batch_size": self.batch_size}
-            yield shard, [one.finish(times) for one in filling]
+            yield shard, [content.finish(times) for content in filling]
 
     def reextract(self, indices: Sequence[int], views: Sequence[int], header: CacheHeader) -> Iterator[Reextracted]:
         """Records of the first teacher computed anew, one for each (index, view), for verification at level deep.
@@ -209,11 +209,11 @@ class Extractor:
                     image=batch.images[row][view] if batch.images is not None and same_bytes else None,
                 )
 
-    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "Taught":
+    def start(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "PendingTargets":
         """Start all that the accelerator has to do for a batch; nothing here waits for it."""
         if not batch.readable:
-            return Taught(batch, [], None)
-        outputs = self._look(batch, heads=any(header.attention == "heads" for header in headers))
+            return PendingTargets(batch, [], None)
+        outputs = self._forward(batch, heads=any(header.attention == "heads" for header in headers))
         targets = []
         for out, header in zip(outputs, headers, strict=True):
             stored, scale = header.quantiser.quantise(out.tokens, check=False)
@@ -221,9 +221,9 @@ class Extractor:
             fidelity.update(out.tokens, header.quantiser.dequantise(stored, scale))
             attention = _attention(out, header.attention)
             targets.append(Targets(stored, scale, None if attention is None else attention.half(), fidelity))
-        return Taught(batch, *_start_copies(targets))
+        return PendingTargets(batch, *_start_copies(targets))
 
-    def _look(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
+    def _forward(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
         views = batch.readable_pixels().to(self.teachers[0].device, non_blocking=True)
         return look_together(self.teachers, views, heads)
 
@@ -275,11 +275,12 @@ class Targets(NamedTuple):
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "Targets":
         tokens, scale, attention, fidelity = self
-        there = [None if values is None else move(values) for values in (scale, attention)]
-        return Targets(move(tokens), there[0], there[1], fidelity.map(move))
+        moved_scale = None if scale is None else move(scale)
+        moved_attention = None if attention is None else move(attention)
+        return Targets(move(tokens), moved_scale, moved_attention, fidelity.map(move))
 
 
-class Taught(NamedTuple):
+class PendingTargets(NamedTuple):
     """A batch whose targets are on their way to the host."""
 
     batch: RenderedViews
@@ -315,13 +316,13 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _one_ahead(started: Iterable[Taught]) -> Iterator[tuple[RenderedViews, list[Targets]]]:
+def _one_ahead(started: Iterable[PendingTargets]) -> Iterator[tuple[RenderedViews, list[Targets]]]:
     """Start the next batch before waiting for the last, so that an accelerator always has work queued."""
-    last: Taught | None = None
-    for taught in started:
+    last: PendingTargets | None = None
+    for pending in started:
         if last is not None:
             yield last.wait()
-        last = taught
+        last = pending
     if last is not None:
         yield last.wait()
 
@@ -330,7 +331,7 @@ def _attention(out: TeacherOutput, kind: str) -> Tensor | None:
     return {"mean": out.attention, "heads": out.attention_heads, "none": None}[kind]
 
 
-class _Filling:
+class _ShardInProgress:
     """The arrays of one shard of one cache while its batches come in; rows of tombstones stay as they were."""
 
     def __init__(self, header: CacheHeader, samples: range, source: ImageSource, arrays: ShardArrays) -> None:

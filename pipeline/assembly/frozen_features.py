@@ -88,8 +88,8 @@ def _features(
     config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, label: str
 ) -> tuple[Tensor, Tensor]:
     folder = config.features or (config.output / "features" if config.output else None)
-    known = {"subject": subject.name, "data": source.digest(), "size": str(subject.size), "crop": str(config.crop)}
-    file = FeatureFile(folder, known) if folder else None
+    identity = {"subject": subject.name, "data": source.digest(), "size": str(subject.size), "crop": str(config.crop)}
+    file = FeatureFile(folder, identity) if folder else None
     kept = file.read() if file else None
     labels = torch.from_numpy(source.labels)
     # One that finds none, as on a node without that disk, would wait for the others' shares for ever.

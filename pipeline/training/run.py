@@ -167,11 +167,11 @@ class Run:
 
     def _agree(self) -> None:
         """Processes that went on from different steps, or with different samples, would train apart in silence."""
-        mine = {"step": self.start_step, **self.identity}
-        everyone = gather_object([json.dumps(mine, sort_keys=True)])
-        if len(set(everyone)) > 1:
-            views = [json.loads(each) for each in everyone]
-            key = next(key for key in mine if any(view[key] != mine[key] for view in views))
+        identity = {"step": self.start_step, **self.identity}
+        answers = gather_object([json.dumps(identity, sort_keys=True)])
+        if len(set(answers)) > 1:
+            views = [json.loads(answer) for answer in answers]
+            key = next(key for key in identity if any(view[key] != identity[key] for view in views))
             raise CheckpointError(
                 f"the processes disagree on {key} ({', '.join(sorted({str(view[key]) for view in views}))}): output, "
                 "cache and data must be the same for all of them, on a disk that they share or as equal copies"
