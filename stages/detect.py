@@ -9,7 +9,7 @@ The defaults are ConvMAE's recipe of 25 epochs where it is published; docs/detec
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.assembly.detectors import build_detector, load_detector
 from pipeline.assembly.students import Start, read_start
 from pipeline.config import Config, PathField
-from pipeline.data.loader import Samples
+from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.detection import (
     CocoConfig,
@@ -37,7 +37,6 @@ from pipeline.detection import (
     average_precision,
     detected_scene,
     draw_scenes,
-    evaluation_batches,
     open_coco,
 )
 from pipeline.errors import ConfigError, DataError
@@ -45,7 +44,7 @@ from pipeline.evaluation.records import write_record
 from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
-from pipeline.processes import processes
+from pipeline.processes import processes, share_of
 from pipeline.progress import track
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
@@ -99,16 +98,13 @@ def _train(config: DetectConfig) -> dict[str, Any]:
     identity = {"stage": "detect", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
     identity |= {"init": start.identity, "ema": config.ema.model_dump() if config.ema.decay else None}
     identity |= {"data": train.digest, "jitter": config.jitter.model_dump(mode="json")}
-    run = Run(config.model_copy(update={"student": start.student}), identity)
+    training = Run(config.model_copy(update={"student": start.student}), identity)
     plan = plan_steps(config, len(train))
     dataset = DetectionDataset(train, config.image_size, jitter=config.jitter, seed=config.seed)
 
     def evaluate(model: nn.Module, _step: int) -> dict[str, float]:
         assert isinstance(model, Detector)
-        batches = evaluation_batches(
-            val, config.image_size, config.data.workers, run.rank, run.processes, config.eval_batch_size
-        )
-        return _score(val, _results(model, val, batches, run.device))
+        return _score(val, _results(model, val, _evaluation_batches(config, val, config.image_size), training.device))
 
     task = Task(
         name="detect",
@@ -120,7 +116,7 @@ def _train(config: DetectConfig) -> dict[str, Any]:
         layer_ids=layers,
         ema=config.ema,
     )
-    return fit(task, run, plan, config.optim)
+    return fit(task, training, plan, config.optim)
 
 
 def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
@@ -130,11 +126,10 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
     if model.spec["categories"] != [list(category) for category in val.categories]:
         raise DataError("data.val has other categories than the detector was trained on: give matching annotations")
     canvas = model.spec["encoder"]["image_size"]
-    size, workers = config.eval_batch_size, config.data.workers
-    batches = evaluation_batches(val, canvas, workers, group.process_index, group.num_processes, size)
+    batches = _evaluation_batches(config, val, canvas)
     in_bf16 = config.precision == "bf16" or (config.precision == "auto" and group.device.type == "cuda")
     with torch.inference_mode(), torch.autocast(group.device.type, torch.bfloat16, enabled=in_bf16):
-        steps = -(-len(val) // (size * group.num_processes))
+        steps = -(-len(share_of(len(val))) // config.eval_batch_size)
         results = _results(model, val, track(batches, steps, "detect", "batch"), group.device)
         figures = _score(val, results)
         if group.is_main_process:
@@ -142,6 +137,10 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
             write_record(config.output, "detect", figures)
             _draw(config, model, val, group.device)
     return figures
+
+
+def _evaluation_batches(config: DetectConfig, val: CocoImages, canvas: int) -> Generator[DetectionBatch, None, None]:
+    return load_in_order(DetectionDataset(val, canvas), share_of(len(val)), config.eval_batch_size, config.data.workers)
 
 
 def _open(config: CocoConfig) -> CocoImages:
