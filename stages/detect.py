@@ -95,9 +95,14 @@ def _train(config: DetectConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     start = read_start(config.init, config.student, config.output)
     model, layers = _build(config, start, train)
-    identity = {"stage": "detect", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
-    identity |= {"init": start.identity, "ema": config.ema.model_dump() if config.ema.decay else None}
-    identity |= {"data": train.digest, "jitter": config.jitter.model_dump(mode="json")}
+    identity = {
+        "stage": "detect",
+        "model": model.spec,
+        "init": start.identity,
+        "ema": config.ema.model_dump() if config.ema.decay else None,
+        "data": train.digest,
+        "jitter": config.jitter.model_dump(mode="json"),
+    }
     training = Run(config.model_copy(update={"student": start.student}), identity)
     plan = plan_steps(config, len(train))
     dataset = DetectionDataset(train, config.image_size, jitter=config.jitter, seed=config.seed)

@@ -81,7 +81,7 @@ class Run:
     """Opens the output folder, finds where to go on, and holds accelerate's view of the processes.
 
     Args:
-        identity: JSON-able; what must not change between stop and resume.
+        identity: JSON-able; what must not change between stop and resume. Seed and batch size are added.
         may_change: keys of it that cost a warning alone, since the run can go on, though not as it would have;
             precision and compile, which it adds, are such keys.
 
@@ -94,7 +94,8 @@ class Run:
     def __init__(self, config: RunConfig, identity: dict[str, Any], may_change: Collection[str] = ()) -> None:
         mixed_precision = _precision(config.precision)
         numbers = {"precision": mixed_precision.replace("no", "fp32"), "compile": config.compile}
-        self.config, self.identity = config, identity | numbers
+        self.config = config
+        self.identity = {"seed": config.seed, "batch_size": config.batch_size} | identity | numbers
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         if config.wandb and importlib.util.find_spec("wandb") is None:

@@ -474,7 +474,7 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
     image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the disk does, at most two shards are being written while another is being filled."""
-    taught, written, ahead = [0], [0], []
+    started, written, ahead = [0], [0], []
     write, finish = CacheWriter.write_shard, extraction.ShardInProgress.finish
 
     def slowly(self: CacheWriter, shard: int, data: ShardData) -> None:
@@ -483,14 +483,14 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
         written[0] += 1
 
     def finishing(self: Any, times: dict[str, float]) -> ShardData:
-        taught[0] += 1
-        ahead.append(taught[0] - written[0])
+        started[0] += 1
+        ahead.append(started[0] - written[0])
         return finish(self, times)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(CacheWriter, "write_shard", slowly)
     monkeypatch.setattr(extraction.ShardInProgress, "finish", finishing)
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", cache__samples_per_shard=2))
-    assert taught == written == [12]
+    assert started == written == [12]
     assert max(ahead) == 3
 
 
@@ -568,23 +568,23 @@ def test_a_full_disk_ends_the_run_with_the_next_batch(
     """Not with the end of the shard that is being filled; and what was written is taken up again."""
     config = extract_config(image_tree, tmp_path / "cache", batch_size=2)
     extract_teacher_features.run(config, init_only=True)
-    taught, failed, teach = [0], threading.Event(), Extractor.teach
+    started, failed, start = [0], threading.Event(), Extractor.start
 
     def full(*_: Any) -> None:
         failed.set()
         raise CacheError("the disk is full")
 
-    def teaching(self: Extractor, *arguments: Any) -> Any:
-        if taught[0] == 10:  # two batches into the second shard
+    def starting(self: Extractor, *arguments: Any) -> Any:
+        if started[0] == 10:  # two batches into the second shard
             assert failed.wait(30)
-        taught[0] += 1
-        return teach(self, *arguments)
+        started[0] += 1
+        return start(self, *arguments)
 
     monkeypatch.setattr(CacheWriter, "write_shard", full)
-    monkeypatch.setattr(Extractor, "teach", teaching)
+    monkeypatch.setattr(Extractor, "start", starting)
     with pytest.raises(CacheError, match="the disk is full"):
         extract_teacher_features.run(config)
-    assert taught[0] < 16
+    assert started[0] < 16
     monkeypatch.undo()
     assert open_cache(tmp_path / "cache").missing_shards() == [0, 1, 2]
     extract_teacher_features.run(config)
