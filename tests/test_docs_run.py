@@ -52,8 +52,8 @@ SMALL = [
     (r" detect .*--config configs/coco\.yaml", f"student.image_size=32 student.depth=4 {STUDENT}"),
     (r" benchmark student ", "batch_size=1 image_size=32 rounds=1 compile=false peak_memory=false"),
     (r" benchmark student ", "students=[mrmae_vit_tiny_patch16,mrmae_convvit_small_patch16]"),
-    (r" benchmark pretrain ", "images=16 batch_size=4 rounds=1 workers=0 compile=false"),
-    (r" benchmark pretrain ", 'teachers=[{"spec":"clip_vitb16","weights":"random","image_size":32}]'),
+    (r" benchmark pretrain ", "images=16 batch_size=4 rounds=3 workers=0 compile=false"),
+    (r" benchmark pretrain ", 'teachers=[{"spec":"dino_vits16","weights":"random","image_size":32}]'),
     (r" benchmark detector ", "image_size=64 rounds=0 students=[mrmae_vit_tiny_patch16]"),
 ]
 # What is written so in the documents is read so here.
