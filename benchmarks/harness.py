@@ -29,9 +29,7 @@ from pipeline.errors import ConfigError
 from pipeline.training.flops import peak_tflops
 
 Lane = Callable[[], float]
-_LIBRARIES = (
-    "torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "awscrt", "google-crc32c", "zarr", "webdataset"
-)  # fmt: skip
+_LIBRARIES = ("torchvision", "timm", "numpy", "pillow", "simplejpeg", "awscrt", "google-crc32c", "zarr", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Bench:
             "processor": platform.processor() or platform.machine(),
             "platform": platform.platform(),
             "python": platform.python_version(),
-            "libraries": {library: version(library) for library in _LIBRARIES},
+            "libraries": {"torch": torch.__version__} | {library: version(library) for library in _LIBRARIES},
         }
         return {"machine": machine, "config": config.model_dump(mode="json"), **figures}
 
