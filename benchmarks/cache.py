@@ -118,10 +118,7 @@ def _measure_reading(config: BenchmarkCacheConfig, path: Path, bench: Bench) -> 
     tokens = reader.header.tokens
     rows = np.sort(random.permutation(tokens)[: max(1, round(tokens * config.visible))])
 
-    def ours() -> None:
-        for index in indices:
-            reader.read(index, 0, rows)
-
+    ours = partial(_read_as_training, reader, indices, rows)
     missing = set(reader.missing_shards())
     commits = [read_commit(path, reader.header, shard) for shard in range(reader.header.shards) if shard not in missing]
     files = [path / file for commit in commits for file in commit.files]

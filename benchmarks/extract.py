@@ -4,10 +4,11 @@
     mrmae benchmark extract data.path=/data/imagenet/train teacher.spec=clip_vitb16 batch_size=256 data.workers=16
 
     stage    images on disk to finished cache, over the network alone on views in memory, in views/s (aim: 0.9).
-             The start of the decode workers and the last commit count, calibration does not.
+             The start of the decode workers and the last commit count, calibration does not. `steady` is the rate
+             of the last two thirds.
     render   views/s of one decoding process, by views.interpolation: times data.workers, the ceiling of the stage.
-    free     views/s of the stage with views and tokens at hand: what filling and writing shards of 196 x 768 int8
-             tokens allow in each store (folder=/dev/shm leaves the disk out).
+    free     views/s of the stage with views and tokens at hand: what filling and writing shards allow in each store
+             (folder=/dev/shm leaves the disk out). It depends on the teacher's grid and width.
     shared   time of two token choices of the teacher in one pass, over two passes (aim: 0.6).
     bf16     LayerNorm-space cosine of the tokens and total variation of the attention, against fp32.
 
@@ -30,20 +31,18 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
 
 from benchmarks.harness import Bench, by_turns, open_bench, open_or_draw
-from pipeline.assembly.extraction import Extractor, Targets, Taught
+from pipeline.assembly.extraction import Extractor, Taught
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import CacheHeader, Fidelity, Quantiser, create_cache, open_writer
+from pipeline.cache import CacheHeader, create_cache, open_writer
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, ImageSource
-from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
+from pipeline.data.rendering import RenderedViews, ViewRenderer
 from pipeline.data.views import ViewConfig
 from pipeline.ownership import stage
 from pipeline.teachers import Teacher
 from pipeline.teachers.teacher_config import TeacherConfig
 
 FREE_SHARDS = 8  # only the first two or three are written from fresh memory
-GRID, DIM = (14, 14), 768  # of a ViT-B/16's tokens
-_NO_BOUNDS = {"max_nmse": float("inf"), "min_cosine": 0.0}
 
 
 class BenchmarkExtractConfig(Config):
@@ -75,9 +74,9 @@ def run(config: BenchmarkExtractConfig) -> dict[str, Any]:
         choice = config.teacher or TeacherConfig(spec="timm:vit_tiny_patch16_224", weights="random")
         teacher = load_teacher(choice, bench.device, bench.dtype)
         figures = {
-            "free": _measure_free(config, source, bench),
+            "free": _measure_free(config, source, teacher, bench),
             "render": _measure_rendering(config, source, bench),
-            "stage": _measure_stage(config, source, teacher, bench),
+            "stage": measure_stage(config, source, teacher, bench),
             "shared": _measure_shared(config, source, choice, bench),
             "bf16": _measure_bf16(choice, render_batch(config, source, bench), bench),
         }
@@ -112,37 +111,45 @@ def write_caches(
     extractor: Extractor,
     folder: Path,
     samples_per_shard: int,
-    *,
-    shards: int | None = None,
     progress: Callable[[int], None] = lambda images: None,
-) -> float:
-    """Extract the first `shards` shards into new caches, folder/0 and on, one a teacher.
+) -> tuple[float, float]:
+    """Extract all images into new caches, folder/0 and on, one a teacher.
 
     Returns:
-        Seconds without calibration and the creation of the caches.
+        Seconds without calibration and the creation of the caches: on the clock, and of this thread's own work.
     """
+    bounds = {"max_nmse": float("inf"), "min_cosine": 0.0}
     quantisers = [quantiser.to_json() for quantiser in extractor.calibrate("int8", 16)]
     headers = extractor.describe("mean", samples_per_shard, quantisers)
     paths = [folder / str(number) for number in range(len(headers))]
     for path, header in zip(paths, headers, strict=True):
         create_cache(path, header)
     writers = [open_writer(path) for path in paths]
-    began = time.perf_counter()
-    extractor.run(writers, range(headers[0].shards)[:shards], _NO_BOUNDS, progress)
-    return time.perf_counter() - began
+    began, busy = time.perf_counter(), time.thread_time()
+    extractor.run(writers, range(headers[0].shards), bounds, progress)
+    return time.perf_counter() - began, time.thread_time() - busy
 
 
-def _measure_stage(
+def measure_stage(
     config: BenchmarkExtractConfig, source: ImageSource, teacher: Teacher, bench: Bench
 ) -> dict[str, Any]:
-    total = len(source) * config.views.count
+    """The bare forward's time over the stage's, views/s of both, and of the last two thirds of the stage."""
+    count, total = config.views.count, len(source) * config.views.count
     bare = bare_forward(teacher, render_batch(config, source, bench), total, bench)
-    lanes = {
-        "bare": partial(bench.seconds, bare),
-        "stage": partial(_extract, config, source, [teacher], bench),
-    }
-    rounds = by_turns(lanes, config.rounds)
-    return rounds.ratio("bare", "stage") | _views_per_s(rounds.rates(total))
+    ticks: list[tuple[float, int]] = []  # of one round: time, views so far
+
+    def progress(images: int) -> None:
+        ticks.append((time.perf_counter(), images * count + (ticks[-1][1] if ticks else 0)))
+
+    def extract() -> float:
+        ticks.clear()
+        return _extract(config, source, [teacher], bench, progress)
+
+    rounds = by_turns({"bare": partial(bench.seconds, bare), "stage": extract}, config.rounds)
+    began, before = next(tick for tick in ticks if tick[1] >= total / 3)
+    ended, views = ticks[-1]
+    steady = (views - before) / max(ended - began, 1e-9)
+    return rounds.ratio("bare", "stage") | _views_per_s(rounds.rates(total) | {"steady": steady})
 
 
 def _measure_shared(
@@ -158,11 +165,17 @@ def _measure_shared(
     return by_turns(lanes, config.rounds).ratio("together", "apart")
 
 
-def _extract(config: BenchmarkExtractConfig, source: ImageSource, teachers: list[Teacher], bench: Bench) -> float:
+def _extract(
+    config: BenchmarkExtractConfig,
+    source: ImageSource,
+    teachers: list[Teacher],
+    bench: Bench,
+    progress: Callable[[int], None] = lambda images: None,
+) -> float:
     workers = config.data.workers if config.data is not None else config.workers
     extractor = Extractor(source, config.views, teachers, config.batch_size, workers, config.store)
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        return write_caches(extractor, Path(folder), max(1, len(source) // 4))
+        return write_caches(extractor, Path(folder), min(512, len(source) // 4), progress)[0]
 
 
 def _measure_bf16(choice: TeacherConfig, views: Tensor, bench: Bench) -> dict[str, float]:
@@ -197,65 +210,46 @@ def _views_per_s(rates: dict[str, float]) -> dict[str, float]:
     return {f"{lane}_views_per_s": rate for lane, rate in rates.items()}
 
 
-def _measure_free(config: BenchmarkExtractConfig, source: ImageSource, bench: Bench) -> dict[str, Any]:
+def _measure_free(
+    config: BenchmarkExtractConfig, source: ImageSource, teacher: Teacher, bench: Bench
+) -> dict[str, Any]:
     """Views/s of filling and writing shards, on the clock and by the main thread's own seconds."""
-    extractors = {store: _FreeForward(source, config, store) for store in ("zarr", "webdataset")}
+    extractors = {store: _FreeForward(source, config, teacher, store) for store in ("zarr", "webdataset")}
     busy: dict[str, list[float]] = {store: [] for store in extractors}
 
     def write(store: str) -> float:
-        extractor = extractors[store]
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-            path = Path(folder) / "cache"
-            create_cache(path, extractor.header)
-            began, busy_before = time.perf_counter(), time.thread_time()
-            extractor.run([open_writer(path)], range(extractor.header.shards), _NO_BOUNDS)
-            busy[store].append(time.thread_time() - busy_before)
-            return time.perf_counter() - began
+            seconds, own_seconds = write_caches(extractors[store], Path(folder), extractors[store].samples_per_shard)
+        busy[store].append(own_seconds)
+        return seconds
 
     rounds = by_turns({store: partial(write, store) for store in extractors}, config.rounds)
     figures = {}
     for store, extractor in extractors.items():
-        views = extractor.header.count * config.views.count
-        own_seconds = statistics.median(busy[store][1:])  # the first round warms up
+        views = len(extractor.source) * config.views.count
         figures[store] = {
             "views_per_s": round(views / rounds.median(store)),
-            "main_thread_views_per_s": round(views / own_seconds),
+            "main_thread_views_per_s": round(views / statistics.median(busy[store][1:])),  # the first round warms up
         }
     return figures
 
 
 class _FreeForward(Extractor):
-    """Extraction where every batch is one batch that was rendered and taught before: the teacher costs nothing."""
+    """Extraction where each batch is one batch that was rendered and taught before: only the shards cost something."""
 
-    def __init__(self, source: ImageSource, config: BenchmarkExtractConfig, store: str) -> None:
+    def __init__(self, source: ImageSource, config: BenchmarkExtractConfig, teacher: Teacher, store: str) -> None:
         count = config.views.count
         per_shard = max(1, config.free_views // count // FREE_SHARDS)
         size = min(per_shard, max(1, config.batch_size // count))
-        per_shard -= per_shard % size  # whole batches alone
-        images = source.select(np.arange(per_shard * FREE_SHARDS) % len(source))
-        super().__init__(images, config.views, [], size * count, 0, store)
-        renderer = ViewRenderer(images, config.views, store == "webdataset")
-        self.batch = renderer.__getitems__([(0, index) for index in range(size)])
-        tokens = torch.randn(size * count, GRID[0] * GRID[1], DIM)
-        quantiser = Quantiser.calibrate("int8", tokens[:16])
-        stored, scale = quantiser.quantise(tokens)
-        fidelity = Fidelity()
-        fidelity.update(tokens[:1], quantiser.dequantise(stored[:1], None if scale is None else scale[:1]))
-        self.targets = [Targets(stored, scale, torch.rand(tokens.shape[:2]).half(), fidelity)]
-        self.header = CacheHeader.model_validate(
-            {
-                "store": store,
-                "dataset": {"source": "", "kind": "flat", "count": len(images), "digest": images.digest()},
-                "preprocessing": preprocessing(config.views, store),
-                "views": config.views.model_dump(mode="json"),
-                "teacher": {"name": "free", "grid": list(GRID), "dim": DIM},
-                "quantiser": quantiser.to_json(),
-                "samples_per_shard": per_shard,
-            }
-        )
+        self.samples_per_shard = per_shard - per_shard % size  # whole batches alone
+        images = source.select(np.arange(self.samples_per_shard * FREE_SHARDS) % len(source))
+        super().__init__(images, config.views, [teacher], size * count, 0, store)
+        self.ready = next(super().batches([range(size)], config.views))
+        self.taught: Taught | None = None
 
     def batches(self, chunks: Iterable[Sequence[int]], views: ViewConfig) -> Iterator[RenderedViews]:
-        return (replace(self.batch, indices=list(chunk)) for chunk in chunks)
+        return (replace(self.ready, indices=list(chunk)) for chunk in chunks)
 
     def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> Taught:
-        return Taught(batch, self.targets, None)
+        self.taught = self.taught or super().teach(self.ready, headers)
+        return Taught(batch, self.taught.wait()[1], None)

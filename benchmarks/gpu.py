@@ -5,7 +5,7 @@
 
 The parts, the more important ones first:
 
-    extract   views/s of the teacher's bare forward, of the stage with its start, of the stage's last two thirds
+    extract   as `benchmark extract`: views/s of the teacher's bare forward, of the stage, of its last two thirds
     steps     as `benchmark pretrain`: MAE, MR-MAE from a cache, MR-MAE with a live teacher, by turns
     sparse    as `benchmark student`: ConvViT's convolution stages on visible cells, over those on whole maps
 
@@ -17,20 +17,17 @@ Reads nothing: images are drawn, and teachers have random weights. Writes into a
 
 import os
 import shutil
-import tempfile
-import time
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
-from benchmarks.extract import BenchmarkExtractConfig, bare_forward, render_batch, write_caches
-from benchmarks.harness import Bench, open_bench
+from benchmarks.extract import BenchmarkExtractConfig, bare_forward, measure_stage, render_batch
+from benchmarks.harness import Bench, by_turns, open_bench
 from benchmarks.parts import Part, run_parts
 from benchmarks.pretrain import BenchmarkPretrainConfig, measure_lanes
 from benchmarks.student import BenchmarkStudentConfig, measure_student
-from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.teachers import load_teacher
 from pipeline.config import Config, PathField
 from pipeline.data.drawn import draw_images
@@ -41,7 +38,6 @@ from pipeline.ownership import stage
 from pipeline.teachers.teacher_config import TeacherConfig
 
 _BYTES_PER_VIEW = 200_000  # of a cache, with room to spare
-_SAMPLES_PER_SHARD = 512
 
 
 class BenchmarkGpuConfig(Config):
@@ -66,7 +62,7 @@ class BenchmarkGpuConfig(Config):
     sparse: list[str] = Field(default=["mrmae_convvit_base_patch16"])  # students with a sparse and a dense path
     image_size: int = Field(224, ge=32)  # of what is drawn, and of the views
     images: int = Field(1024, ge=16)  # that are drawn
-    copies: int = Field(64, ge=1)  # links to each of them, for extraction
+    copies: int = Field(64, ge=1)  # how often extraction takes each of them, at most
     store: Literal["zarr", "webdataset"] = "webdataset"
     batch_size: int = Field(256, ge=2)  # of students and teachers
     sparse_batch_size: int = Field(128, ge=1)
@@ -101,40 +97,31 @@ def list_parts(config: BenchmarkGpuConfig, bench: Bench) -> list[Part]:
     compiled = [steps(student, True) for student in config.students] if config.compile else []
     sparse_eager = [sparse(name, False) for name in config.sparse]
     sparse_compiled = [sparse(name, True) for name in config.sparse] if config.compile else []
-    images = Part("images", 15, partial(_make_images, config, bench.folder))
+    images = Part("images", 15, partial(_draw_images, config, bench))
     important = [images, *extract[:1], *eager[:1], *compiled[:1], *sparse_eager]
     return [*important, *extract[1:], *eager[1:], *compiled[1:], *sparse_compiled]
 
 
+def _draw_images(config: BenchmarkGpuConfig, bench: Bench) -> dict[str, int]:
+    return {"drawn": len(draw_images(bench.folder / "drawn", config.images, config.image_size))}
+
+
 def _measure_extraction(config: BenchmarkGpuConfig, choice: TeacherConfig, bench: Bench) -> dict[str, Any]:
     """Views/s of stage 1 and of its teacher alone."""
-    views, workers = ViewConfig(image_size=config.image_size), _workers(config)
-    source = open_images(str(bench.folder / "linked"))
+    stage_config = BenchmarkExtractConfig(
+        views=ViewConfig(image_size=config.image_size), store=config.store, batch_size=config.batch_size,
+        workers=_workers(config), rounds=1,
+    )  # fmt: skip
+    drawn = open_images(str(bench.folder / "drawn"))
     teacher = load_teacher(choice, bench.device, bench.dtype)
-    batch = BenchmarkExtractConfig(views=views, store=config.store, batch_size=config.batch_size)
-    total = 8 * config.batch_size
-    forward = bare_forward(teacher, render_batch(batch, source, bench), total, bench)
-    bench.seconds(forward)  # warms up
-    bare = total / min(bench.seconds(forward) for _ in range(3))
+    forward = bare_forward(teacher, render_batch(stage_config, drawn, bench), 8 * config.batch_size, bench)
+    rate = 8 * config.batch_size / by_turns(bench.lanes({"bare": forward}), 3).median("bare")
     room = shutil.disk_usage(bench.folder).free // 2 // _BYTES_PER_VIEW
-    shards = max(3, min(round(bare * config.seconds), len(source), room) // _SAMPLES_PER_SHARD)
-    extractor = Extractor(source, views, [teacher], config.batch_size, workers, config.store)
-    done: list[tuple[float, int]] = []  # (time, views so far)
-
-    def progress(images: int) -> None:
-        done.append((time.perf_counter(), images + (done[-1][1] if done else 0)))
-
-    samples_per_shard = min(_SAMPLES_PER_SHARD, len(source) // 3)
-    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        seconds = write_caches(extractor, Path(folder), samples_per_shard, shards=shards, progress=progress)
-    end, count = done[-1]
-    start, before = next(entry for entry in done if entry[1] >= count / 3)
-    return {
-        "bare_views_per_s": round(bare),
-        "stage_views_per_s": round(count / seconds),
-        "steady_views_per_s": round((count - before) / max(end - start, 1e-9)),
+    count = min(max(16, round(rate * config.seconds)), config.copies * len(drawn), room)
+    source = drawn.select(np.arange(count) % len(drawn))
+    return measure_stage(stage_config, source, teacher, bench) | {
         "views": count,
-        "workers": workers,
+        "workers": stage_config.workers,
         "teacher_gmacs": round(teacher.gmacs, 2),
     }
 
@@ -160,14 +147,3 @@ def _measure_sparse(config: BenchmarkGpuConfig, name: str, compiled: bool, bench
 
 def _workers(config: BenchmarkGpuConfig) -> int:
     return min(16, max(1, (os.cpu_count() or 1) - 2)) if config.workers is None else config.workers
-
-
-def _make_images(config: BenchmarkGpuConfig, folder: Path) -> dict[str, int]:
-    """Draw images, and link each of them under several names: a larger dataset at the price of links."""
-    drawn = draw_images(folder / "drawn", config.images, config.image_size)
-    links = folder / "linked"
-    links.mkdir()
-    for file in sorted((folder / "drawn").iterdir()):
-        for copy in range(config.copies):
-            os.link(file, links / f"{copy:04d}-{file.name}")
-    return {"drawn": len(drawn), "linked": config.copies * len(drawn)}

@@ -1,6 +1,7 @@
 """Parts of a long benchmark, one after the other, within a time limit; a signal ends them in good order."""
 
 import gc
+import json
 import logging
 import signal
 import time
@@ -92,18 +93,9 @@ def _run_part(part: Part, limit: float, figures: dict[str, Any]) -> None:
         figures["failed"][part.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     else:
         figures["parts"][part.name] = found | {"seconds": round(time.monotonic() - began, 1)}
-    result = figures["failed"].get(part.name) or _in_one_line(figures["parts"][part.name])
+    result = figures["failed"].get(part.name) or json.dumps(figures["parts"][part.name])
     log.info("%s: %s (%.0f s)", part.name, result, time.monotonic() - began)
     gc.collect()  # networks and loaders of the part
     torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _in_one_line(found: dict[str, Any]) -> str:
-    """The numbers of a part, and those one level down."""
-    numbers: list[str] = []
-    for name, value in found.items():
-        inner = {f"{name} {key}": number for key, number in value.items()} if isinstance(value, dict) else {name: value}
-        numbers += [f"{label} {number:.4g}" for label, number in inner.items() if isinstance(number, int | float)]
-    return ", ".join(numbers)
