@@ -32,14 +32,14 @@ from pydantic import Field
 
 from benchmarks.extract import write_caches
 from benchmarks.harness import Bench, by_turns, open_bench, open_or_draw
-from benchmarks.training_lane import LaneConfig, TrainingLane, requests
+from benchmarks.training_lane import LaneConfig, TrainingLane
 from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.knowledge import CachedKnowledge, LiveKnowledge
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import CacheReader, open_cache
+from pipeline.cache import open_cache
 from pipeline.config import PathField
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import DataConfig, ImageSource
-from pipeline.data.loader import load
 from pipeline.data.views import ViewConfig
 from pipeline.data.workers import PREFETCH
 from pipeline.ownership import stage
@@ -84,11 +84,11 @@ def measure_lanes(config: BenchmarkPretrainConfig, number: int, source: ImageSou
     """The three lanes with one of the config's teachers, by turns."""
     choice = config.teachers[number].model_copy(update={"compile": config.compile})
     teacher = load_teacher(choice, bench.device, bench.dtype)
-    cache = _open_cache(config, number, config.store, teacher, source, bench)
+    views = ViewConfig(image_size=config.student.image_size)
     lanes = {
-        "mae": TrainingLane(config, source, bench),
-        "cached": TrainingLane(config, source, bench, cache=cache),
-        "online": TrainingLane(config, source, bench, teacher=teacher),
+        "mae": TrainingLane(config, LiveKnowledge({}, source, views), bench),
+        "cached": TrainingLane(config, _extract(config, number, config.store, teacher, source, bench), bench),
+        "online": TrainingLane(config, LiveKnowledge({"teacher": teacher}, source, views), bench),
     }
     images, alone = config.batch_size * config.steps, max(3, config.rounds // 3)
     trained = by_turns(bench.lanes({name: lane.train for name, lane in lanes.items()}), config.rounds)
@@ -134,10 +134,10 @@ def _measure_loader(config: BenchmarkPretrainConfig, source: ImageSource, bench:
     `loader` makes its batches in this process, `worker` in one other process, as in training.
     """
     teacher = load_teacher(config.teachers[0], bench.device, bench.dtype)
-    cache = _open_cache(config, 0, "webdataset", teacher, source, bench)
-    lane = TrainingLane(config.model_copy(update={"workers": 0, "compile": False}), source, bench, cache=cache)
+    knowledge = _extract(config, 0, "webdataset", teacher, source, bench)
+    lane = TrainingLane(config.model_copy(update={"workers": 0, "compile": False}), knowledge, bench)
     size, count = config.student.image_size, config.batch_size * config.steps
-    jpegs = cycle([cache.read(index, 0).image or b"" for index in range(len(cache))])
+    jpegs = cycle([knowledge.caches["teacher"].read(index, 0).image or b"" for index in knowledge.samples.tolist()])
     pixels = np.empty((size, size, 3), np.uint8)
 
     def decode() -> None:
@@ -147,7 +147,7 @@ def _measure_loader(config: BenchmarkPretrainConfig, source: ImageSource, bench:
     def worker() -> float:
         # A worker makes batches ahead, so it is started for the measurement alone, and what it had ahead is not
         # counted. Then it is always at work, and a batch is taken as soon as it is there.
-        with closing(load(lane.dataset, requests(config, source), workers=1)) as batches:
+        with closing(lane.batches(workers=1)) as batches:
             for _ in range(2 * PREFETCH):
                 next(batches)
             began, steps = time.perf_counter(), max(config.steps, 2 * PREFETCH)
@@ -164,12 +164,12 @@ def _measure_loader(config: BenchmarkPretrainConfig, source: ImageSource, bench:
     }
 
 
-def _open_cache(
+def _extract(
     config: BenchmarkPretrainConfig, number: int, store: str, teacher: Teacher, source: ImageSource, bench: Bench
-) -> CacheReader:
-    """The cache of a teacher in the bench's folder, extracted by the first call that asks for it."""
-    folder = bench.folder / f"{number}-{store}"
+) -> CachedKnowledge:
+    """A cache of the teacher, extracted by the first call that asks for it."""
+    folder, views = bench.folder / f"{number}-{store}", ViewConfig(image_size=config.student.image_size)
     if not folder.exists():
-        views = ViewConfig(image_size=config.student.image_size)
         write_caches(Extractor(source, views, [teacher], config.batch_size, 0, store), folder, 64)
-    return open_cache(folder / "0")
+    cache = open_cache(folder / "0")
+    return CachedKnowledge({"teacher": cache}, None if cache.stores_images else source, views, cache.live_indices())

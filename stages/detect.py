@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.assembly.detectors import build_detector, load_detector
 from pipeline.assembly.students import Start, read_start
 from pipeline.config import Config, PathField
-from pipeline.data.loader import StepSampler, load
+from pipeline.data.loader import Samples
 from pipeline.data.order import EpochOrder
 from pipeline.detection import (
     CocoConfig,
@@ -50,7 +50,8 @@ from pipeline.progress import track
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
-from pipeline.training.run import Run, RunConfig, StepPlan
+from pipeline.training.run import Run, RunConfig, plan_steps
+from pipeline.training.task import Evaluation, Task
 
 
 class DetectionDataConfig(Config):
@@ -99,15 +100,8 @@ def _train(config: DetectConfig) -> dict[str, Any]:
     identity |= {"init": start.identity, "ema": config.ema.model_dump() if config.ema.decay else None}
     identity |= {"data": train.digest, "jitter": config.jitter.model_dump(mode="json")}
     run = Run(config.model_copy(update={"student": start.student}), identity)
-    plan = StepPlan.of(len(train), config, run.processes)
+    plan = plan_steps(config, len(train))
     dataset = DetectionDataset(train, config.image_size, jitter=config.jitter, seed=config.seed)
-    order = EpochOrder(np.arange(len(train)), config.seed)
-
-    def batches(start_step: int) -> Any:
-        sampler = StepSampler(
-            order, plan.batch_size, plan.accum_iter, run.rank, run.processes, start_step, plan.total_steps
-        )
-        return load(dataset, sampler, config.data.workers)
 
     def evaluate(model: nn.Module, _step: int) -> dict[str, float]:
         assert isinstance(model, Detector)
@@ -116,21 +110,17 @@ def _train(config: DetectConfig) -> dict[str, Any]:
         )
         return _score(val, _results(model, val, batches, run.device))
 
-    return fit(
-        run,
-        model,
-        model.spec,
-        _losses,
-        batches,
-        plan,
-        config.optim,
+    task = Task(
+        name="detect",
+        model=model,
+        spec=model.spec,
+        losses=_losses,
+        samples=Samples(dataset, EpochOrder(np.arange(len(train)), config.seed), config.data.workers),
+        evaluation=Evaluation(evaluate, config.eval_every * plan.steps_per_epoch, best="box_AP"),
         layer_ids=layers,
-        evaluate=evaluate,
-        evaluate_every=config.eval_every * plan.steps_per_epoch,
-        best="box_AP",
         ema=config.ema,
-        label="detect",
     )
+    return fit(task, run, plan, config.optim)
 
 
 def _evaluate_only(config: DetectConfig) -> dict[str, Any]:

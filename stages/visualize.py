@@ -27,6 +27,7 @@ from pipeline.cache import open_cache
 from pipeline.config import Config, PathField
 from pipeline.data.decoding import decode
 from pipeline.data.images import DataConfig, open_images
+from pipeline.data.masks import MaskSampler
 from pipeline.data.views import ViewConfig, center_view, render, to_chw, view_of_epoch
 from pipeline.detection.dataset import canvases
 from pipeline.detection.pictures import detected_scene, draw_scenes
@@ -195,10 +196,7 @@ def _cached(config: VisualizeConfig, size: int) -> Shown:
     live = reader.live_indices()
     chosen = _chosen(config, [int(index) for index in live], len(reader))
     h, w = reader.header.grid
-    dataset = PretrainDataset(
-        source, {"teacher": reader}, views, patches=h * w, keep=1, focus="random", rows="none", masks_per_sample=1,
-        seed=0,
-    )  # fmt: skip
+    dataset = PretrainDataset(source, {"teacher": reader}, views, MaskSampler(h * w, 1, "random", seed=0), "none")
     images = dataset.__getitems__([(0, index) for index in chosen]).images
     records = [reader.read(index, view_of_epoch(index, 0, views.count), dequantise=True) for index in chosen]
     tokens = torch.from_numpy(np.stack([record.tokens for record in records]))

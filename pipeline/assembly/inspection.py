@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.masks import Focus, draw_masks, visible_count
+from pipeline.data.masks import Focus, MaskSampler, visible_count
 from pipeline.models import Student, patchify, unpatchify
 from pipeline.models.mae import pixel_loss
 from pipeline.models.masking import complement, gather_tokens
@@ -47,8 +47,8 @@ def choose_patches(
 ) -> Tensor:  # fmt: skip
     """Visible patches int64 [count, K] as pre-training draws them, by attention rows [count, L] if there are any."""
     keep = visible_count(patches, mask_ratio)
-    drawn = draw_masks(attention, [(0, index) for index in range(count)], patches, keep, focus, seed)
-    return torch.from_numpy(drawn[:, 0])
+    ids_keep = MaskSampler(patches, keep, focus, seed).draw(attention, [(0, index) for index in range(count)])
+    return torch.from_numpy(ids_keep[:, 0])
 
 
 @torch.inference_mode()

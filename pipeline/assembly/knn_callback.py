@@ -21,7 +21,7 @@ from pipeline.models import Student
 from pipeline.processes import gather_rows
 
 
-class WatchConfig(Config):
+class KnnCallbackConfig(Config):
     """k-NN every so many epochs."""
 
     data: DataConfig  # labelled images whose neighbours vote
@@ -33,8 +33,8 @@ class WatchConfig(Config):
     eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
 
 
-def open_watch(
-    config: WatchConfig, image_size: int, rank: int, processes: int, device: torch.device
+def knn_callback(
+    config: KnnCallbackConfig, image_size: int, rank: int, processes: int, device: torch.device
 ) -> Callable[[nn.Module, int], dict[str, float]]:
     """(student, step) → {"knn_top1", "knn_top5"}, fractions.
 

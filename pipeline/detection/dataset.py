@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.decoding import decode
-from pipeline.data.loader import Request, load
+from pipeline.data.loader import Request, evaluation_requests, load
 from pipeline.data.slots import Empty
 from pipeline.detection.coco import CocoImages
 from pipeline.detection.placement import JitterConfig, draw_placement, fit, place, render
@@ -99,6 +99,4 @@ def evaluation_batches(
     coco: CocoImages, canvas: int, workers: int, rank: int = 0, processes: int = 1, batch: int = 8
 ) -> Iterator[DetectionBatch]:
     """Every `processes`-th image from `rank` on, in order, the last batch as short as it is."""
-    mine = range(rank, len(coco), processes)
-    requests = [[(0, index) for index in mine[at : at + batch]] for at in range(0, len(mine), batch)]
-    return load(DetectionDataset(coco, canvas), requests, workers)
+    return load(DetectionDataset(coco, canvas), evaluation_requests(len(coco), rank, processes, batch), workers)

@@ -13,7 +13,6 @@ import json
 import logging
 import uuid
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +22,9 @@ from accelerate.utils import gather_object
 from pydantic import Field
 
 from pipeline.config import Config, PathField, save_config
-from pipeline.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.processes import open_accelerator, without_cuda
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.processes import open_accelerator, processes, without_cuda
+from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.training.interruption import Interrupted
 
@@ -51,39 +51,23 @@ class RunConfig(Config):
     wandb: bool = False
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """How many steps, of how many images, split how."""
+def plan_steps(config: RunConfig, images: int, per_image: int = 1) -> StepPlan:
+    """How `images` an epoch fall into steps, as this process sees it; `per_image` masks are trained of each.
 
-    steps_per_epoch: int
-    total_steps: int
-    batch_size: int  # global, in trained images
-    accum_iter: int
-    processes: int
-
-    @classmethod
-    def of(cls, images: int, config: RunConfig, processes: int, per_image: int = 1) -> "StepPlan":
-        """Divide `images` an epoch into global batches; the remainder goes unseen that epoch.
-
-        `per_image` masks are trained of each image read: batch_size counts trained masks.
-
-        Raises:
-            TrainingError: the batch doesn't divide, or an epoch holds less than one batch.
-        """
-        unit = processes * config.accum_iter * per_image
-        if config.batch_size % unit:
-            raise TrainingError(
-                f"batch_size={config.batch_size} is no multiple of {unit} ({processes} processes x "
-                f"accum_iter={config.accum_iter} x {per_image} masks a sample): choose for instance "
-                f"{max(unit, config.batch_size // unit * unit)}"
-            )
-        steps = images // (config.batch_size // per_image)
-        if not steps:
-            raise TrainingError(
-                f"batch_size={config.batch_size} asks for more than the {images} images of an epoch: lower batch_size"
-            )
-        total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
-        return cls(steps, total, config.batch_size, config.accum_iter, processes)
+    Raises:
+        TrainingError: as `StepPlan.of`.
+    """
+    state = processes()
+    return StepPlan.of(
+        images,
+        batch_size=config.batch_size,
+        accum_iter=config.accum_iter,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_image=per_image,
+        processes=state.num_processes,
+        rank=state.process_index,
+    )
 
 
 class Run:

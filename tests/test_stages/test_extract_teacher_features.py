@@ -24,6 +24,7 @@ from pipeline.data import rendering
 from pipeline.data import views as view_module
 from pipeline.data.decoding import decode
 from pipeline.data.images import open_images
+from pipeline.data.masks import MaskSampler
 from pipeline.data.views import View, ViewConfig, render, to_chw, view_of_epoch
 from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
 from pipeline.teachers import Teacher
@@ -539,10 +540,8 @@ def test_every_stage_renders_by_the_caches_interpolation(
     before, reader, source = content(path), open_cache(path), open_images(str(image_tree))
     policy = ViewConfig.model_validate({**size, "interpolation": interpolation})
     seen = rendering.ViewRenderer(source, policy, store == "webdataset").__getitems__([(0, i) for i in range(24)])
-    dataset = PretrainDataset(
-        source, {"teacher": reader}, views_of({"teacher": reader}),
-        patches=9, keep=2, focus="random", rows="none", masks_per_sample=1, seed=0,
-    )  # fmt: skip
+    masks = MaskSampler(9, 2, "random", seed=0)
+    dataset = PretrainDataset(source, {"teacher": reader}, views_of({"teacher": reader}), masks, "none")
     for epoch in range(2):
         shown = dataset.__getitems__([(epoch, index) for index in range(24)]).images
         for index in range(24):
