@@ -1,4 +1,6 @@
-"""Cache reads, writes and verification against bare loops that do the least that could do the job. Prints JSON.
+"""Cache reads, writes and verification against bare loops.
+
+A bare loop does the least that could do the job:
 
     mrmae benchmark cache
     mrmae benchmark cache path=/data/clip

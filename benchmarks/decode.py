@@ -1,4 +1,6 @@
-"""JPEG decoders on your own images: images/s, and whether their pixels agree. Prints JSON.
+"""JPEG decoders on your own images.
+
+Gives images/s, and whether the decoders' pixels agree:
 
     mrmae benchmark decode data.path=/data/imagenet/train
 

@@ -1,4 +1,6 @@
-"""Training steps of Mask R-CNN on a student: seconds, multiply-adds and, on a GPU, memory. Prints JSON.
+"""Training steps of Mask R-CNN on a student.
+
+Gives seconds, multiply-adds and, on a GPU, memory:
 
     mrmae benchmark detector image_size=512
     mrmae benchmark detector students=[mrmae_vit_base_patch16] image_size=1024 batch_size=4

@@ -1,4 +1,4 @@
-"""Extraction against the teacher's bare forward; two token choices in one pass; bf16 against fp32. Prints JSON.
+"""Extraction against the teacher's bare forward.
 
     mrmae benchmark extract
     mrmae benchmark extract data.path=/data/imagenet/train teacher.spec=clip_vitb16 batch_size=256 data.workers=16

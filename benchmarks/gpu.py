@@ -1,4 +1,4 @@
-"""All that a GPU is asked for, in eight minutes: extraction, steps eager and compiled, sparse over dense. Prints JSON.
+"""All that a GPU is asked for, in eight minutes.
 
     mrmae benchmark gpu
     mrmae benchmark gpu minutes=20 batch_size=512 folder=/fast/disk

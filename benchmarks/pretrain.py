@@ -1,4 +1,4 @@
-"""Steps of MAE, of MR-MAE from a cache and of MR-MAE with a live teacher, by turns; loader, step. Prints JSON.
+"""Steps of MAE, of MR-MAE from a cache, and with a live teacher.
 
     mrmae benchmark pretrain
     mrmae benchmark pretrain data.path=/data/imagenet/train student.name=mrmae_vit_base_patch16 batch_size=256 \\

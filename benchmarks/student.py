@@ -1,4 +1,4 @@
-"""Training steps of students; for ConvViT the sparse convolution stages against the dense ones. Prints JSON.
+"""Training steps of students; ConvViT sparse against dense.
 
     mrmae benchmark student threads=2
     mrmae benchmark student students=[mrmae_vit_base_patch16,mrmae_convvit_base_patch16] batch_size=256
