@@ -115,6 +115,11 @@ class Command(NamedTuple):
     show: Callable[[Any, bool], None] = show_facts
     evaluation: str | None = None
     receives: tuple[str, ...] = ()
+    package: str = "stages"
+
+    @property
+    def module(self) -> str:
+        return f"{self.package}.{self.name.replace('-', '_')}"
 
 
 STAGES = (  # in the order of a project
@@ -135,15 +140,13 @@ STAGES = (  # in the order of a project
     Command("demo", "DemoConfig", show=show_text, receives=("say",)),
 )
 BENCHMARKS = tuple(
-    Command(name, f"Benchmark{name.title()}Config", show=show_json)
+    Command(name, f"Benchmark{name.title()}Config", show=show_json, package="benchmarks")
     for name in ("cache", "decode", "extract", "gpu", "student", "detector", "pretrain")
 )
 
 
-def _build(command: Command, package: str) -> click.Command:
+def _build(command: Command) -> click.Command:
     """The click command of a table's row."""
-    module = f"{package}.{command.name.replace('-', '_')}"
-    section = "benchmark" if package == "benchmarks" else command.name
     params = command.params
     if command.config is not None and _PATH not in params:
         required = "file" in command.receives
@@ -151,26 +154,26 @@ def _build(command: Command, package: str) -> click.Command:
         params = (file, _KEYS, *params)
 
     def call(as_json: bool = False, **given: Any) -> None:
-        command.show(_run(command, module, section, given), as_json)
+        command.show(_run(command, given), as_json)
 
-    return click.Command(command.name, params=list(params), callback=call, help=_read_help(module))
+    return click.Command(command.name, params=list(params), callback=call, help=_read_help(command.module))
 
 
-def _run(command: Command, module: str, section: str, given: dict[str, Any]) -> Any:
+def _run(command: Command, given: dict[str, Any]) -> Any:
     """Import the command's module and call it with what the user gave."""
-    stage = import_module(module)
+    stage = import_module(command.module)
     if command.config is None:
         return stage.run()
     if "path" in given:
         return stage.run(getattr(stage, command.config).model_validate(given))
     from pipeline.config import load_config
 
+    section = command.name if command.package == "stages" else "benchmark"  # of a chain's file
     file, overrides = given.pop("file"), given.pop("overrides")
     if command.evaluation is not None and given.pop("evaluate"):
         return stage.evaluate(load_config(getattr(stage, command.evaluation), file, overrides, section))
-    context = {"file": file, "say": click.echo}
-    config = load_config(getattr(stage, command.config), file, overrides, section)
-    return stage.run(config, **given, **{name: context[name] for name in command.receives})
+    given |= {name: value for name, value in {"file": file, "say": click.echo}.items() if name in command.receives}
+    return stage.run(load_config(getattr(stage, command.config), file, overrides, section), **given)
 
 
 def _read_help(module: str) -> str:
@@ -247,10 +250,10 @@ def main(debug: bool, quiet: bool) -> None:
 benchmark = click.Group(
     "benchmark",
     help="Measure this machine. Prints JSON; ratios are taken in pairs in one run. Reads, writes, costs: see each one.",
-    commands=[_build(command, "benchmarks") for command in BENCHMARKS],
+    commands=[_build(command) for command in BENCHMARKS],
 )
 for _command in STAGES:
-    main.add_command(_build(_command, "stages"))
+    main.add_command(_build(_command))
 main.add_command(benchmark)
 
 

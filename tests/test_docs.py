@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib
 import re
 import shlex
 import typing
@@ -15,45 +16,16 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import cli
-from benchmarks.cache import BenchmarkCacheConfig
-from benchmarks.decode import BenchmarkDecodeConfig
-from benchmarks.detector import BenchmarkDetectorConfig
-from benchmarks.extract import BenchmarkExtractConfig
-from benchmarks.pretrain import BenchmarkPretrainConfig
-from benchmarks.student import BenchmarkStudentConfig
 from pipeline.config import Config
-from stages.ablate import AblateConfig
-from stages.demo import DemoConfig
-from stages.detect import DetectConfig
-from stages.export import ExportConfig
-from stages.extract_teacher_features import ExtractConfig
-from stages.finetune import FinetuneConfig
-from stages.knn import KnnConfig
-from stages.linear_probe import LinearProbeConfig
-from stages.plan import PlanConfig
-from stages.pretrain import PretrainConfig
-from stages.visualize import VisualizeConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 CONFIGS: dict[str, type[Config]] = {
-    "extract-teacher-features": ExtractConfig,
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-    "detect": DetectConfig,
-    "knn": KnnConfig,
-    "linear-probe": LinearProbeConfig,
-    "visualize": VisualizeConfig,
-    "export": ExportConfig,
-    "demo": DemoConfig,
-    "plan": PlanConfig,
-    "ablate": AblateConfig,
-    "benchmark cache": BenchmarkCacheConfig,
-    "benchmark decode": BenchmarkDecodeConfig,
-    "benchmark extract": BenchmarkExtractConfig,
-    "benchmark pretrain": BenchmarkPretrainConfig,
-    "benchmark student": BenchmarkStudentConfig,
-    "benchmark detector": BenchmarkDetectorConfig,
+    command.name if command.package == "stages" else f"benchmark {command.name}": getattr(
+        importlib.import_module(command.module), command.config
+    )
+    for command in (*cli.STAGES, *cli.BENCHMARKS)
+    if command.config
 }
 
 
