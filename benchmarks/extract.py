@@ -175,7 +175,7 @@ def _extract(
     workers = config.data.workers if config.data is not None else config.workers
     extractor = Extractor(source, config.views, teachers, config.batch_size, workers, config.store)
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        return write_caches(extractor, Path(folder), min(512, len(source) // 4), progress)[0]
+        return write_caches(extractor, Path(folder), max(1, min(512, len(source) // 4)), progress)[0]
 
 
 def _measure_bf16(choice: TeacherConfig, views: Tensor, bench: Bench) -> dict[str, float]:

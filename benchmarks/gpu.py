@@ -140,7 +140,10 @@ def _measure_steps(config: BenchmarkGpuConfig, student: StudentConfig, compiled:
 def _measure_sparse(config: BenchmarkGpuConfig, name: str, compiled: bool, bench: Bench) -> dict[str, Any]:
     """ConvViT's two paths, forward and backward."""
     passes = BenchmarkStudentConfig(
-        batch_size=config.sparse_batch_size, image_size=config.image_size, peak_memory=bench.on_gpu
+        batch_size=config.sparse_batch_size,
+        image_size=config.image_size,
+        rounds=config.rounds,
+        peak_memory=bench.on_gpu,
     )
     return measure_student(passes, name, bench, compiled)
 

@@ -156,7 +156,7 @@ def _measure_loader(config: BenchmarkPretrainConfig, source: ImageSource, bench:
             return (time.perf_counter() - began) * config.steps / steps
 
     lanes = bench.lanes({"bare": decode, "loader": lane.load}) | {"worker": worker}
-    rounds = by_turns(lanes, max(11, config.rounds))
+    rounds = by_turns(lanes, config.rounds)
     return {
         "loader_over_bare_decoding": rounds.ratio("bare", "loader"),
         "worker_over_bare_decoding": rounds.ratio("bare", "worker"),
