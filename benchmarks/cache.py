@@ -24,7 +24,7 @@ Reads a cache (path) or writes a synthetic one into a temporary folder. Costs ab
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,20 +37,9 @@ from pydantic import Field, Strict
 
 from benchmarks import bare_cache
 from benchmarks.harness import Bench, by_turns, open_bench
+from benchmarks.random_cache import random_header, random_shard, write_random_cache
 from benchmarks.sparse_cache import create_sparse_cache, filled_rows
-from pipeline.cache import (
-    CacheHeader,
-    CacheReader,
-    DatasetSection,
-    Quantiser,
-    ShardData,
-    ViewSection,
-    create_cache,
-    open_cache,
-    open_writer,
-    read_commit,
-    verify,
-)
+from pipeline.cache import CacheHeader, CacheReader, create_cache, open_cache, open_writer, read_commit, verify
 from pipeline.config import Config, PathField
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError
@@ -89,14 +78,18 @@ def run(config: BenchmarkCacheConfig) -> dict[str, Any]:
 
 
 def _measure_store(config: BenchmarkCacheConfig, store: str, bench: Bench) -> dict[str, Any]:
-    header, path = _header(config, store), bench.folder / store
-    _write_all(path, header, (_random_shard(config, header, shard) for shard in range(header.shards)))
+    header, path = _random_header(config, store, config.samples), bench.folder / store
+    write_random_cache(path, header, config.image_bytes)
     figures = _measure_reading(config, path, bench)
     shutil.rmtree(path)
     return figures | {
         "write": _measure_writing(config, header, bench),
         "shards": _measure_many_shards(config, store, bench) if config.shards else {},
     }
+
+
+def _random_header(config: BenchmarkCacheConfig, store: str, samples: int) -> CacheHeader:
+    return random_header(store, samples, config.samples_per_shard, config.grid, config.dim)
 
 
 def _compare(bench: Bench, bare: Job, ours: Job, repeats: int, amount: int, unit: str) -> dict[str, Any]:
@@ -138,8 +131,8 @@ def _measure_reading(config: BenchmarkCacheConfig, path: Path, bench: Bench) -> 
 
 def _measure_writing(config: BenchmarkCacheConfig, header: CacheHeader, bench: Bench) -> dict[str, Any]:
     """One shard, written again and again."""
-    path, plain, data = bench.folder / "written", bench.folder / "plain", _random_shard(config, header, 0)
-    _write_all(path, header, [])
+    path, plain, data = bench.folder / "written", bench.folder / "plain", random_shard(header, 0, config.image_bytes)
+    create_cache(path, header)
     before = {file for file in path.rglob("*") if file.is_file()}
     writer = open_writer(path)
     writer.write_shard(0, data)
@@ -156,7 +149,7 @@ def _measure_writing(config: BenchmarkCacheConfig, header: CacheHeader, bench: B
 def _measure_many_shards(config: BenchmarkCacheConfig, store: str, bench: Bench) -> dict[str, Any]:
     """Shuffled reads of visible rows from few and many shards of one sparse cache, by turns."""
     size, counts, path = config.samples_per_shard, sorted(config.shards), bench.folder / "sparse"
-    header = _header(config.model_copy(update={"samples": counts[-1] * size}), store)
+    header = _random_header(config, store, counts[-1] * size)
     wanted = {count: min(size, -(-config.shard_records // count)) for count in counts}
     filled = [wanted[next(count for count in counts if shard < count)] for shard in range(header.shards)]
     create_sparse_cache(path, header, filled, config.image_bytes)
@@ -196,41 +189,3 @@ def _read_as_training(reader: CacheReader, indices: list[int], rows: NDArray[np.
         record.tokens.take(rows, 0)
         if record.scale is not None:
             record.scale.take(rows)
-
-
-def _header(config: BenchmarkCacheConfig, store: str) -> CacheHeader:
-    flat = np.ones(config.dim, np.float32)
-    return CacheHeader.model_validate(
-        {
-            "store": store,
-            "dataset": DatasetSection(source="random", kind="random", count=config.samples, digest="none"),
-            "teacher": {"name": "random", "grid": [config.grid, config.grid], "dim": config.dim},
-            "preprocessing": {},
-            "views": ViewSection(count=1, seed=config.seed, image_size=16 * config.grid),
-            "quantiser": Quantiser("int8", 0 * flat, flat).to_json(),
-            "samples_per_shard": config.samples_per_shard,
-        }
-    )
-
-
-def _random_shard(config: BenchmarkCacheConfig, header: CacheHeader, shard: int) -> ShardData:
-    random = np.random.default_rng([config.seed, shard])
-    n, L = len(header.shard_range(shard)), header.tokens
-    images: list[list[bytes] | None] = [[random.bytes(config.image_bytes)] for _ in range(n)]
-    return ShardData(
-        tokens=random.integers(-127, 128, (n, 1, L, header.dim), np.int8),
-        scale=random.uniform(0.01, 0.1, (n, 1, L)).astype(np.float16),
-        attention=np.full((n, 1, L), 1 / L, np.float16),
-        box=np.ones((n, 1, 4), np.int32),
-        hflip=np.zeros((n, 1), np.uint8),
-        source_hash=random.integers(2**63, size=n).astype(np.uint64),
-        keys=[f"n{shard:08d}/n{shard:08d}_{row}.JPEG" for row in range(n)],
-        images=images if header.store == "webdataset" else None,
-    )
-
-
-def _write_all(path: Path, header: CacheHeader, shards: Iterable[ShardData]) -> None:
-    create_cache(path, header)
-    writer = open_writer(path)
-    for shard, data in enumerate(shards):
-        writer.write_shard(shard, data)

@@ -18,31 +18,27 @@ Reads images (data.path) or draws some; writes caches into a temporary folder. C
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
 
+from benchmarks.extraction_lanes import FREE_SHARDS, FreeForward, bare_forward, write_caches
 from benchmarks.harness import Bench, by_turns, open_bench, open_or_draw
-from pipeline.assembly.extraction import Extractor, Taught
+from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import CacheHeader, create_cache, open_writer
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, ImageSource
-from pipeline.data.rendering import RenderedViews, ViewRenderer
+from pipeline.data.rendering import ViewRenderer
 from pipeline.data.views import ViewConfig
 from pipeline.ownership import stage
 from pipeline.teachers import Teacher
 from pipeline.teachers.teacher_config import TeacherConfig
-
-FREE_SHARDS = 8  # only the first two or three are written from fresh memory
 
 
 class BenchmarkExtractConfig(Config):
@@ -89,45 +85,6 @@ def render_batch(config: BenchmarkExtractConfig, source: ImageSource, bench: Ben
     samples = [(0, index) for index in range(count)]
     renderer = ViewRenderer(source, config.views, config.store == "webdataset")
     return renderer.__getitems__(samples).readable_pixels().to(bench.device)
-
-
-def bare_forward(teacher: Teacher, views: Tensor, total: int, bench: Bench) -> Callable[[], None]:
-    """A job: the network alone on `total` views, which come round again."""
-    model: Any = teacher.model
-    forward: Callable[[Tensor], Any] = getattr(model, "forward_tokens", model)  # our encoders', or the library's
-    if teacher.compiled:
-        forward = torch.compile(forward)
-    pixels = teacher.prepare(views)
-
-    def job() -> None:
-        with torch.no_grad(), bench.autocast():
-            for done in range(0, total, len(pixels)):
-                forward(pixels[: total - done])
-
-    return job
-
-
-def write_caches(
-    extractor: Extractor,
-    folder: Path,
-    samples_per_shard: int,
-    progress: Callable[[int], None] = lambda images: None,
-) -> tuple[float, float]:
-    """Extract all images into new caches, folder/0 and on, one a teacher.
-
-    Returns:
-        Seconds without calibration and the creation of the caches: on the clock, and of this thread's own work.
-    """
-    bounds = {"max_nmse": float("inf"), "min_cosine": 0.0}
-    quantisers = [quantiser.to_json() for quantiser in extractor.calibrate("int8", 16)]
-    headers = extractor.describe("mean", samples_per_shard, quantisers)
-    paths = [folder / str(number) for number in range(len(headers))]
-    for path, header in zip(paths, headers, strict=True):
-        create_cache(path, header)
-    writers = [open_writer(path) for path in paths]
-    began, busy = time.perf_counter(), time.thread_time()
-    extractor.run(writers, range(headers[0].shards), bounds, progress)
-    return time.perf_counter() - began, time.thread_time() - busy
 
 
 def measure_stage(
@@ -214,7 +171,10 @@ def _measure_free(
     config: BenchmarkExtractConfig, source: ImageSource, teacher: Teacher, bench: Bench
 ) -> dict[str, Any]:
     """Views/s of filling and writing shards, on the clock and by the main thread's own seconds."""
-    extractors = {store: _FreeForward(source, config, teacher, store) for store in ("zarr", "webdataset")}
+    extractors = {
+        store: FreeForward(Extractor(source, config.views, [teacher], config.batch_size, 0, store), config.free_views)
+        for store in ("zarr", "webdataset")
+    }
     busy: dict[str, list[float]] = {store: [] for store in extractors}
 
     def write(store: str) -> float:
@@ -232,24 +192,3 @@ def _measure_free(
             "main_thread_views_per_s": round(views / statistics.median(busy[store][1:])),  # the first round warms up
         }
     return figures
-
-
-class _FreeForward(Extractor):
-    """Extraction where each batch is one batch that was rendered and taught before: only the shards cost something."""
-
-    def __init__(self, source: ImageSource, config: BenchmarkExtractConfig, teacher: Teacher, store: str) -> None:
-        count = config.views.count
-        per_shard = max(1, config.free_views // count // FREE_SHARDS)
-        size = min(per_shard, max(1, config.batch_size // count))
-        self.samples_per_shard = per_shard - per_shard % size  # whole batches alone
-        images = source.select(np.arange(self.samples_per_shard * FREE_SHARDS) % len(source))
-        super().__init__(images, config.views, [teacher], size * count, 0, store)
-        self.ready = next(super().batches([range(size)], config.views))
-        self.taught: Taught | None = None
-
-    def batches(self, chunks: Iterable[Sequence[int]], views: ViewConfig) -> Iterator[RenderedViews]:
-        return (replace(self.ready, indices=list(chunk)) for chunk in chunks)
-
-    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> Taught:
-        self.taught = self.taught or super().teach(self.ready, headers)
-        return Taught(batch, self.taught.wait()[1], None)

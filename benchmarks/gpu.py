@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from benchmarks.extract import BenchmarkExtractConfig, bare_forward, measure_stage, render_batch
+from benchmarks.extract import BenchmarkExtractConfig, measure_stage, render_batch
+from benchmarks.extraction_lanes import bare_forward
 from benchmarks.harness import Bench, by_turns, open_bench
 from benchmarks.parts import Part, run_parts
 from benchmarks.pretrain import BenchmarkPretrainConfig, measure_lanes

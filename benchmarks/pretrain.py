@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from benchmarks.extract import write_caches
+from benchmarks.extraction_lanes import write_caches
 from benchmarks.harness import Bench, by_turns, open_bench, open_or_draw
 from benchmarks.training_lane import LaneConfig, TrainingLane
 from pipeline.assembly.extraction import Extractor
