@@ -2,7 +2,7 @@
 
     mrmae benchmark pretrain
     mrmae benchmark pretrain data.path=/data/imagenet/train student.name=mrmae_vit_base_patch16 batch_size=256 \\
-        teachers=[{spec: clip_vitb16},{spec: clip_vitl14}] workers=16 steps=20 compile=true
+        "teachers=[{spec: clip_vitb16},{spec: clip_vitl14}]" workers=16 steps=20 compile=true
 
 For each teacher there are three lanes with the same student, batch and images:
 

@@ -5,8 +5,8 @@
 Reads the sections of the commands in --config, and `ablate` beside them. Each run is the plain commands, in processes
 of their own, with keys that anybody could type:
 
-    mrmae pretrain --config FILE cache.path=... output=... seed=... VARIANT'S KEYS
-    mrmae knn, linear-probe, finetune --config FILE init=... seed=... output=...
+    mrmae pretrain --config FILE cache.path=... output=... seed=... (and the variant's keys)
+    mrmae knn --config FILE init=... seed=... output=... (linear-probe and finetune alike)
 
 Caches that differ (views, quantiser) are extracted first, each once. Writes caches, runs with their commands.log, and
 table.md, table.csv, bars.png to ablate.output. Costs a pre-training and its measures for each variant and seed. Started

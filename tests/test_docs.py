@@ -20,11 +20,12 @@ from pipeline.config import Config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+COMMANDS = (*cli.STAGES, *cli.BENCHMARKS)
 CONFIGS: dict[str, type[Config]] = {
     command.name if command.package == "stages" else f"benchmark {command.name}": getattr(
         importlib.import_module(command.module), command.config
     )
-    for command in (*cli.STAGES, *cli.BENCHMARKS)
+    for command in COMMANDS
     if command.config
 }
 
@@ -93,6 +94,17 @@ def named_commands() -> list[tuple[str, str]]:
     return [(name, span) for name, span in spans if _CALL.search(f"{span} ")]
 
 
+def helped_commands() -> list[tuple[str, str]]:
+    """(module, command line) of every mrmae call that a command's help shows."""
+    helps = {command.module: importlib.import_module(command.module).__doc__ for command in COMMANDS}
+    return [
+        (module, line.partition(" (")[0])  # what stands in brackets is a remark
+        for module, text in helps.items()
+        for line in calls_in(text or "")
+        if line.startswith("    ")
+    ]
+
+
 def test_no_call_hides_in_a_block_of_another_language() -> None:
     for document in DOCUMENTS:
         for language, block in _FENCED.findall(document.read_text()):
@@ -100,7 +112,7 @@ def test_no_call_hides_in_a_block_of_another_language() -> None:
             assert language == "sh" or not calls_in(block), f"{document.name}: mark this block as sh: {block}"
 
 
-@pytest.mark.parametrize(("document", "line"), shown_commands() + named_commands())
+@pytest.mark.parametrize(("document", "line"), shown_commands() + named_commands() + helped_commands())
 def test_commands_exist_and_know_their_keys(document: str, line: str) -> None:
     words = shlex.split(line, comments=True)
     place = words.index("mrmae" if "mrmae" in words else "cli") + 1
