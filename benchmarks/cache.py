@@ -5,7 +5,7 @@ A bare loop does the least that could do the job:
     mrmae benchmark cache
     mrmae benchmark cache path=/data/clip
 
-Each ratio is the bare loop's time over ours, by turns in one process:
+Each ratio is the bare loop's time over the cache's, by turns in one process:
 
     read          checked reads of visible rows, against pread + crc32c (aim: 0.8)
     read_tight    the same, against that loop with the cache's own, faster checksum library
@@ -15,7 +15,7 @@ Each ratio is the bare loop's time over ours, by turns in one process:
     shards        records read as in training from a few and from many shards: `over_fewest` is the time of a record
                   over that of the first lane (aim: 1.5)
 
-All run in one thread. Files are warm: the figures show our overhead, not the disk's rate. The bare loop of `read` has
+All run in one thread. Files are warm: the figures show the cache's overhead, not the disk's rate. The bare loop of `read` has
 the records' bytes in plain files. The lanes of `shards` read sparse files with whole tables, as many different records
 from few shards as from many.
 
@@ -92,13 +92,13 @@ def _random_header(config: BenchmarkCacheConfig, store: str, samples: int) -> Ca
     return random_header(store, samples, config.samples_per_shard, config.grid, config.dim)
 
 
-def _compare(bench: Bench, bare: Job, ours: Job, repeats: int, amount: int, unit: str) -> dict[str, Any]:
-    """The bare loop's time over ours, and what both do a second."""
-    rounds = by_turns(bench.lanes({"bare": bare, "ours": ours}), repeats)
+def _compare(bench: Bench, bare: Job, job: Job, repeats: int, amount: int, unit: str) -> dict[str, Any]:
+    """The bare loop's time over the cache's, and what both do a second."""
+    rounds = by_turns(bench.lanes({"bare": bare, "cache": job}), repeats)
     rates = rounds.rates(amount)
-    return rounds.ratio("bare", "ours") | {
+    return rounds.ratio("bare", "cache") | {
         f"bare_{unit}_per_second": rates["bare"],
-        f"{unit}_per_second": rates["ours"],
+        f"{unit}_per_second": rates["cache"],
     }
 
 
@@ -113,17 +113,17 @@ def _measure_reading(config: BenchmarkCacheConfig, path: Path, bench: Bench) -> 
     tokens = reader.header.tokens
     rows = np.sort(random.permutation(tokens)[: max(1, round(tokens * config.visible))])
 
-    ours = partial(_read_as_training, reader, indices, rows)
+    read_rows = partial(_read_as_training, reader, indices, rows)
     missing = set(reader.missing_shards())
     commits = [read_commit(path, reader.header, shard) for shard in range(reader.header.shards) if shard not in missing]
     files = [path / file for commit in commits for file in commit.files]
     size = sum(entry.bytes for commit in commits for entry in commit.files.values())
     compare = partial(_compare, bench)
     with bare_cache.plain_reads(reader, indices, bench.folder) as bare:
-        read = compare(partial(bare, google_crc32c.value), ours, config.repeats, len(indices), "records")
-        read_tight = compare(partial(bare, crc32c), ours, config.repeats, len(indices), "records")
+        read = compare(partial(bare, google_crc32c.value), read_rows, config.repeats, len(indices), "records")
+        read_tight = compare(partial(bare, crc32c), read_rows, config.repeats, len(indices), "records")
     with bare_cache.npy_reads(reader, indices, bench.folder) as bare_npy:
-        npy = compare(bare_npy, ours, max(3, config.repeats // 3), len(indices), "records")
+        npy = compare(bare_npy, read_rows, max(3, config.repeats // 3), len(indices), "records")
     digest = partial(bare_cache.digest_files, files)
     check = compare(digest, partial(verify, path, "full"), config.repeats, size, "bytes")
     return {"read": read, "read_tight": read_tight, "npy": npy, "verify": check}
@@ -139,8 +139,8 @@ def _measure_writing(config: BenchmarkCacheConfig, header: CacheHeader, bench: B
     written = [file for file in path.rglob("*") if file.is_file() and file not in before]
     contents = {plain / file.relative_to(path): file.read_bytes() for file in written}
     size = sum(map(len, contents.values()))
-    bare, ours = partial(bare_cache.write_files, contents), partial(writer.write_shard, 0, data)
-    figures = _compare(bench, bare, ours, config.repeats, size, "bytes")
+    bare, write = partial(bare_cache.write_files, contents), partial(writer.write_shard, 0, data)
+    figures = _compare(bench, bare, write, config.repeats, size, "bytes")
     shutil.rmtree(path)
     shutil.rmtree(plain)
     return figures

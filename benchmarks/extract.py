@@ -114,7 +114,7 @@ def _measure_shared(
 ) -> dict[str, Any]:
     choices = [choice, choice.model_copy(update={"tokens": "block", "layers": 2})]
     # Built twice: teachers that go through one pass together share one network from then on.
-    together, apart = ([load_teacher(each, bench.device, bench.dtype) for each in choices] for _ in range(2))
+    together, apart = ([load_teacher(chosen, bench.device, bench.dtype) for chosen in choices] for _ in range(2))
     lanes = {
         "together": lambda: _extract(config, source, together, bench),
         "apart": lambda: sum(_extract(config, source, [teacher], bench) for teacher in apart),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Bench
-from pipeline.assembly.extraction import Extractor, Taught
+from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.filling import PendingTargets
 from pipeline.cache import CacheHeader, create_cache, open_writer
 from pipeline.data.rendering import RenderedViews
 from pipeline.data.views import ViewConfig
@@ -74,11 +75,11 @@ class FreeForward(Extractor):
         images = extractor.source.select(np.arange(self.samples_per_shard * FREE_SHARDS) % len(extractor.source))
         super().__init__(images, extractor.views, extractor.teachers, size * count, 0, extractor.store)
         self.ready = next(super().batches([range(size)], extractor.views))
-        self.taught: Taught | None = None
+        self.pending: PendingTargets | None = None
 
     def batches(self, chunks: Iterable[Sequence[int]], views: ViewConfig) -> Iterator[RenderedViews]:
         return (replace(self.ready, indices=list(chunk)) for chunk in chunks)
 
-    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> Taught:
-        self.taught = self.taught or super().teach(self.ready, headers)
-        return Taught(batch, self.taught.wait()[1], None)
+    def start(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> PendingTargets:
+        self.pending = self.pending or super().start(self.ready, headers)
+        return PendingTargets(batch, self.pending.wait()[1], None)

@@ -34,12 +34,11 @@ from pipeline.data.images import DataConfig, ImageSource
 from pipeline.data.labelled import (
     LabelledBatch,
     LabelledDataset,
-    evaluation_batches,
     match_classes,
     open_labelled,
     open_splits,
 )
-from pipeline.data.loader import Samples
+from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CheckpointError, ConfigError
@@ -49,7 +48,7 @@ from pipeline.models import Classifier, build_classifier, layer_ids, load_weight
 from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
-from pipeline.processes import processes
+from pipeline.processes import processes, share_of
 from pipeline.progress import Progress
 from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
@@ -128,7 +127,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     identity = {"stage": "finetune", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
     identity |= {"init": start.identity, "data": train.digest(), "augment": config.augment.model_dump(mode="json")}
     identity |= {"ema": config.ema.model_dump() if config.ema.decay else None, "classes": list(train.classes)}
-    run = Run(config.model_copy(update={"student": start.student}), identity)
+    training = Run(config.model_copy(update={"student": start.student}), identity)
 
     views = ViewConfig(image_size=size, scale=config.augment.scale, hflip=config.augment.hflip, seed=config.seed)
     dataset = LabelledDataset(train, size, views=views, augment=_augment(config, size))
@@ -146,7 +145,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         layer_ids=layer_ids(model)[0],
         ema=config.ema,
     )
-    return fit(task, run, plan, config.optim)
+    return fit(task, training, plan, config.optim)
 
 
 @stage
@@ -253,15 +252,12 @@ def _accuracies(
     config: FinetuneConfig, models: Sequence[nn.Module], val: ImageSource, size: int, workers: int
 ) -> list[dict[str, float]]:
     """Top-1 and top-5 of each model and, if they are several, of the mean of their logits, over all processes."""
-    here, batch_size = processes(), config.eval_batch_size
-    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=here.device)
-    with Progress(
-        -(-len(val) // (batch_size * here.num_processes)), "evaluate", "batch", show=here.is_main_process
-    ) as progress:
-        for batch in evaluation_batches(
-            val, size, config.crop, workers, here.process_index, here.num_processes, batch_size
-        ):
-            moved = batch.to(here.device)
+    state, batch_size = processes(), config.eval_batch_size
+    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=state.device)
+    dataset, share = LabelledDataset(val, size, crop=config.crop), share_of(len(val))
+    with Progress(-(-len(share) // batch_size), "evaluate", "batch", show=state.is_main_process) as progress:
+        for batch in load_in_order(dataset, share, batch_size, workers):
+            moved = batch.to(state.device)
             logits = [model(normalise(moved.images)).float() for model in models]
             rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
             for row, scores in enumerate(rows):

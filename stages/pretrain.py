@@ -119,8 +119,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     student = _build(config, knowledge)
     masks = _masks(config, knowledge, student)
     identity = _identity(config, knowledge, student) | {"init": _start_from(config, student)}
-    run = Run(config, identity, may_change=("samples",))
-    if isinstance(knowledge, CachedKnowledge) and config.check_records and run.is_main:
+    training = Run(config, identity, may_change=("samples",))
+    if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
         log.info("checked %s", knowledge.check(config.seed, config.check_records))
     plan = plan_steps(config, len(knowledge.samples), per_image=config.mask.masks_per_sample)
     dataset = knowledge.dataset(masks, student.target_rows)
@@ -131,10 +131,10 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         spec=model_record(student),
         losses=_Losses(knowledge.targets(dataset)),
         samples=Samples(dataset, order, config.data.workers),
-        evaluation=_evaluation(config, run, plan),
+        evaluation=_evaluation(config, plan),
         grad_norms=GradNorms(("mimic_loss", "pixel_loss"), list(student.encoder.parameters()), config.grad_norms_every),
     )
-    return fit(task, run, plan, config.optim)
+    return fit(task, training, plan, config.optim)
 
 
 class _Losses:
@@ -229,10 +229,10 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
     )
 
 
-def _evaluation(config: PretrainConfig, run: Run, plan: StepPlan) -> Evaluation | None:
+def _evaluation(config: PretrainConfig, plan: StepPlan) -> Evaluation | None:
     if config.knn is None:
         return None
-    measure = knn_callback(config.knn, config.student.image_size, run.rank, run.processes, run.device)
+    measure = knn_callback(config.knn, config.student.image_size)
     return Evaluation(measure, max(1, round(config.knn.every * plan.steps_per_epoch)), best="knn_top1")
 
 

@@ -475,7 +475,7 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
 ) -> None:
     """Whatever the disk does, at most two shards are being written while another is being filled."""
     taught, written, ahead = [0], [0], []
-    write, finish = CacheWriter.write_shard, extraction._Filling.finish
+    write, finish = CacheWriter.write_shard, extraction.ShardInProgress.finish
 
     def slowly(self: CacheWriter, shard: int, data: ShardData) -> None:
         time.sleep(0.2)
@@ -488,7 +488,7 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
         return finish(self, times)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(CacheWriter, "write_shard", slowly)
-    monkeypatch.setattr(extraction._Filling, "finish", finishing)
+    monkeypatch.setattr(extraction.ShardInProgress, "finish", finishing)
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", cache__samples_per_shard=2))
     assert taught == written == [12]
     assert max(ahead) == 3
