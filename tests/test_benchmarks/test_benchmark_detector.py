@@ -26,7 +26,7 @@ def test_the_encoders_cost_is_known() -> None:
     config = {
         "students": ["mrmae_vit_tiny_patch16"],
         "image_size": 224,
-        "rounds": 1,
+        "rounds": 0,
         "device": "cpu",
         "detector": SMALL,
     }

@@ -5,8 +5,8 @@ from tests.test_stages.conftest import TEACHER
 
 def test_figures_are_there_and_make_sense() -> None:
     config = {
-        "teacher": TEACHER, "views": {"image_size": 64}, "images": 16, "batch_size": 8, "rounds": 2, "workers": 0,
-        "free_views": 48,
+        "teacher": TEACHER, "views": {"image_size": 64}, "images": 16, "batch_size": 8, "rounds": 1, "workers": 0,
+        "free_views": 48, "threads": 1,
     }  # fmt: skip
     figures = run(BenchmarkExtractConfig.model_validate(config))
     low, high = figures["stage"]["range"]
