@@ -64,7 +64,7 @@ class PretrainDataset:
         views: how to draw views without a cache.
         patches, keep: patches of a view, and how many stay visible.
         focus: how visible patches are chosen; by the first cache's attention.
-        rows: which target rows the objective asks for: "visible", "masked", "all" or "none".
+        rows: which target rows the objective asks for: "visible", "masked" or "none".
         masks_per_sample: masks trained of each view that is read.
         online: a live teacher on the device will say what to focus by; masks that need that are left to it.
         seed: of views without a cache, and of masks.
@@ -125,7 +125,7 @@ class PretrainDataset:
         return batch
 
     def _target_rows(self, cache: CacheReader, samples: int, empty: Empty) -> "_TargetRows":
-        count = {"visible": self.keep, "masked": self.patches - self.keep, "all": self.patches}[self.rows]
+        count = {"visible": self.keep, "masked": self.patches - self.keep}[self.rows]
         return _TargetRows(cache.header, (samples, self.masks_per_sample, count), empty)
 
     def _wanted_ids(self, ids_keep: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -133,8 +133,6 @@ class PretrainDataset:
         if self.rows == "visible":
             return ids_keep
         patches = np.arange(self.patches)
-        if self.rows == "all":
-            return np.broadcast_to(patches, (len(ids_keep), self.patches))
         return np.stack([np.setdiff1d(patches, ids, assume_unique=True) for ids in ids_keep])
 
     def _show(self, index: int, view: int, records: list[Record], out: NDArray[np.uint8]) -> None:

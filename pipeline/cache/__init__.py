@@ -13,15 +13,23 @@ from pipeline.cache.check.report import Finding, Report
 from pipeline.cache.check.verify import Source, verify
 from pipeline.cache.format.commits import Commit, Tombstone, read_commit
 from pipeline.cache.format.fidelity import Fidelity, FidelityFigures
-from pipeline.cache.format.header import BLOSC, CacheHeader, DatasetSection, ViewSection, match_header, read_header
-from pipeline.cache.format.quantiser import Quantiser
+from pipeline.cache.format.header import (
+    AttentionKind,
+    CacheHeader,
+    DatasetSection,
+    StoreName,
+    ViewSection,
+    match_header,
+    read_header,
+)
+from pipeline.cache.format.quantiser import Quantiser, QuantiserName
 from pipeline.cache.format.records import Record, ShardData
 from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
 from pipeline.cache.writing import ShardArrays, ShardBuffers, ShardWriting
 
 __all__ = [
-    "BLOSC",
+    "AttentionKind",
     "CacheHeader",
     "CacheReader",
     "CacheWriter",
@@ -31,6 +39,7 @@ __all__ = [
     "FidelityFigures",
     "Finding",
     "Quantiser",
+    "QuantiserName",
     "Record",
     "Reextract",
     "Reextracted",
@@ -41,6 +50,7 @@ __all__ = [
     "ShardData",
     "ShardWriting",
     "Source",
+    "StoreName",
     "Tombstone",
     "ViewSection",
     "create_cache",

@@ -64,9 +64,5 @@ class Report:
         damaged = set(self.damaged_shards())
         return [f.file for f in self.findings if f.kind == _REBUILT and f.file is not None and f.shard not in damaged]
 
-    def beyond_repair(self) -> list[Finding]:
-        """What no extraction mends: another header, other images."""
-        return [f for f in self.findings if f.kind not in _REPAIRED_BY_EXTRACTION | {_REBUILT}]
-
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "sound": self.sound}
