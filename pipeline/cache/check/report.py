@@ -9,7 +9,7 @@ _REBUILT = "uncovered"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong, and where.
+    """One fault, and where it is.
 
     Kinds: `header`, `dataset`, `source` (an image is gone, or another), `changed` (an image), `missing` (shard),
     `commit`, `file`, `record`, `values`, `deep` (the teacher says otherwise), `uncovered` (a file that is made again
@@ -45,7 +45,7 @@ class Report:
         self.findings.append(Finding(kind, message, **place))
 
     def note(self, kind: str, message: str, **place: Any) -> None:
-        """Record something odd that is no damage."""
+        """Record what is unexpected and no damage."""
         self.notes.append(Finding(kind, message, **place))
 
     def merge(self, part: "Report") -> None:

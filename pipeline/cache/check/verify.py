@@ -21,7 +21,7 @@ from pipeline.cache.check.deep import Reextract, compare
 from pipeline.cache.check.report import Report
 from pipeline.cache.check.values import ViewContent
 from pipeline.cache.files import file_of, hash_file
-from pipeline.cache.format.commits import FOLDER, Commit, commit_path, read_commit
+from pipeline.cache.format.commits import Commit, commit_file, commit_path, read_commit
 from pipeline.cache.format.header import FILE, CacheHeader, read_header
 from pipeline.cache.format.records import Seal
 from pipeline.cache.stores import store_of
@@ -141,8 +141,7 @@ class _Verifier:
 
     def _check_strays(self, report: Report) -> None:
         shards = range(self._header.shards)
-        expected = {FILE, *(f"{FOLDER}/{commit_path(self._path, shard).name}" for shard in shards)}
-        expected |= {file for shard in shards for file in self._store.files(shard)}
+        expected = {FILE, *map(commit_file, shards), *(file for shard in shards for file in self._store.files(shard))}
         expected |= {file for shard in (None, *shards) for file in self._store.derived(shard)}
         for name in _files(self._path):
             if name in expected:
@@ -161,7 +160,7 @@ class _Verifier:
         try:
             commit = read_commit(self._path, self._header, shard)
         except CacheDamage as error:
-            report.add("commit", str(error), shard=shard, file=f"{FOLDER}/{commit_path(self._path, shard).name}")
+            report.add("commit", str(error), shard=shard, file=commit_file(shard))
             return report
         size = sum(entry.bytes for entry in commit.files.values())
         report.counts.update(committed=1, tombstones=len(commit.tombstones), bytes=size, records=0)

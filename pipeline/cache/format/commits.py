@@ -62,8 +62,13 @@ class Commit(BaseModel):
         return commit
 
 
+def commit_file(shard: int) -> str:
+    """The path of a commit record, relative to the cache's folder."""
+    return f"{FOLDER}/{shard:06d}.json"
+
+
 def commit_path(root: Path, shard: int) -> Path:
-    return root / FOLDER / f"{shard:06d}.json"
+    return root / commit_file(shard)
 
 
 def write_commit(root: Path, commit: Commit) -> None:

@@ -24,7 +24,7 @@ from pipeline.cache import (
     verify,
 )
 from pipeline.cache import files as cache_files
-from pipeline.cache.files import hash_file
+from pipeline.cache.files import checksum, hash_file
 from pipeline.cache.format.commits import Commit, write_commit
 from pipeline.errors import CacheDamage, CacheError, DataError, PipelineError, StorageError
 from pipeline.files import hash_source
@@ -534,6 +534,47 @@ def test_the_index_of_another_tar_is_rebuilt_without_extraction(tmp_path: Path) 
     report = verify(path, "full", source=Photos())
     assert {(f.kind, f.file) for f in report.findings} == {("uncovered", "index/000000-01.index")}
     assert report.counts["records"] == 18  # the view was scanned twice
+    mend(path, report)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (0, -1, "does not hold 000000001"),
+        (0, 1 << 40, "ends before or within 000000001"),
+        (0, 512, "the safetensors header of 000000001 differs"),
+        (1, 1 << 40, "ends before or within 000000001"),
+        (2, 512, "the safetensors header of 000000001 differs"),
+        (3, 9, "is not what was written"),
+    ],
+)
+def test_an_index_that_misplaces_a_record_is_rebuilt(tmp_path: Path, field: int, value: int, message: str) -> None:
+    """Its own checksum is right: someone wrote it so."""
+    path = make_cache(tmp_path / "cache", make_header("webdataset"), TOMBSTONES)
+    file = path / "index/000000-01.index"
+    rows = np.frombuffer(file.read_bytes()[:-4], "<i8").reshape(-1, 4).copy()
+    rows[1, field] = value
+    file.write_bytes(rows.tobytes() + checksum(rows.tobytes()))
+    with pytest.raises(CacheDamage, match=f"shard 0, sample 1, view 1: .*{message}"):
+        open_cache(path).read(1, 1)
+    report = verify(path, "full")
+    assert [(f.kind, f.file) for f in report.findings] == [("uncovered", "index/000000-01.index")]
+    mend(path, report)
+
+
+def test_a_safetensors_header_of_another_layout_is_found(tmp_path: Path) -> None:
+    """No byte is taken from it, and other libraries trust it: readers refuse what verification would."""
+    path = make_cache(tmp_path / "cache", make_header("webdataset"), TOMBSTONES)
+    file = path / "shards/000001-00.tar"
+    content = file.read_bytes()
+    at = content.index(b'"attention"')
+    file.write_bytes(content[:at] + b'"attentiom"' + content[at + 11 :])
+    commit = Commit.from_bytes((path / "commits/000001.json").read_bytes())
+    write_commit(path, commit.model_copy(update={"files": {name: hash_file(path / name) for name in commit.files}}))
+    with pytest.raises(CacheDamage, match=r"sample 4, view 0: .*the safetensors header of 000000004 differs"):
+        open_cache(path).read(4, 0)
+    report = verify(path, "full")
+    assert [(f.kind, f.sample, f.view) for f in report.findings] == [("record", 4, 0)]
     mend(path, report)
 
 
