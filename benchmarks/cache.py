@@ -284,7 +284,7 @@ def _verify(path: Path, reader: CacheReader, repeats: int, digest: Callable[[Pat
         for file in files:
             digest(file)
 
-    return _compare((bare, lambda: verify(path, "full", threads=min(4, os.cpu_count() or 1))), repeats, size, "bytes")
+    return _compare((bare, lambda: verify(path, "full")), repeats, size, "bytes")
 
 
 def _write(config: BenchmarkCacheConfig, header: CacheHeader, data: ShardData, scratch: Path) -> dict[str, Any]:

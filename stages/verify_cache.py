@@ -53,7 +53,7 @@ class VerifyConfig(Config):
     samples: int = Field(64, ge=1)  # records that deep computes again
     repair: bool = False  # extract again what is damaged, or lost images that can be read by now
     workers: int = Field(2, ge=0)
-    threads: int | None = Field(None, ge=1)  # shards that are checked at once; None: one for each core, at most 4
+    threads: int | None = Field(None, ge=1)  # shards that are checked at once; None: one for two cores, at most 4
 
 
 class Verification:
@@ -141,7 +141,7 @@ def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
         def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
             return extractor.reextract(indices, views, header)
 
-    threads = config.threads or min(4, len(os.sched_getaffinity(0)))
+    threads = config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))  # each has a second one that hashes
     with Progress(1, "verify", "shard") as progress:
 
         def advance(_done: int, total: int) -> None:

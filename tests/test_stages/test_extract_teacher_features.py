@@ -64,7 +64,7 @@ def test_targets_are_the_teachers_tokens_of_the_very_pixels_that_training_will_s
             assert cosine.min() > 0.999
             assert out.attention is not None
             assert np.abs(out.attention[0].numpy() - record.attention).max() < 1e-3
-            assert reader.key(index) == images.key(index)
+            assert record.key == images.key(index)
 
 
 def test_a_sound_cache_verifies_at_every_level(cache: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 from pipeline.cache.check.deep import Reextract, compare
 from pipeline.cache.check.report import Report
 from pipeline.cache.check.values import ViewContent
-from pipeline.cache.files import file_of, hash_file
+from pipeline.cache.files import FileEntry, file_of, hash_file
 from pipeline.cache.format.commits import Commit, commit_file, commit_path, read_commit
 from pipeline.cache.format.header import FILE, CacheHeader, read_header
 from pipeline.cache.format.records import Seal
@@ -66,7 +66,7 @@ def verify(
         source: the images; compares the dataset's digest at any level, keys and image hashes from `full` on.
         reextract: the live teacher; needed by `deep`, which asks it about `samples` random records.
         progress: called with (shards done, shards).
-        threads: shards that are checked at once.
+        threads: shards that are checked at once; from `full` on each takes a second thread, which hashes its files.
 
     Raises:
         CacheError: there is no cache at `path`, or a file of it may not be read.
@@ -197,18 +197,20 @@ class _Verifier:
         return bool(problems)
 
     def _check_content(self, shard: int, commit: Commit, report: Report, broken: set[str], stale: bool) -> None:
-        """Hash every file, and read every record as training does."""
-        self._check_hashes(shard, commit, report, broken)
-        for view in range(self._header.views):
-            part = self._check_view(shard, view, commit, stale)
-            if not part.sound and not stale and self._check_sidecars(shard, report, thorough=True):
-                part = self._check_view(shard, view, commit, fresh=True)
-            report.merge(part)
+        """Hash every file, in a second thread, and read every record as training does."""
+        with ThreadPoolExecutor(1) as second:
+            files = {file: entry for file, entry in commit.files.items() if file not in broken}
+            hashing = second.submit(self._check_hashes, shard, files)
+            for view in range(self._header.views):
+                part = self._check_view(shard, view, commit, stale)
+                if not part.sound and not stale and self._check_sidecars(shard, report, thorough=True):
+                    part = self._check_view(shard, view, commit, fresh=True)
+                report.merge(part)
+            report.merge(hashing.result())
 
-    def _check_hashes(self, shard: int, commit: Commit, report: Report, broken: set[str]) -> None:
-        for file, entry in commit.files.items():
-            if file in broken:
-                continue
+    def _check_hashes(self, shard: int, files: Mapping[str, FileEntry]) -> Report:
+        report = Report(path=str(self._path), level="")
+        for file, entry in files.items():
             problem = "is not what was written (its xxh3-128 differs)"
             try:
                 if hash_file(file_of(self._path, file)) == entry:
@@ -216,6 +218,7 @@ class _Verifier:
             except CacheDamage as error:
                 problem = f"can't be checked: {error}"
             report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
+        return report
 
     def _check_view(self, shard: int, view: int, commit: Commit, fresh: bool) -> Report:
         """Each damaged record of one view, values that can't be, and images that are not those it was made of.
