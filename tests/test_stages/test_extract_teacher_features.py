@@ -24,6 +24,7 @@ from pipeline.data import rendering
 from pipeline.data import views as view_module
 from pipeline.data.decoding import decode
 from pipeline.data.images import open_images
+from pipeline.data.masks import MaskSampler
 from pipeline.data.views import View, ViewConfig, render, to_chw, view_of_epoch
 from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
 from pipeline.teachers import Teacher
@@ -457,8 +458,8 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
     image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the disk does, at most two shards are being written while another is being filled."""
-    taught, written, ahead = [0], [0], []
-    write, finish = CacheWriter.write_shard, extraction._Filling.finish
+    started, written, ahead = [0], [0], []
+    write, finish = CacheWriter.write_shard, extraction.ShardInProgress.finish
 
     def slowly(self: CacheWriter, shard: int, data: ShardData) -> None:
         time.sleep(0.2)
@@ -466,14 +467,14 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
         written[0] += 1
 
     def finishing(self: Any, times: dict[str, float]) -> ShardData:
-        taught[0] += 1
-        ahead.append(taught[0] - written[0])
+        started[0] += 1
+        ahead.append(started[0] - written[0])
         return finish(self, times)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(CacheWriter, "write_shard", slowly)
-    monkeypatch.setattr(extraction._Filling, "finish", finishing)
+    monkeypatch.setattr(extraction.ShardInProgress, "finish", finishing)
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", cache__samples_per_shard=2))
-    assert taught == written == [12]
+    assert started == written == [12]
     assert max(ahead) == 3
 
 
@@ -523,10 +524,8 @@ def test_every_stage_renders_by_the_caches_interpolation(
     before, reader, source = content(path), open_cache(path), open_images(str(image_tree))
     policy = ViewConfig.model_validate({**size, "interpolation": interpolation})
     seen = rendering.ViewRenderer(source, policy, store == "webdataset").__getitems__([(0, i) for i in range(24)])
-    dataset = PretrainDataset(
-        source, {"teacher": reader}, views_of({"teacher": reader}),
-        patches=9, keep=2, focus="random", rows="none", masks_per_sample=1, seed=0,
-    )  # fmt: skip
+    masks = MaskSampler(9, 2, "random", seed=0)
+    dataset = PretrainDataset(source, {"teacher": reader}, views_of({"teacher": reader}), masks, "none")
     for epoch in range(2):
         shown = dataset.__getitems__([(epoch, index) for index in range(24)]).images
         for index in range(24):
@@ -553,23 +552,23 @@ def test_a_full_disk_ends_the_run_with_the_next_batch(
     """Not with the end of the shard that is being filled; and what was written is taken up again."""
     config = extract_config(image_tree, tmp_path / "cache", batch_size=2)
     extract_teacher_features.run(config, init_only=True)
-    taught, failed, teach = [0], threading.Event(), Extractor.teach
+    started, failed, start = [0], threading.Event(), Extractor.start
 
     def full(*_: Any) -> None:
         failed.set()
         raise CacheError("the disk is full")
 
-    def teaching(self: Extractor, *arguments: Any) -> Any:
-        if taught[0] == 10:  # two batches into the second shard
+    def starting(self: Extractor, *arguments: Any) -> Any:
+        if started[0] == 10:  # two batches into the second shard
             assert failed.wait(30)
-        taught[0] += 1
-        return teach(self, *arguments)
+        started[0] += 1
+        return start(self, *arguments)
 
     monkeypatch.setattr(CacheWriter, "write_shard", full)
-    monkeypatch.setattr(Extractor, "teach", teaching)
+    monkeypatch.setattr(Extractor, "start", starting)
     with pytest.raises(CacheError, match="the disk is full"):
         extract_teacher_features.run(config)
-    assert taught[0] < 16
+    assert started[0] < 16
     monkeypatch.undo()
     assert open_cache(tmp_path / "cache").missing_shards() == [0, 1, 2]
     extract_teacher_features.run(config)
