@@ -19,7 +19,7 @@ from pipeline.assembly.caches import views_of
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.samples import PretrainDataset
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import BLOSC, CacheWriter, ShardData, open_cache, read_header
+from pipeline.cache import CacheWriter, ShardData, open_cache, read_header
 from pipeline.data import rendering
 from pipeline.data import views as view_module
 from pipeline.data.decoding import decode
@@ -65,7 +65,7 @@ def test_targets_are_the_teachers_tokens_of_the_very_pixels_that_training_will_s
             assert cosine.min() > 0.999
             assert out.attention is not None
             assert np.abs(out.attention[0].numpy() - record.attention).max() < 1e-3
-            assert reader.key(index) == images.key(index)
+            assert record.key == images.key(index)
 
 
 def test_a_sound_cache_verifies_at_every_level(cache: Path) -> None:
@@ -362,22 +362,6 @@ def test_repair_takes_the_batches_of_extraction(
     assert verify_cache.run(verify_cache.VerifyConfig(path=path, repair=True)).sound
     assert sizes == [6]
     assert content(path) == whole
-
-
-def test_compressed_tokens_are_a_key_of_extraction(make_cache: Make, tmp_path: Path) -> None:
-    plain = open_cache(make_cache("plain", cache__quantiser="float16"))
-    packed = open_cache(make_cache("packed", cache__quantiser="float16", cache__compression="blosc"))
-    assert packed.header.compression == BLOSC
-    for index in (0, 9, 23):
-        np.testing.assert_array_equal(packed.read(index, 1).tokens, plain.read(index, 1).tokens)
-    assert verify_cache.run(verify_cache.VerifyConfig(path=packed.path)).sound
-
-
-@pytest.mark.parametrize("keys", [{"cache__quantiser": "int8"}, {"cache__store": "webdataset"}])
-def test_other_tokens_do_not_compress(image_tree: Path, tmp_path: Path, keys: dict[str, str]) -> None:
-    keys = {"cache__quantiser": "float16", "cache__compression": "blosc"} | keys
-    with pytest.raises(ValueError, match="compression is for float16 and float32 in the zarr store"):
-        extract_config(image_tree, tmp_path, **keys)
 
 
 def several(images: Path, cache: Path, teachers: dict[str, dict[str, Any]], **changes: Any) -> ExtractConfig:
