@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.data.masks import select_visible
 from pipeline.models.masking import complement, gather_tokens
-from pipeline.teachers import Teacher, look_together, share_backbones
+from pipeline.teachers import Teacher, run_teachers, share_backbones
 
 Dequantise = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -52,7 +52,7 @@ class OnlineTargets:
 
     @torch.no_grad()
     def __call__(self, batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs = look_together(list(self._teachers.values()), batch.images[:: self._repeats])
+        outputs = run_teachers(list(self._teachers.values()), batch.images[:: self._repeats])
         ids_keep = batch.ids_keep
         if ids_keep is None:
             attention = outputs[0].attention

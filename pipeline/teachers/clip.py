@@ -1,6 +1,5 @@
 """CLIP's vision towers from open_clip as teachers; towers that open_clip takes from timm go the way of timm_vit."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from open_clip.transformer import (
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from pipeline.errors import TeacherError
-from pipeline.teachers.attention import multihead_class_row, normed_class_row
+from pipeline.errors import TeacherError, suggest
+from pipeline.teachers.attention import clip_class_row
 from pipeline.teachers.teacher import Trace, vit_macs
 from pipeline.teachers.timm_vit import TimmBackbone, fit_size, random_model
 from pipeline.teachers.weights import fetching, load_strictly, read_weights
@@ -93,14 +92,11 @@ class ClipBackbone(nn.Module):
 
     def _row(self, last_input: Tensor) -> Tensor:
         block = self.model.transformer.resblocks[-1]
-        x = block.ln_1(last_input)
-        if isinstance(block.attn, nn.MultiheadAttention):
-            return multihead_class_row(block.attn, x)
-        return normed_class_row(block.attn, x)
+        return clip_class_row(block.attn, block.ln_1(last_input))
 
 
 def build_open_clip(name: str, weights: str | None, image_size: int | None) -> tuple[ClipBackbone | TimmBackbone, str]:
-    """Build `open_clip:<arch>:<tag>` and say what its weights are called.
+    """Build `open_clip:<arch>:<tag>`; also return the name of its weights.
 
     Args:
         name: architecture and tag; the tag also says whether QuickGELU is used and how pixels are normalised, so it is
@@ -147,22 +143,21 @@ def _known_config(architecture: str, tag: str, local: bool) -> dict[str, Any]:
     `local` weights need no tag where it decides nothing: all of the architecture's agree, or there is none.
     """
     if architecture not in open_clip.list_models():
-        near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists what there is"
+        hint = suggest(architecture, open_clip.list_models(), "open_clip.list_models() lists what there is")
         raise TeacherError(f"open_clip has no architecture '{architecture}': {hint}")
     config: dict[str, Any] = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     if not config:
-        known = open_clip.list_pretrained_tags_by_model(architecture)
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
         if not tag and local:
-            configs = [open_clip.get_pretrained_cfg(architecture, other) for other in known] or [_DEFAULTS]
+            configs = [open_clip.get_pretrained_cfg(architecture, other) for other in tags] or [_DEFAULTS]
             if len({(tuple(c["mean"]), tuple(c["std"]), bool(c.get("quick_gelu"))) for c in configs}) == 1:
                 return dict(configs[0])
-        if not known:
+        if not tags:
             raise TeacherError(
                 f"open_clip has no weights of {architecture}: give open_clip:{architecture} and teacher.weights=FILE"
             )
-        tags = ", ".join(f"{architecture}:{other}" for other in known)
-        raise TeacherError(f"open_clip has no weights '{tag}' of {architecture}: choose open_clip:<one of {tags}>")
+        names = ", ".join(f"{architecture}:{other}" for other in tags)
+        raise TeacherError(f"open_clip has no weights '{tag}' of {architecture}: choose open_clip:<one of {names}>")
     return config
 
 
@@ -201,5 +196,5 @@ def _can_focus(visual: Any) -> bool:
     block = visual.transformer.resblocks[-1]
     if type(block) is ResidualAttentionBlock:
         return True
-    known = type(block) is CustomResidualAttentionBlock and type(block.attn) is Attention
-    return known and block.attn.logit_scale is None
+    custom = type(block) is CustomResidualAttentionBlock and type(block.attn) is Attention
+    return custom and block.attn.logit_scale is None

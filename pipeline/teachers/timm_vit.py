@@ -1,6 +1,5 @@
 """ViTs of timm as teachers: DINO v1 to v3, SigLIP, supervised ones; with class and register tokens, any patch size."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pipeline.errors import TeacherError
+from pipeline.errors import TeacherError, suggest
 from pipeline.teachers.attention import class_row, pooling_row, rotary_class_row
 from pipeline.teachers.conversion import to_timm
 from pipeline.teachers.teacher import Trace, vit_macs
@@ -96,7 +95,7 @@ class TimmBackbone(nn.Module):
 
 
 def build_timm(name: str, weights: str | None, image_size: int | None) -> tuple[TimmBackbone, str]:
-    """Build `timm:<name>` and say what its weights are called.
+    """Build `timm:<name>`; also return the name of its weights.
 
     Args:
         name: a timm model, with the tag of its weights after a dot.
@@ -153,8 +152,7 @@ def _known_config(name: str) -> Any:
     """timm's entry for `name`, which says where its weights are and how its pixels were normalised."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture) or (tag and name not in timm.list_pretrained(f"{architecture}.*")):
-        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists what there is"
+        hint = suggest(name, timm.list_models(pretrained=True), "timm.list_models('*vit*') lists what there is")
         raise TeacherError(f"timm has no model '{name}': {hint}")
     config: Any = timm.get_pretrained_cfg(name)
     quick = f"{architecture.replace('_clip_', '_clip_quickgelu_')}.{config.tag}"
@@ -183,8 +181,8 @@ def _native_size(model: Any) -> tuple[int, int]:
 def _check_plain(model: Any, name: str) -> None:
     """A plain ViT keeps one grid and one width through all blocks; anything else has no token a patch."""
     lacking = [attribute for attribute in NEEDED if not hasattr(model, attribute)]
-    stages = {(info["num_chs"], info["reduction"]) for info in getattr(model, "feature_info", ())}
-    if lacking or len(stages) != 1 or not hasattr(model.patch_embed, "grid_size"):
+    grids = {(info["num_chs"], info["reduction"]) for info in getattr(model, "feature_info", ())}
+    if lacking or len(grids) != 1 or not hasattr(model.patch_embed, "grid_size"):
         raise TeacherError(f"teacher '{name}' is no plain ViT with patch tokens: choose a vit_*, deit_*, eva_* model")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, TeacherError
 from pipeline.teachers.layouts import from_transformers
-from pipeline.weights import read_state
+from pipeline.weights import misfit, read_state
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -29,17 +29,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     Raises:
         TeacherError: one line with what is missing, extra or of another shape.
     """
-    own = model.state_dict()
-    problems = _summary("lacks", own.keys() - state.keys()) + _summary("has unknown", state.keys() - own.keys())
-    problems += [
-        f"has {key} as {list(state[key].shape)} where {list(own[key].shape)} is expected"
-        for key in sorted(own.keys() & state.keys())
-        if state[key].shape != own[key].shape
-    ][:2]
-    if problems:
+    if problem := misfit(model.state_dict(), state):
         raise TeacherError(
-            f"teacher.weights={source} doesn't fit the model: it {'; '.join(problems)}: choose the teacher "
-            "that the file is of"
+            f"teacher.weights={source} doesn't fit the model ({problem}): choose the teacher that the file is of"
         )
     model.load_state_dict(state)
 
@@ -55,11 +47,3 @@ def fetching(name: str, what: str) -> Iterator[None]:
             f"teacher '{name}' can't be fetched ({reason}): download {what} where there is a network "
             f"and give teacher.weights=FILE"
         ) from error
-
-
-def _summary(verb: str, keys: set[str]) -> list[str]:
-    """'lacks 12 tensors (blocks.0.attn.qkv.bias, ...)', or nothing."""
-    if not keys:
-        return []
-    names = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-    return [f"{verb} {len(keys)} tensor{'s' if len(keys) > 1 else ''} ({names})"]

@@ -458,12 +458,12 @@ def test_non_finite_tokens_stop_the_run_and_name_the_place(
 ) -> None:
     config = extract_config(image_tree, tmp_path / "cache")
     extract_teacher_features.run(config, init_only=True)
-    look = extraction.look_together
+    look = extraction.run_teachers
 
     def broken(*arguments: Any) -> Any:
         return [out._replace(tokens=out.tokens.index_fill(1, torch.tensor([3]), np.nan)) for out in look(*arguments)]
 
-    monkeypatch.setattr(extraction, "look_together", broken)
+    monkeypatch.setattr(extraction, "run_teachers", broken)
     with pytest.raises(TeacherError, match=r"tokens near class0/00\.jpg that are not finite"):
         extract_teacher_features.run(config)
     assert open_cache(tmp_path / "cache").missing_shards() == [0, 1, 2]

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pipeline.errors import TeacherError
-from pipeline.teachers import Teacher, build_teacher, look_together, resize_views, share_backbones
+from pipeline.teachers import Teacher, build_teacher, resize_views, run_teachers, share_backbones
 from pipeline.teachers.timm_vit import TimmBackbone
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -108,7 +108,7 @@ def test_attention_rows_sum_to_one(teacher: Callable[..., Teacher], views: Calla
     ("choices", "message"),
     [
         ({"tokens": "projected"}, "has no projection: choose teacher.tokens=norm or block"),
-        ({"tokens": "last"}, "teacher.tokens='last': choose norm, block or projected"),
+        ({"tokens": "last"}, "teacher.tokens='last': choose norm, block, projected"),
         ({"layers": 5}, r"teacher.layers=5: 't' has 4 blocks, choose 1..4"),
         ({"layers": 0}, "teacher.layers=0"),
     ],
@@ -151,7 +151,7 @@ def test_teachers_of_the_same_weights_share_one_forward(
     forwards = []
     for network in {id(one.backbone): one.model for one in group}.values():
         network.patch_embed.register_forward_hook(lambda *_: forwards.append(1))
-    together = look_together(group, views(32), heads=True)
+    together = run_teachers(group, views(32), heads=True)
     assert len(forwards) == 3
     for before, after in zip(alone, together, strict=True):
         for expected, tensor in zip(before, after, strict=True):
@@ -176,6 +176,6 @@ def test_equal_weights_of_another_activation_are_not_shared(views: Callable[...,
     assert plain.weights_sha256 == quick.weights_sha256
     alone = [teacher(views(32)).tokens for teacher in (plain, quick)]
     assert share_backbones([plain, quick]) == 2
-    together = [out.tokens for out in look_together([plain, quick], views(32))]
+    together = [out.tokens for out in run_teachers([plain, quick], views(32))]
     assert not torch.equal(alone[0], alone[1])
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))

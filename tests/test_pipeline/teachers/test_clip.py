@@ -133,7 +133,7 @@ def test_attention_pooled_towers_norm_tokens_as_the_pool_does(views: Callable[..
 
 def test_towers_that_open_clip_takes_from_timm(views: Callable[..., Tensor]) -> None:
     siglip = build_teacher("open_clip:ViT-B-16-SigLIP:webli", weights="random", image_size=64)
-    assert (siglip.grid, siglip.mean, siglip.has_attention) == ((4, 4), (0.5, 0.5, 0.5), True)
+    assert (siglip.grid, siglip.backbone.mean, siglip.has_attention) == ((4, 4), (0.5, 0.5, 0.5), True)
     assert siglip(views(64)).tokens.shape == (2, 16, 768)
     eva = build_teacher("open_clip:EVA02-B-16:merged2b_s8b_b131k", weights="random", image_size=64, tokens="projected")
     assert eva(views(64)).tokens.shape == (2, 16, eva.dim) == (2, 16, 512)
@@ -187,7 +187,7 @@ def test_a_projection_beside_the_trunk_is_part_of_the_digest() -> None:
 def test_an_architecture_without_weights_of_its_own_takes_a_local_file(name: str, tmp_path: Path) -> None:
     teacher = build_teacher(f"open_clip:{name}", weights="random", image_size=64)
     save_file({f"visual.{key}": value for key, value in teacher.model.state_dict().items()}, tmp_path / "v.safetensors")
-    assert teacher.mean == open_clip.OPENAI_DATASET_MEAN
+    assert teacher.backbone.mean == open_clip.OPENAI_DATASET_MEAN
     with pytest.raises(TeacherError, match="doesn't fit"):  # these positions are of another input
         build_teacher(f"open_clip:{name}", weights=tmp_path / "v.safetensors")
     with pytest.raises(TeacherError, match=f"no weights of {name}: give open_clip:{name} and teacher.weights=FILE"):

@@ -56,7 +56,7 @@ def test_prefixed_names_are_fit_for_files() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("dino_vitb", "unknown teacher 'dino_vitb': did you mean dino_vitb16"),
+        ("dino_vitb", "unknown teacher 'dino_vitb': did you mean 'dino_vitb16'"),
         ("resnet", "choose dino_vits16, .*timm:<name>"),
         ("timm:", "unknown teacher 'timm:'"),
         ("", "unknown teacher ''"),
