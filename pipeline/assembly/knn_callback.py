@@ -66,7 +66,7 @@ def open_watch(
             val_y,
             min(config.k, len(train)),
             config.temperature,
-            train.num_classes,
+            num_classes=train.num_classes,
             device=device,
             shared=processes > 1,
         )

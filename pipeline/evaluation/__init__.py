@@ -1,4 +1,4 @@
-"""What frozen features are worth: k nearest neighbours and a linear probe, for stages and during pre-training."""
+"""How good frozen features are: k nearest neighbours and a linear probe, after and during pre-training."""
 
 from pipeline.evaluation.features import FeatureFile, extract_features
 from pipeline.evaluation.knn import knn_classify
