@@ -73,7 +73,7 @@ def test_sparse_equals_dense_on_odd_sizes(patch_size: int, keep: int) -> None:
 
 
 def test_sparse_equals_dense_on_base_at_224() -> None:
-    student = build_student("mrmae_convvit_base_patch16", teachers={"clip": 768}, decoder_depth=1)
+    student = build_student("mrmae_convvit_base_patch16", teachers={"clip": 768}, depth=1, decoder_depth=1)
     images, ids = torch.randn(1, 3, 224, 224), torch.rand(1, 196).argsort(1)[:, :49]
     targets = {"clip": torch.randn(1, 49, 768)}
     assert_equal_paths(student.encoder, student, images, ids, lambda: student(images, ids, targets)["loss"])
