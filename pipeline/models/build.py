@@ -48,10 +48,10 @@ def build_student(
         mimic_loss: "smooth_l1" | "mse" | "cosine".
         mimic_head: "linear" | "mlp".
         mimic_weight, pixel_weight: of the two losses, 0 or more.
-        standardise_teachers: with several teachers and target_norm "none", bring them to one scale. The other target
-            norms do so by themselves. False is the naive way, in which the teacher of the largest scale wins.
-        drop_teachers: mimic one teacher drawn for each sample.
-        gradient_checkpointing: run every block again in the backward pass instead of keeping what it computed.
+        standardise_teachers: with several teachers and target_norm "none", bring them to one scale, as the other target
+            norms do. With False the teacher of the largest scale dominates.
+        drop_teachers: each sample mimics one teacher, sampled at random.
+        gradient_checkpointing: run every block again in the backward pass instead of keeping its activations.
         sparse: False computes ConvViT's first two levels on whole maps: the same numbers, slower.
         sizes: what differs from the named sizes.
 

@@ -4,8 +4,8 @@
     losses = student(images, ids_keep, {"clip_vitb16": targets})
     losses["loss"].backward()
 
-The two losses sit on different tokens and at different depths: the visible tokens' features right after the encoder,
-the masked cells' pixels after the decoder. `objective` moves or removes one of them, for comparison:
+The two losses are on different tokens and at different depths: the features of the visible tokens after the encoder,
+and the pixels of the masked cells after the decoder. `objective` moves or removes one of them, for comparison:
 
 | objective       | pixels of masked cells | teacher's tokens, predicted from           | target rows |
 |-----------------|------------------------|--------------------------------------------|-------------|
@@ -56,8 +56,8 @@ class Student(nn.Module):
     Args:
         mimics: teacher name -> its `Mimic`; empty for the objective "mae".
         teacher_shares: teacher name -> share of the mimic loss; shares add up to 1.
-        drop_teachers: in training, each sample mimics one teacher alone, drawn by these shares. The others count
-            zero times, so the loss is the same on average and every head takes part in every step, as DDP needs.
+        drop_teachers: in training, each sample mimics one teacher, sampled by these shares. The others have weight
+            zero, so the loss is the same on average and every head takes part in every step, as DDP needs.
         spec: the keyword arguments that rebuild this model.
     """
 
@@ -155,7 +155,7 @@ class Student(nn.Module):
         shares = self.shares.unsqueeze(0)  # [1, T]
         if not (self.drop_teachers and self.training):
             return shares
-        below = shares.cumsum(1) - shares  # [1, T] where each teacher's part of [0, 1) begins
+        below = shares.cumsum(1) - shares  # [1, T] the start of each teacher's part of [0, 1)
         chosen = (torch.rand(losses.shape[0], 1, device=losses.device) >= below[:, 1:]).sum(1)  # [B]
         return nn.functional.one_hot(chosen, len(self.teachers)).to(losses.dtype)
 

@@ -23,7 +23,7 @@ class StudentConfig(Config):
 
 
 class MimicConfig(Config):
-    """What the student learns from: MR-MAE's two losses and the variants that the ablation compares."""
+    """The objective: MR-MAE's two losses and the variants that the ablation compares."""
 
     objective: ObjectiveName = "mr_mae"
     norm_pix_loss: bool = True  # reconstruct each patch normalised by its own mean and deviation
@@ -36,4 +36,4 @@ class MimicConfig(Config):
     pixel_weight: float = Field(1.0, ge=0)
     teacher_weights: dict[str, float] | None = None  # by teacher name; default 1 each
     standardise_teachers: bool = True  # False: the naive joining that the paper found worse
-    drop_teachers: bool = False  # train each sample on one teacher, drawn at random
+    drop_teachers: bool = False  # train each sample on one teacher, sampled at random

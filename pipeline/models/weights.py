@@ -21,18 +21,18 @@ from pipeline.models.mr_mae import Student
 from pipeline.tensor_files import save_tensors
 from pipeline.weights import load_tensors, misfit, read_state
 
-# What belongs to a task and not to the encoder, by the first part of its flat name.
+# Parts of a task and not of the encoder, by the first part of the flat name.
 TASK_PARTS = frozenset(
     {"decoder_embed", "mask_token", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred"}
     | {"mimic", "fc_norm", "head"}
 )
-# What the encoder has for its decoder alone, so that a classifier may be built without it.
+# Parts of the encoder that only the decoder reads; a classifier may be built without them.
 FOR_DECODER = frozenset({"norm", "stage1_output_decode", "stage2_output_decode"})
 
 
 @dataclass
 class LoadReport:
-    """Names in the model and the file, by what became of them.
+    """Names in the model and in the file, by what was done with them.
 
     Attributes:
         loaded: taken from the file.
@@ -76,7 +76,7 @@ def save_weights(model: Student | Classifier, folder: Path) -> None:
 
 
 def model_record(model: Student | Classifier) -> dict[str, Any]:
-    """What `model.json` says: the model's kind and the keyword arguments that rebuild it."""
+    """The content of `model.json`: the model's kind and the keyword arguments that rebuild it."""
     return {"kind": "classifier" if isinstance(model, Classifier) else "student", **model.spec}
 
 

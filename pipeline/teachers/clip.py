@@ -1,4 +1,4 @@
-"""CLIP's vision towers from open_clip as teachers; towers that open_clip takes from timm go the way of timm_vit."""
+"""CLIP's vision towers from open_clip as teachers. Towers that open_clip takes from timm become a `TimmBackbone`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +23,9 @@ from pipeline.teachers.teacher import Trace, vit_macs
 from pipeline.teachers.timm_vit import TimmBackbone, fit_size, random_model
 from pipeline.teachers.weights import fetching, load_strictly, read_weights
 
-# open_clip builds both towers together; this is the smallest text tower it makes, and it is thrown away.
+# open_clip builds both towers together. This is the smallest text tower that it makes; it is discarded.
 TINY_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
-# What open_clip takes for an architecture without any tag.
+# open_clip's normalisation of an architecture without any tag.
 _DEFAULTS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
 
 
@@ -33,9 +33,9 @@ class ClipBackbone(nn.Module):
     """open_clip's own `VisionTransformer`: one class token, no registers.
 
     Args:
-        visual: the vision tower; its position embeddings are resampled here when `image_size` isn't its own.
+        visual: the vision tower; its position embeddings are resampled here if `image_size` differs from its own.
         name: for messages.
-        image_size: pixels a side; None takes the tower's own.
+        image_size: pixels a side; None for the tower's own.
         mean, std: of its training pixels.
     """
 
@@ -57,7 +57,7 @@ class ClipBackbone(nn.Module):
         self.dim: int = visual.transformer.width
         self.depth = len(blocks)
         self.num_heads: int = blocks[-1].attn.num_heads
-        # With an attention pool the norm and the projection lie behind the pooling and fit no single token.
+        # With an attention pool the norm and the projection come after the pooling and fit no single token.
         pooled = visual.attn_pool is not None
         self.final_norm: nn.Module = visual.attn_pool.ln_k if pooled else visual.ln_post
         self.projected_dim: int | None = None if pooled or visual.proj is None else visual.proj.shape[1]
@@ -99,8 +99,8 @@ def build_open_clip(name: str, weights: str | None, image_size: int | None) -> t
     """Build `open_clip:<arch>:<tag>`; also return the name of its weights.
 
     Args:
-        name: architecture and tag; the tag also says whether QuickGELU is used and how pixels are normalised, so it is
-            needed with local and random weights, too, unless all tags of the architecture agree or it has none.
+        name: architecture and tag. The tag also decides the activation and the normalisation of pixels, so local and
+            random weights need it too, unless all tags of the architecture agree or it has none.
         weights: None for the tag's download, "random", or a local file with `visual.*` tensors, or the tower's alone.
         image_size: pixels a side, None for the architecture's own.
 
@@ -138,9 +138,9 @@ def _wrap(
 
 
 def _known_config(architecture: str, tag: str, local: bool) -> dict[str, Any]:
-    """open_clip's entry for the tag's weights: where they are, mean and std, QuickGELU or not.
+    """open_clip's entry for the tag's weights: their address, mean and std, QuickGELU or not.
 
-    `local` weights need no tag where it decides nothing: all of the architecture's agree, or there is none.
+    `local` weights need no tag if all tags of the architecture agree, or if it has none.
     """
     if architecture not in open_clip.list_models():
         hint = suggest(architecture, open_clip.list_models(), "open_clip.list_models() lists what there is")
@@ -190,7 +190,7 @@ def _resample_positions(visual: Any, size: int) -> tuple[int, int]:
 
 
 def _can_focus(visual: Any) -> bool:
-    """The class token's row means something only where the model pools by it, and where its formula is known here."""
+    """Whether the class token's row can be used: the model pools by it, and its attention is one computed here."""
     if visual.attn_pool is None and visual.pool_type != "tok":
         return False
     block = visual.transformer.resblocks[-1]

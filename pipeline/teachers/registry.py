@@ -21,7 +21,7 @@ class Entry:
 
     Attributes:
         spec: `timm:<name>` or `open_clip:<arch>:<tag>`.
-        image_size: pixels a side, None for the model's own. 196 makes 14-pixel patches a 14×14 grid, the students'.
+        image_size: pixels a side, None for the model's own. At 196, 14-pixel patches make the students' 14×14 grid.
         about: one line for `mrmae teachers`.
     """
 
@@ -73,9 +73,9 @@ def build_teacher(
         tokens: "norm" (last block after the final norm), "block" (raw), "projected" (normed, then projected).
         layers: mean of this many last blocks.
         module: the loaded encoder of a `mrmae:` teacher, a `PatchEncoder`.
-        device: where it lives; views must come from there.
+        device: of the weights and the views.
         dtype: autocast precision of the forward: torch.float32, or torch.bfloat16 on CUDA.
-        compile: use torch.compile, which costs a minute once and fuses the rest.
+        compile: use torch.compile, which costs a minute once and is faster after.
 
     Raises:
         TeacherError: unknown spec, weights that can't be had or don't fit, a choice that the model doesn't offer, a
@@ -126,7 +126,7 @@ def _dry_run(name: str, build: Callable[[], Teacher]) -> None:
 
 
 def list_teachers() -> list[TeacherRow]:
-    """What each named teacher costs. Built without memory or weights (torch's meta device), in about a second."""
+    """What each named teacher costs. Built on the meta device, without memory or weights, in about a second."""
     rows = []
     for name, entry in TEACHERS.items():
         with torch.device("meta"):

@@ -90,6 +90,12 @@ class Teacher(nn.Module):
         dtype: autocast precision of the forward; the weights, the attention row and the outputs stay fp32.
         compile: let torch.compile take the forward.
 
+    Attributes:
+        grid: patches, rows × columns; L is their product.
+        dim: D, channels of a token as it is read.
+        image_size: pixels a side of the network's input; views of another size are resized to it.
+        has_attention: whether there is a row to focus by. Without one, pre-train with `focus: random`.
+
     Raises:
         TeacherError: `tokens` or `layers` ask for what this model doesn't have.
     """
@@ -113,6 +119,8 @@ class Teacher(nn.Module):
         super().__init__()
         _check_choice(backbone, name, tokens, layers)
         self.backbone = backbone
+        self.grid, self.image_size, self.has_attention = backbone.grid, backbone.image_size, backbone.has_attention
+        self.dim = (backbone.projected_dim if tokens == "projected" else None) or backbone.dim
         self.spec, self.name, self.weights = spec, name, weights
         self.tokens, self.layers, self.dtype = tokens, layers, dtype
         self.register_buffer("pixel_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
@@ -129,29 +137,8 @@ class Teacher(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it lives, and where it expects its views."""
+        """The device of its weights, on which it takes its views."""
         return self.pixel_mean.device
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches, rows × columns; L is their product."""
-        return self.backbone.grid
-
-    @property
-    def dim(self) -> int:
-        """D, channels of a token as it is read."""
-        projected = self.backbone.projected_dim
-        return projected if self.tokens == "projected" and projected is not None else self.backbone.dim
-
-    @property
-    def image_size(self) -> int:
-        """Pixels a side that the network itself sees; views of another size are resized to it."""
-        return self.backbone.image_size
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether there is a row to focus by. Without one, pre-train with `focus: random`."""
-        return self.backbone.has_attention
 
     @property
     def gmacs(self) -> float:

@@ -1,4 +1,4 @@
-"""Weights into a teacher's network: fetched with one clear line, loaded strictly; `pipeline/weights.py` reads them."""
+"""Weights for a teacher's network: read by `pipeline/weights.py`, loaded strictly, or fetched from a hub."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of `teacher.weights`, transformers' layouts turned into those of the models' own releases.
 
     Raises:
-        TeacherError: no file of weights, or of a layout that is not known here.
+        TeacherError: no file of weights, or an unknown layout.
     """
     try:
         return from_transformers(read_state(file), str(file))
@@ -38,7 +38,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
 
 @contextmanager
 def fetching(name: str, what: str) -> Iterator[None]:
-    """Turn whatever a download raises into one line that names the file and the key that takes a local one."""
+    """Turn any error of a download into one line with the file to fetch and the key that takes a local one."""
     try:
         yield
     except Exception as error:

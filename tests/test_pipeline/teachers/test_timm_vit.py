@@ -275,11 +275,11 @@ def imagenette(split: str, count: int) -> tuple[Tensor, np.ndarray]:
 
 @pytest.mark.skipif(not (DATA / "teachers").is_dir(), reason="no photos and weights: MRMAE_DATA=FOLDER has them")
 def test_real_supervised_weights_tell_photos_apart() -> None:
-    """10-NN of mean patch tokens, 600 train and 300 val photos. A random ViT reaches 0.28."""
+    """10-NN of mean patch tokens, 300 train and 300 val photos. A random ViT reaches 0.28."""
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     teacher = build_teacher(f"timm:{name}", weights=DATA / "teachers" / f"{name}.safetensors")
     features = {}
-    for split, count in (("train", 600), ("val", 300)):
+    for split, count in (("train", 300), ("val", 300)):
         images, labels = imagenette(split, count)
         tokens = torch.cat([teacher(batch).tokens.mean(1) for batch in images.split(50)])
         features[split] = F.normalize(tokens, dim=1).numpy(), labels
