@@ -31,7 +31,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
 
-from pipeline.assembly.extraction import Extractor, Targets, Taught
+from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.filling import PendingTargets, StoredTargets
 from pipeline.assembly.teachers import load_teacher, teacher_dtype
 from pipeline.cache import CacheHeader, Fidelity, Quantiser, create_cache, open_writer
 from pipeline.config import Config, PathField
@@ -220,7 +221,7 @@ class _FreeForward(Extractor):
     """Extraction whose views are rendered, and whose targets are on the host, before it begins."""
 
     header: CacheHeader
-    ready: dict[int, tuple[RenderedViews, list[Targets]]]
+    ready: dict[int, tuple[RenderedViews, list[StoredTargets]]]
 
     @classmethod
     def over(cls, source: ImageSource, config: BenchmarkExtractConfig, store: str) -> "_FreeForward":
@@ -255,23 +256,23 @@ class _FreeForward(Extractor):
         for chunk in chunks:
             yield replace(self._ready(len(chunk))[0], indices=list(chunk))
 
-    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> Taught:
-        return Taught(batch, self._ready(len(batch.indices))[1], None)
+    def start(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> PendingTargets:
+        return PendingTargets(batch, self._ready(len(batch.indices))[1], None)
 
-    def _ready(self, samples: int) -> tuple[RenderedViews, list[Targets]]:
+    def _ready(self, samples: int) -> tuple[RenderedViews, list[StoredTargets]]:
         """So many samples rendered, and tokens for them; made once."""
         if samples not in self.ready:
             self.ready[samples] = self._make(samples)
         return self.ready[samples]
 
-    def _make(self, samples: int) -> tuple[RenderedViews, list[Targets]]:
+    def _make(self, samples: int) -> tuple[RenderedViews, list[StoredTargets]]:
         renderer = ViewRenderer(self.source, self.views, self.store == "webdataset")
         batch = renderer.__getitems__([(0, index) for index in range(samples)])
         tokens = torch.randn(samples * self.views.count, self.header.tokens, DIM)
         stored, scale = self.header.quantiser.quantise(tokens)
         fidelity = Fidelity()
         fidelity.update(tokens[:1], self.header.quantiser.dequantise(stored[:1], None if scale is None else scale[:1]))
-        return batch, [Targets(stored, scale, torch.rand(tokens.shape[:2]).half(), fidelity)]
+        return batch, [StoredTargets(stored, scale, torch.rand(tokens.shape[:2]).half(), fidelity)]
 
 
 def _spread(ratios: list[float]) -> dict[str, Any]:

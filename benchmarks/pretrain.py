@@ -20,7 +20,7 @@ process and in a worker (aim: ≥ 0.8).
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
@@ -32,16 +32,16 @@ from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, LiveKnowledge, Targets
 from pipeline.assembly.samples import PretrainBatch, PretrainDataset
-from pipeline.assembly.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.assembly.teachers import load_teacher, teacher_dtype
 from pipeline.cache import CacheReader, create_cache, open_cache, open_writer
 from pipeline.config import Config, PathField
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.drawn import draw_images
 from pipeline.data.images import DataConfig, ImageSource, open_images
-from pipeline.data.loader import StepSampler, load
-from pipeline.data.masks import visible_count
+from pipeline.data.loader import Samples
+from pipeline.data.masks import Focus, MaskSampler, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
 from pipeline.data.workers import PREFETCH
@@ -49,6 +49,7 @@ from pipeline.models import Student, build_student
 from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
+from pipeline.steps import StepPlan
 from pipeline.teachers import Teacher
 from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.flops import peak_tflops
@@ -130,9 +131,9 @@ class _Bench:
         teacher = load_teacher(choice, self.device, self.dtype)
         cache = self._extract(teacher, config.store, f"{number}-{config.store}")
         lanes = {
-            "mae": self._lane("mae", {}, {}),
-            "cached": self._lane("mr_mae", {"t": cache}, {}),
-            "online": self._lane("mr_mae", {}, {"t": teacher}),
+            "mae": self._lane("mae", self._live({})),
+            "cached": self._lane("mr_mae", self._cached(cache)),
+            "online": self._lane("mr_mae", self._live({"t": teacher})),
         }
         seconds = _by_turns({name: lane.train for name, lane in lanes.items()}, config.rounds)
         alone = _by_turns({name: lane.train_again for name, lane in lanes.items()}, max(3, config.rounds // 3))
@@ -183,8 +184,8 @@ class _Bench:
         """
         teacher = load_teacher(self.config.teachers[0], self.device, self.dtype)
         cache = self._extract(teacher, "webdataset", "stored")
-        lane = self._lane("mr_mae", {"t": cache}, {}, workers=0)
-        dataset = self._dataset(lane.student, {"t": cache})
+        lane = self._lane("mr_mae", self._cached(cache), workers=0)
+        dataset = self._dataset(lane.student, self._cached(cache))
         count = self.config.batch_size * self.config.steps
         images = cycle([cache.read(index, 0).image or b"" for index in range(len(cache))])
 
@@ -199,7 +200,7 @@ class _Bench:
         def worker() -> float:
             # A worker makes batches ahead, so it is started for the measurement alone, and what it had ahead is not
             # counted. Then it is at work all the time, and a batch is taken as soon as it is there.
-            with closing(load(dataset, self._requests(), workers=1)) as batches:
+            with closing(self._samples(dataset, workers=1)) as batches:
                 for _ in range(2 * PREFETCH):
                     next(batches)
                 began, few = time.perf_counter(), max(self.config.steps, 2 * PREFETCH)
@@ -225,39 +226,36 @@ class _Bench:
         extractor.run([writer], range(writer.header.shards), {"max_nmse": float("inf"), "min_cosine": 0.0})
         return open_cache(self.folder / name)
 
-    def _lane(
-        self, objective: str, caches: dict[str, CacheReader], teachers: dict[str, Teacher], workers: int | None = None
-    ) -> "_Lane":
+    def _lane(self, objective: str, knowledge: Knowledge, workers: int | None = None) -> "_Lane":
         config = self.config
-        dims = {name: cache.header.dim for name, cache in caches.items()}
-        dims |= {name: teacher.dim for name, teacher in teachers.items()}
         torch.manual_seed(config.seed)
         student = build_student(
-            **config.student.model_dump(exclude_none=True), objective=objective, teachers=dims or None
+            **config.student.model_dump(exclude_none=True), objective=objective, teachers=knowledge.dims or None
         )
-        dataset = self._dataset(student, caches, online=bool(teachers))
-        batches = load(dataset, self._requests(), config.workers if workers is None else workers)
-        targets: Targets = (
-            OnlineTargets(teachers, dataset.keep, student.target_rows, 1)
-            if teachers
-            else CachedTargets({name: cache.header.quantiser.dequantise for name, cache in caches.items()})
-        )
+        dataset = self._dataset(student, knowledge)
+        batches = self._samples(dataset, config.workers if workers is None else workers)
+        targets = knowledge.targets(dataset)
         if config.compile:
             student.compile()
         return _Lane(student.to(self.device), targets, batches, self.device, self.dtype, config.steps)
 
-    def _dataset(self, student: Student, caches: dict[str, CacheReader], online: bool = False) -> PretrainDataset:
-        patches = student.grid[0] * student.grid[1]
-        keep = visible_count(patches, self.config.mask_ratio)
-        source = None if any(cache.stores_images for cache in caches.values()) else self.source
-        return PretrainDataset(
-            source, caches, self.views, patches=patches, keep=keep, focus="sampled" if caches or online else "random",
-            rows=student.target_rows, masks_per_sample=1, seed=self.config.seed, online=online,
-        )  # fmt: skip
+    def _live(self, teachers: dict[str, Teacher]) -> LiveKnowledge:
+        return LiveKnowledge(teachers, self.source, self.views)
 
-    def _requests(self) -> StepSampler:
+    def _cached(self, cache: CacheReader) -> CachedKnowledge:
+        source = None if cache.stores_images else self.source
+        return CachedKnowledge({"t": cache}, source, self.views, np.arange(len(self.source)))
+
+    def _dataset(self, student: Student, knowledge: Knowledge) -> PretrainDataset:
+        patches = student.grid[0] * student.grid[1]
+        focus: Focus = "sampled" if knowledge.dims else "random"
+        masks = MaskSampler(patches, visible_count(patches, self.config.mask_ratio), focus, self.config.seed)
+        return knowledge.dataset(masks, student.target_rows)
+
+    def _samples(self, dataset: PretrainDataset, workers: int) -> Generator[PretrainBatch, None, None]:
         order = EpochOrder(np.arange(len(self.source)), self.config.seed, "full", 64, 16)
-        return StepSampler(order, self.config.batch_size, 1, 0, 1, 0, FOREVER)
+        plan = StepPlan(len(order) // self.config.batch_size, FOREVER, self.config.batch_size, 1, 1)
+        return Samples(dataset, order, workers).batches(plan, 0)
 
 
 class _Lane:

@@ -146,9 +146,9 @@ def _suggest(cls: type[Config], loc: tuple[int | str, ...]) -> str:
         section = _section(section, str(part)) if section else None
     if section is None:
         return ""
-    known = list(section.model_fields)
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    return f" (did you mean '{near[0]}'?)" if near else f" (known here: {', '.join(known)})"
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1)
+    return f" (did you mean '{near[0]}'?)" if near else f" (known here: {', '.join(names)})"
 
 
 def _section(cls: type[Config], name: str) -> type[Config] | None:

@@ -193,9 +193,9 @@ def _unwrap(loaded: object, file: Path) -> dict[str, Tensor]:
         inner = [key for key in WRAPPERS if _holds_tensors(loaded.get(key))]
         if not inner:
             break
-        others = [str(key) for key in loaded if key != inner[0] and _holds_tensors(loaded[key])]
-        if others:
-            log.warning("%s: taking the weights of '%s'; it also holds those of %s", file, inner[0], ", ".join(others))
+        unused = [str(key) for key in loaded if key != inner[0] and _holds_tensors(loaded[key])]
+        if unused:
+            log.warning("%s: taking the weights of '%s'; it also holds those of %s", file, inner[0], ", ".join(unused))
         loaded = loaded[inner[0]]
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file} holds no tensors by name but a {type(loaded).__name__}: save its state dict")

@@ -77,5 +77,5 @@ def _reads(header: CacheHeader, commits: list[Commit]) -> str:
 
 def _seconds(commits: list[Commit]) -> float | None:
     """Time that extraction took over all shards, where it noted `seconds`."""
-    known = [float(c.times["seconds"]) for c in commits if isinstance(c.times.get("seconds"), int | float)]
-    return sum(known) if known else None
+    seconds = [float(c.times["seconds"]) for c in commits if isinstance(c.times.get("seconds"), int | float)]
+    return sum(seconds) if seconds else None

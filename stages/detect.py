@@ -9,7 +9,7 @@ The defaults are ConvMAE's recipe of 25 epochs where it is published; docs/detec
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.assembly.detectors import build_detector, load_detector
 from pipeline.assembly.students import Start, read_start
 from pipeline.config import Config, PathField
-from pipeline.data.loader import StepSampler, load
+from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.detection import (
     CocoConfig,
@@ -37,7 +37,6 @@ from pipeline.detection import (
     average_precision,
     detected_scene,
     draw_scenes,
-    evaluation_batches,
     open_coco,
 )
 from pipeline.errors import ConfigError, DataError
@@ -45,12 +44,13 @@ from pipeline.evaluation.records import write_record
 from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
-from pipeline.processes import processes
+from pipeline.processes import processes, share_of
 from pipeline.progress import track
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
-from pipeline.training.run import Run, RunConfig, StepPlan
+from pipeline.training.run import Run, RunConfig, plan_steps
+from pipeline.training.task import Evaluation, Task
 
 
 class DetectionDataConfig(Config):
@@ -98,53 +98,38 @@ def _train(config: DetectConfig) -> dict[str, Any]:
     identity = {"stage": "detect", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
     identity |= {"init": start.identity, "ema": config.ema.model_dump() if config.ema.decay else None}
     identity |= {"data": train.digest, "jitter": config.jitter.model_dump(mode="json")}
-    run = Run(config.model_copy(update={"student": start.student}), identity)
-    plan = StepPlan.of(len(train), config, run.processes)
+    training = Run(config.model_copy(update={"student": start.student}), identity)
+    plan = plan_steps(config, len(train))
     dataset = DetectionDataset(train, config.image_size, jitter=config.jitter, seed=config.seed)
-    order = EpochOrder(np.arange(len(train)), config.seed)
-
-    def batches(start_step: int) -> Any:
-        sampler = StepSampler(
-            order, plan.batch_size, plan.accum_iter, run.rank, run.processes, start_step, plan.total_steps
-        )
-        return load(dataset, sampler, config.data.workers)
 
     def evaluate(model: nn.Module, _step: int) -> dict[str, float]:
         assert isinstance(model, Detector)
-        batches = evaluation_batches(
-            val, config.image_size, config.data.workers, run.rank, run.processes, config.eval_batch_size
-        )
-        return _score(val, _results(model, val, batches, run.device))
+        return _score(val, _results(model, val, _evaluation_batches(config, val, config.image_size), training.device))
 
-    return fit(
-        run,
-        model,
-        model.spec,
-        _losses,
-        batches,
-        plan,
-        config.optim,
+    task = Task(
+        name="detect",
+        model=model,
+        spec=model.spec,
+        losses=_losses,
+        samples=Samples(dataset, EpochOrder(np.arange(len(train)), config.seed), config.data.workers),
+        evaluation=Evaluation(evaluate, config.eval_every * plan.steps_per_epoch, best="box_AP"),
         layer_ids=layers,
-        evaluate=evaluate,
-        evaluate_every=config.eval_every * plan.steps_per_epoch,
-        best="box_AP",
         ema=config.ema,
-        label="detect",
     )
+    return fit(task, training, plan, config.optim)
 
 
 def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
     group = processes()
     val = _open(config.data.val)
     model = load_detector(config.checkpoint or config.output).to(group.device).eval()
-    if model.spec["categories"] != [list(one) for one in val.categories]:
+    if model.spec["categories"] != [list(category) for category in val.categories]:
         raise DataError("data.val has other categories than the detector was trained on: give matching annotations")
     canvas = model.spec["encoder"]["image_size"]
-    size, workers = config.eval_batch_size, config.data.workers
-    batches = evaluation_batches(val, canvas, workers, group.process_index, group.num_processes, size)
+    batches = _evaluation_batches(config, val, canvas)
     in_bf16 = config.precision == "bf16" or (config.precision == "auto" and group.device.type == "cuda")
     with torch.inference_mode(), torch.autocast(group.device.type, torch.bfloat16, enabled=in_bf16):
-        steps = -(-len(val) // (size * group.num_processes))
+        steps = -(-len(share_of(len(val))) // config.eval_batch_size)
         results = _results(model, val, track(batches, steps, "detect", "batch"), group.device)
         figures = _score(val, results)
         if group.is_main_process:
@@ -152,6 +137,10 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
             write_record(config.output, "detect", figures)
             _draw(config, model, val, group.device)
     return figures
+
+
+def _evaluation_batches(config: DetectConfig, val: CocoImages, canvas: int) -> Generator[DetectionBatch, None, None]:
+    return load_in_order(DetectionDataset(val, canvas), share_of(len(val)), config.eval_batch_size, config.data.workers)
 
 
 def _open(config: CocoConfig) -> CocoImages:
@@ -185,8 +174,8 @@ def _results(
     results: list[dict[str, Any]] = []
     for batch in batches:
         found = model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
-        for index, one in zip(batch.indices, found, strict=True):
-            results += as_results(one, coco, index)
+        for index, instances in zip(batch.indices, found, strict=True):
+            results += as_results(instances, coco, index)
     gathered: list[dict[str, Any]] = gather_object(results)
     return gathered
 
@@ -217,8 +206,8 @@ def _draw(config: DetectConfig, model: Detector, val: CocoImages, device: torch.
         found += model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
     annotated = [annotated_scene(val, index) for index in chosen]
     detected = [
-        detected_scene(scene.image, one, val.categories, config.picture_score)
-        for scene, one in zip(annotated, found, strict=True)
+        detected_scene(scene.image, instances, val.categories, config.picture_score)
+        for scene, instances in zip(annotated, found, strict=True)
     ]
     columns = {"annotated": annotated, f"detected, score ≥ {config.picture_score}": detected}
     draw_scenes(config.output / "predictions.png", columns, f"{config.checkpoint or config.output}")

@@ -229,14 +229,16 @@ def _tokens(model: Student | Classifier) -> Callable[[Tensor], Tensor]:
 
 
 @torch.inference_mode()
-def _agreement(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], sides: tuple[int, int]) -> float:
+def _agreement(
+    model: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], sides: tuple[int, int]
+) -> float:
     """The worst token's cosine on three random images.
 
     Raises:
         CheckpointError: it is below `_FAITHFUL`.
     """
     images = torch.randn(3, 3, *sides, generator=torch.Generator().manual_seed(0))
-    cosine = float(F.cosine_similarity(ours(images).double(), theirs(images).double(), dim=-1).min())
+    cosine = float(F.cosine_similarity(model(images).double(), exported(images).double(), dim=-1).min())
     if not cosine >= _FAITHFUL:  # NaN is not faithful either
         raise CheckpointError(
             f"the exported features differ from ours (cosine {cosine:.6f}): update timm, or report it"

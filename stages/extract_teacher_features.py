@@ -117,8 +117,8 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
         return {"cache": str(config.cache.path), "shards": header.shards, "extracted": 0}
 
     writers = [open_writer(path) for path in caches]
-    mine = _shards(header, shard_range)[state.process_index :: state.num_processes]
-    todo = [shard for shard in mine if not all(writer.is_committed(shard) for writer in writers)]
+    share = _shards(header, shard_range)[state.process_index :: state.num_processes]
+    todo = [shard for shard in share if not all(writer.is_committed(shard) for writer in writers)]
     began = time.perf_counter()
     views = config.views.count
     total = views * sum(len(header.shard_range(shard)) for shard in todo)

@@ -27,12 +27,11 @@ from pipeline.data.images import DataConfig, ImageSource
 from pipeline.data.labelled import (
     LabelledBatch,
     LabelledDataset,
-    evaluation_batches,
     match_classes,
     open_labelled,
     open_splits,
 )
-from pipeline.data.loader import StepSampler, load
+from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CheckpointError, ConfigError
@@ -42,13 +41,15 @@ from pipeline.models import Classifier, build_classifier, layer_ids, load_weight
 from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
-from pipeline.processes import processes
+from pipeline.processes import processes, share_of
 from pipeline.progress import Progress
+from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
-from pipeline.training.run import Run, RunConfig, StepPlan
+from pipeline.training.run import Run, RunConfig, plan_steps
+from pipeline.training.task import Evaluation, Task
 
 
 class AugmentConfig(Config):
@@ -114,41 +115,30 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     start = read_start(config.init, config.student, config.output)
     model = _build(config, start, classes)
     size = model.image_size[0]
-    plan = StepPlan.of(len(train), config, processes().num_processes)
+    plan = plan_steps(config, len(train))
     _check_mixing(config, plan)
     identity = {"stage": "finetune", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
     identity |= {"init": start.identity, "data": train.digest(), "augment": config.augment.model_dump(mode="json")}
     identity |= {"ema": config.ema.model_dump() if config.ema.decay else None, "classes": list(train.classes)}
-    run = Run(config.model_copy(update={"student": start.student}), identity)
+    training = Run(config.model_copy(update={"student": start.student}), identity)
 
     views = ViewConfig(image_size=size, scale=config.augment.scale, hflip=config.augment.hflip, seed=config.seed)
     dataset = LabelledDataset(train, size, views=views, augment=_augment(config, size))
-    order = EpochOrder(np.arange(len(train)), config.seed)
-
-    def batches(start_step: int) -> Any:
-        sampler = StepSampler(
-            order, plan.batch_size, plan.accum_iter, run.rank, run.processes, start_step, plan.total_steps
-        )
-        return load(dataset, sampler, config.data.workers)
 
     def score(model: nn.Module, _step: int) -> dict[str, float]:
         return _accuracies(config, [model], val, size, (config.val or config.data).workers)[0]
 
-    return fit(
-        run,
-        model,
-        model_record(model),
-        _Losses(config, classes),
-        batches,
-        plan,
-        config.optim,
+    task = Task(
+        name="finetune",
+        model=model,
+        spec=model_record(model),
+        losses=_Losses(config, classes),
+        samples=Samples(dataset, EpochOrder(np.arange(len(train)), config.seed), config.data.workers),
+        evaluation=Evaluation(score, config.eval_every * plan.steps_per_epoch, best="top1"),
         layer_ids=layer_ids(model)[0],
-        evaluate=score,
-        evaluate_every=config.eval_every * plan.steps_per_epoch,
-        best="top1",
         ema=config.ema,
-        label="finetune",
     )
+    return fit(task, training, plan, config.optim)
 
 
 @stage
@@ -214,13 +204,12 @@ def _check_mixing(config: FinetuneConfig, plan: StepPlan) -> None:
     Raises:
         ConfigError: mixup or cutmix is on, and micro-batches are odd.
     """
-    unit = plan.processes * plan.accum_iter
-    micro = plan.batch_size // unit
+    micro = plan.micro_batch
     if (config.augment.mixup or config.augment.cutmix) and micro % 2:
         raise ConfigError(
             f"mixup and cutmix want even micro-batches, but batch_size={plan.batch_size} gives {micro} images each "
             f"({plan.processes} processes x accum_iter={plan.accum_iter}): choose for instance "
-            f"batch_size={(micro + 1) * unit}, or augment.mixup=0 augment.cutmix=0"
+            f"batch_size={(micro + 1) * plan.processes * plan.accum_iter}, or augment.mixup=0 augment.cutmix=0"
         )
 
 
@@ -256,15 +245,12 @@ def _accuracies(
     config: FinetuneConfig, models: Sequence[nn.Module], val: ImageSource, size: int, workers: int
 ) -> list[dict[str, float]]:
     """Top-1 and top-5 of each model and, if they are several, of the mean of their logits, over all processes."""
-    here, batch_size = processes(), config.eval_batch_size
-    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=here.device)
-    with Progress(
-        -(-len(val) // (batch_size * here.num_processes)), "evaluate", "batch", show=here.is_main_process
-    ) as progress:
-        for batch in evaluation_batches(
-            val, size, config.crop, workers, here.process_index, here.num_processes, batch_size
-        ):
-            moved = batch.to(here.device)
+    state, batch_size = processes(), config.eval_batch_size
+    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=state.device)
+    dataset, share = LabelledDataset(val, size, crop=config.crop), share_of(len(val))
+    with Progress(-(-len(share) // batch_size), "evaluate", "batch", show=state.is_main_process) as progress:
+        for batch in load_in_order(dataset, share, batch_size, workers):
+            moved = batch.to(state.device)
             logits = [model(normalise(moved.images)).float() for model in models]
             rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
             for row, scores in enumerate(rows):

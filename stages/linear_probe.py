@@ -50,7 +50,7 @@ def run(config: LinearProbeConfig) -> dict[str, Any]:
         seed=config.seed,
         device=processes().device,
     )
-    _warn_at_the_edge(config.blrs, [one["top1"] for one in result["all"]])
+    _warn_at_the_edge(config.blrs, [figures["top1"] for figures in result["all"]])
     write_record(config.output, "linear_probe", result)
     return dict(result)
 

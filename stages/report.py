@@ -135,8 +135,8 @@ def _duration(rows: Sequence[Mapping[str, Any]], batch_size: int | None) -> str:
             before = row["step"]
     if not seconds:
         return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {remainder} s"
 
 
 def _batch_size(folder: Path) -> int | None:

@@ -182,11 +182,11 @@ def _extractor(config: VerifyConfig, header: CacheHeader, source: ImageSource | 
 
 def _warn_of_versions(config: VerifyConfig, header: CacheHeader, teacher: Teacher, views: ViewConfig) -> None:
     """Another decoder or torch gives the same views and tokens but for their last bits; the header names the old."""
-    now = {**teacher.identity(), **preprocessing(views, header.store)}
-    then = {**header.teacher, **header.preprocessing}
-    others = [key for key in then if key not in ("spec", "weights", "name") and now.get(key) != then[key]]
-    if others:
-        differ = "; ".join(f"{key} was {then[key]} and is {now.get(key)}" for key in others)
+    current = {**teacher.identity(), **preprocessing(views, header.store)}
+    recorded = {**header.teacher, **header.preprocessing}
+    changed = [key for key in recorded if key not in ("spec", "weights", "name") and current.get(key) != recorded[key]]
+    if changed:
+        differ = "; ".join(f"{key} was {recorded[key]} and is {current.get(key)}" for key in changed)
         log.warning(
             "%s was made by other versions (%s): what is computed anew may differ in its last bits", config.path, differ
         )

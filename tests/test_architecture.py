@@ -10,9 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMPOSING = {"demo"}  # stages that are made of other stages
-# Modules of pipeline/ that any wing may use
-CONFIG = {"config", "errors", "files", "ownership", "pixels", "processes", "progress", "tensor_files", "weights"}
+# Modules that lie loose in pipeline/, which any wing may use: they import no wing (a test says so)
+GROUND = {file.stem for file in (ROOT / "pipeline").glob("*.py")}
 WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection", "assembly"}
+
+
+# Words that say nothing of what a variable holds, and that no search finds
+RIDDLES = {"one", "each", "own", "here", "there", "then", "now", "some", "known", "said", "told", "eye", "seen"}
+RIDDLES |= {"mine", "ours", "theirs", "others", "whole", "rest", "few", "thing", "this", "that", "these", "those", "it"}
 
 
 def imports_of(file: Path) -> set[str]:
@@ -28,7 +33,7 @@ def imports_of(file: Path) -> set[str]:
 
 
 def wings_of(file: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports_of(file) if name.startswith("pipeline.")} - CONFIG
+    return {name.split(".")[1] for name in imports_of(file) if name.startswith("pipeline.")} - GROUND
 
 
 def files(folder: str) -> list[Path]:
@@ -53,6 +58,11 @@ def test_stages_do_not_import_each_other(file: Path) -> None:
 def test_wings_that_stand_alone(wing: str) -> None:
     for file in files(f"pipeline/{wing}"):
         assert wings_of(file) <= {wing}, file
+
+
+def test_the_ground_floor_knows_no_wing() -> None:
+    for file in (ROOT / "pipeline").glob("*.py"):
+        assert not wings_of(file), file
 
 
 def test_detection_knows_only_data() -> None:
@@ -94,6 +104,18 @@ def test_a_stage_that_loads_or_joins_others_owns_what_it_opens() -> None:
                 if isinstance(node, ast.FunctionDef) and node.name in {"run", "evaluate"}:
                     assert "stage" in map(ast.unparse, node.decorator_list), f"{file}: {node.name}"
     assert {"pretrain", "finetune", "detect", "knn", "extract_teacher_features"} <= found
+
+
+@pytest.mark.parametrize("folder", ["pipeline", "stages", "benchmarks", "."])
+def test_variables_are_called_by_what_they_hold(folder: str) -> None:
+    found = set()
+    for file in [ROOT / "cli.py"] if folder == "." else files(folder):
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else ""
+            name = node.arg if isinstance(node, ast.arg) else name
+            if name in RIDDLES:
+                found.add(f"{file.relative_to(ROOT)}: {name}")
+    assert not found
 
 
 def test_every_wing_is_known_here() -> None:

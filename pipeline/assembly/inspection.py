@@ -1,4 +1,4 @@
-"""A student under the eye: its input masked and completed, where it looks, and its patch features.
+"""What a student makes of images: its input masked and completed, its attention, and its patch features.
 
 `visualize` and the demo draw what these return; nothing here draws.
 """
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.masks import Focus, draw_masks, visible_count
+from pipeline.data.masks import Focus, MaskSampler, visible_count
 from pipeline.models import Student, patchify, unpatchify
 from pipeline.models.mae import pixel_loss
 from pipeline.models.masking import complement, gather_tokens
@@ -26,7 +26,7 @@ class Reconstruction(NamedTuple):
     loss: float  # the pixel loss of training on these masks
 
 
-class Look(NamedTuple):
+class PatchFeatures(NamedTuple):
     """What a network makes of N images, on a grid (h, w) of L cells."""
 
     tokens: Tensor  # float32 [N, L, D]
@@ -35,10 +35,11 @@ class Look(NamedTuple):
     name: str
 
 
-def look(eye: Teacher, images: Tensor, name: str) -> Look:
+def patch_features(network: Teacher, images: Tensor, name: str) -> PatchFeatures:
     """Show uint8 images [N, 3, S, S] to a teacher, or to a student wrapped as one; the result is on the CPU."""
-    seen = eye(images)
-    return Look(seen.tokens.cpu(), None if seen.attention is None else seen.attention.cpu(), eye.grid, name)
+    output = network(images)
+    attention = None if output.attention is None else output.attention.cpu()
+    return PatchFeatures(output.tokens.cpu(), attention, network.grid, name)
 
 
 def choose_patches(
@@ -47,8 +48,8 @@ def choose_patches(
 ) -> Tensor:  # fmt: skip
     """Visible patches int64 [count, K] as pre-training draws them, by attention rows [count, L] if there are any."""
     keep = visible_count(patches, mask_ratio)
-    drawn = draw_masks(attention, [(0, index) for index in range(count)], patches, keep, focus, seed)
-    return torch.from_numpy(drawn[:, 0])
+    ids_keep = MaskSampler(patches, keep, focus, seed).draw(attention, [(0, index) for index in range(count)])
+    return torch.from_numpy(ids_keep[:, 0])
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from pipeline.cache import CacheHeader, CacheReader, Record
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import ImageSource
 from pipeline.data.loader import Request
-from pipeline.data.masks import Focus, mask_noise, visible_patches
+from pipeline.data.masks import MaskSampler
 from pipeline.data.slots import Empty
 from pipeline.data.views import Picture, View, ViewConfig, to_chw, view_of_epoch
 from pipeline.errors import CacheError, DataError
@@ -28,8 +28,8 @@ class PretrainBatch:
         images: uint8 [B, 3, S, S], as rendered: the student's normalisation happens on the device.
         ids_keep: int64 [B, K], visible patches, ascending; None where a live teacher's attention will choose them.
         gumbel: float64 [B, L], what that choice adds to the logarithm of its attention (see `select_visible`).
-        targets: teacher → (values [B, R, D] as stored, scale float16 [B, R] or None); the R rows are the visible, the
-            masked (ascending) or all patches, as the objective declares.
+        targets: teacher → (values [B, R, D] as stored, scale float16 [B, R] or None); the R rows are the visible or the
+            masked patches (ascending), as the objective declares.
         indices: int64 [B], sample indices.
     """
 
@@ -62,12 +62,9 @@ class PretrainDataset:
         source: the images; None when the first cache stores the rendered views itself.
         caches: teacher → reader, all over the same samples and views.
         views: how to draw views without a cache.
-        patches, keep: patches of a view, and how many stay visible.
-        focus: how visible patches are chosen; by the first cache's attention.
-        rows: which target rows the objective asks for: "visible", "masked", "all" or "none".
-        masks_per_sample: masks trained of each view that is read.
+        masks: by the first cache's attention.
+        rows: which target rows the objective asks for: "visible", "masked" or "none".
         online: a live teacher on the device will say what to focus by; masks that need that are left to it.
-        seed: of views without a cache, and of masks.
     """
 
     def __init__(
@@ -75,66 +72,61 @@ class PretrainDataset:
         source: ImageSource | None,
         caches: Mapping[str, CacheReader],
         views: ViewConfig,
-        *,
-        patches: int,
-        keep: int,
-        focus: Focus,
+        masks: MaskSampler,
         rows: str,
-        masks_per_sample: int,
-        seed: int,
         online: bool = False,
     ) -> None:
-        self.source, self.caches, self.views = source, dict(caches), views
-        self.patches, self.keep, self.focus, self.rows = patches, keep, focus, rows
-        self.masks_per_sample, self.seed = masks_per_sample, seed
-        self.defers_masks = online and focus != "random"
+        self.source, self.caches, self.views, self.masks, self.rows = source, dict(caches), views, masks, rows
+        self.defers_masks = online and masks.focus != "random"
 
     def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> PretrainBatch:
-        repeats, size = self.masks_per_sample, self.views.image_size
+        count, size = self.masks.count, self.views.image_size
         views = [view_of_epoch(index, epoch, self.views.count) for epoch, index in requests]
-        noise = mask_noise(requests, self.patches, self.focus, self.seed, repeats)
-        ids_keep = None if self.defers_masks else np.empty((len(requests), repeats, self.keep), np.int64)
-        wanted = {} if ids_keep is None or self.rows == "none" else self.caches
-        targets = {name: self._target_rows(cache, len(requests), empty) for name, cache in wanted.items()}
-        shown: list[list[Record]] = []
-        for row, ((_, index), view, mask_noise_of_sample) in enumerate(zip(requests, views, noise, strict=True)):
-            # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
-            records = {name: cache.read(index, view, keep=False) for name, cache in self.caches.items()}
-            shown.append(list(records.values()))
-            if ids_keep is None:
-                continue
-            attention = _attention_of(shown[-1])
-            ids_keep[row] = visible_patches(attention, mask_noise_of_sample, self.keep, self.focus)
-            if targets:
-                ids = self._wanted_ids(ids_keep[row])
-                for name, target_rows in targets.items():
-                    target_rows.take(row, records[name], ids)
-        pixels = empty((len(requests), repeats, size, size, 3), np.uint8)
-        gumbel = noise.reshape(-1, self.patches) if self.defers_masks and self.focus == "sampled" else None
+        noise = self.masks.noise(requests)
+        records, ids_keep, targets = self._read(requests, views, noise, empty)
+        pixels = empty((len(requests), count, size, size, 3), np.uint8)
+        gumbel = noise.reshape(-1, self.masks.patches) if self.defers_masks and self.masks.focus == "sampled" else None
         batch = PretrainBatch(
             to_chw(pixels.reshape(-1, size, size, 3)),
-            None if ids_keep is None else torch.from_numpy(ids_keep.reshape(-1, self.keep)),
+            None if self.defers_masks else torch.from_numpy(ids_keep.reshape(-1, self.masks.keep)),
             {name: target_rows.tensors() for name, target_rows in targets.items()},
-            torch.from_numpy(np.repeat([index for _, index in requests], repeats)),
+            torch.from_numpy(np.repeat([index for _, index in requests], count)),
             None if gumbel is None else torch.from_numpy(gumbel),
         )
         # Pixels after all records, not in between: the two push each other's code and data out of the CPU's cache.
         for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
-            self._show(index, view, shown[row], pixels[row, 0])
+            self._show(index, view, records[row], pixels[row, 0])
         pixels[:, 1:] = pixels[:, :1]
         return batch
 
-    def _target_rows(self, cache: CacheReader, samples: int, empty: Empty) -> "_TargetRows":
-        count = {"visible": self.keep, "masked": self.patches - self.keep, "all": self.patches}[self.rows]
-        return _TargetRows(cache.header, (samples, self.masks_per_sample, count), empty)
+    def _read(
+        self, requests: list[Request], views: list[int], noise: NDArray[np.float64], empty: Empty
+    ) -> tuple[list[list[Record]], NDArray[np.int64], dict[str, "_TargetRows"]]:
+        """Each sample's records, the visible patches int64 [B, M, K] unless they are deferred, and the target rows."""
+        ids_keep = np.empty((len(requests), self.masks.count, self.masks.keep), np.int64)
+        wanted = {} if self.defers_masks or self.rows == "none" else self.caches
+        targets = {name: self._target_rows(cache, len(requests), empty) for name, cache in wanted.items()}
+        records_of_samples: list[list[Record]] = []
+        for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
+            # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
+            records = {name: cache.read(index, view, keep=False) for name, cache in self.caches.items()}
+            records_of_samples.append(list(records.values()))
+            if self.defers_masks:
+                continue
+            ids_keep[row] = self.masks.ids_keep(_attention_of(records_of_samples[-1]), noise[row])
+            if targets:
+                ids = ids_keep[row] if self.rows == "visible" else self._masked_ids(ids_keep[row])
+                for name, target_rows in targets.items():
+                    target_rows.take(row, records[name], ids)
+        return records_of_samples, ids_keep, targets
 
-    def _wanted_ids(self, ids_keep: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The target rows [repeats, R] of masks [repeats, K]."""
-        if self.rows == "visible":
-            return ids_keep
-        patches = np.arange(self.patches)
-        if self.rows == "all":
-            return np.broadcast_to(patches, (len(ids_keep), self.patches))
+    def _target_rows(self, cache: CacheReader, samples: int, empty: Empty) -> "_TargetRows":
+        count = self.masks.keep if self.rows == "visible" else self.masks.patches - self.masks.keep
+        return _TargetRows(cache.header, (samples, self.masks.count, count), empty)
+
+    def _masked_ids(self, ids_keep: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The patches [M, L - K], ascending, that masks [M, K] hide."""
+        patches = np.arange(self.masks.patches)
         return np.stack([np.setdiff1d(patches, ids, assume_unique=True) for ids in ids_keep])
 
     def _show(self, index: int, view: int, records: list[Record], out: NDArray[np.uint8]) -> None:

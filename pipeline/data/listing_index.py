@@ -69,11 +69,11 @@ def _list(path: str, tars: Sequence[str]) -> Listing:
 
 
 def _list_and_keep(place: Path, path: str, tars: Sequence[str]) -> tuple[Listing, str]:
-    now = time.time_ns()
+    started = time.time_ns()
     listing = _list(path, tars)
     if len(listing) < WORTH_KEEPING:
         return listing, ""
-    if int(listing.stamps[:, 1].max()) > now - _QUIET:
+    if int(listing.stamps[:, 1].max()) > started - _QUIET:
         log.info("the list of %s is not kept: the images changed only just now", path)
         return listing, ""
     try:

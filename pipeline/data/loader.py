@@ -1,13 +1,13 @@
 """Batches by step: which samples, which views, which masks, all functions of (seed, epoch, index) alone.
 
 A global batch is fixed by the config; each process takes its slice. So the stream of samples depends on neither the
-number of processes nor of workers, and a run resumes by starting the sampler at its step.
+number of processes nor of workers, and a run resumes by asking for the batches from its step on.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from pipeline.data.order import EpochOrder
 from pipeline.data.slots import Empty
 from pipeline.data.workers import Pool
 from pipeline.ownership import closed_with_stage
+from pipeline.steps import StepPlan
 
 Request = tuple[int, int]  # (epoch, sample index)
 _LOOK_AHEAD = 4096  # samples: an order gives thousands at once for the price of a few
@@ -28,30 +29,31 @@ class IndexedDataset(Protocol[B_co]):
     def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> B_co: ...
 
 
+def step_requests(order: EpochOrder, plan: StepPlan, start_step: int) -> Iterator[list[Request]]:
+    """The requests of this process, micro-batch by micro-batch, from `start_step` to the end of the plan."""
+    share = plan.images_per_step // plan.processes
+    step = start_step
+    while step < plan.total_steps:
+        epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
+        steps = min(max(1, _LOOK_AHEAD // share), plan.steps_per_epoch - step_of_epoch, plan.total_steps - step)
+        firsts = np.arange(step_of_epoch, step_of_epoch + steps) * plan.images_per_step + plan.rank * share
+        places = (firsts[:, None] + np.arange(share)).ravel()
+        for indices in order.take(epoch, places).reshape(steps * plan.accum_iter, -1).tolist():
+            yield [(epoch, index) for index in indices]
+        step += steps
+
+
 @dataclass(frozen=True)
-class StepSampler:
-    """The requests of one process, micro-batch by micro-batch, from `start_step` to `total_steps`."""
+class Samples(Generic[B]):
+    """What a run shows its model, step by step."""
 
+    dataset: IndexedDataset[B]
     order: EpochOrder
-    images_per_step: int  # over all processes
-    accum_iter: int
-    rank: int
-    processes: int
-    start_step: int
-    total_steps: int
+    workers: int
 
-    def __iter__(self) -> Iterator[list[Request]]:
-        steps_per_epoch = len(self.order) // self.images_per_step
-        share = self.images_per_step // self.processes
-        step = self.start_step
-        while step < self.total_steps:
-            epoch, place = divmod(step, steps_per_epoch)
-            ahead = min(max(1, _LOOK_AHEAD // share), steps_per_epoch - place, self.total_steps - step)
-            firsts = np.arange(place, place + ahead) * self.images_per_step + self.rank * share
-            mine = self.order.take(epoch, (firsts[:, None] + np.arange(share)).ravel())
-            for micro in mine.reshape(ahead * self.accum_iter, -1).tolist():
-                yield [(epoch, index) for index in micro]
-            step += ahead
+    def batches(self, plan: StepPlan, start_step: int) -> Generator[B, None, None]:
+        """This process's micro-batches from `start_step` on."""
+        return load(self.dataset, step_requests(self.order, plan, start_step), self.workers)
 
 
 def load(dataset: IndexedDataset[B], requests: Iterable[list[Request]], workers: int) -> Generator[B, None, None]:
@@ -68,3 +70,11 @@ def load(dataset: IndexedDataset[B], requests: Iterable[list[Request]], workers:
         return
     with closing(closed_with_stage(Pool(dataset.__getitems__, workers))) as pool:
         yield from pool.batches(requests)
+
+
+def load_in_order(
+    dataset: IndexedDataset[B], indices: Sequence[int], batch_size: int, workers: int
+) -> Generator[B, None, None]:
+    """Each of these samples once, the last batch as short as it is; see `load`."""
+    starts = range(0, len(indices), batch_size)
+    return load(dataset, [[(0, index) for index in indices[start : start + batch_size]] for start in starts], workers)

@@ -7,6 +7,7 @@ take the k largest (Efraimidis and Spirakis 2006; Kool et al., arXiv 1903.06059)
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -30,60 +31,66 @@ def visible_count(patches: int, mask_ratio: float) -> int:
     return max(1, math.floor(patches * (1 - mask_ratio) + 1e-9))
 
 
-def draw_masks(
-    attention: NDArray[Any] | None,
-    samples: Sequence[tuple[int, int]],
-    patches: int,
-    keep: int,
-    focus: Focus,
-    seed: int,
-    count: int = 1,
-) -> NDArray[np.int64]:
-    """`ids_keep` int64 [B, count, keep]: the visible patches of `count` masks of each sample, a pair (epoch, index).
+@dataclass(frozen=True)
+class MaskSampler:
+    """Draws the masks of a run: which patches of a sample stay visible, as a function of (seed, epoch, index).
 
-    `attention` is float [B, patches], any positive scale; None is allowed with focus "random" alone.
+    Attributes:
+        patches: L, patches of a view.
+        keep: K, patches that stay visible.
+        focus: "sampled" or "top-k" by the teacher's attention, or "random".
+        count: M, masks of each sample.
     """
-    noise = mask_noise(samples, patches, focus, seed, count)
-    rows = [None] * len(samples) if attention is None else attention
-    return np.stack([visible_patches(row, own, keep, focus) for row, own in zip(rows, noise, strict=True)])
 
+    patches: int
+    keep: int
+    focus: Focus
+    seed: int
+    count: int = 1
 
-def mask_noise(
-    samples: Sequence[tuple[int, int]], patches: int, focus: Focus, seed: int, count: int = 1
-) -> NDArray[np.float64]:
-    """What is random in the masks of some samples (epoch, index), whatever their attention: [B, count, patches].
+    def draw(self, attention: NDArray[Any] | None, samples: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+        """`ids_keep` int64 [B, M, K] of samples (epoch, index), from attention float [B, L], any positive scale.
 
-    Uniform in (0, 1); for focus "sampled" Gumbel, to be added to the attention's logarithm.
-    """
-    noise = uniforms_of_each(count * patches, Stream.MASK, seed, samples).reshape(len(samples), count, patches)
-    return -np.log(-np.log(noise)) if focus == "sampled" else noise
+        Attention may be None for focus "random" alone.
+        """
+        rows = [None] * len(samples) if attention is None else attention
+        return np.stack([self.ids_keep(row, noise) for row, noise in zip(rows, self.noise(samples), strict=True)])
 
+    def noise(self, samples: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
+        """What is random in the masks of some samples (epoch, index), whatever their attention: [B, M, L].
 
-def visible_patches(
-    attention: NDArray[Any] | None, noise: NDArray[np.float64], keep: int, focus: Focus
-) -> NDArray[np.int64]:
-    """`ids_keep` int64 [count, keep] of one sample, ascending in each row, by its `mask_noise` [count, patches].
+        Uniform in (0, 1); for focus "sampled" Gumbel, to be added to the attention's logarithm.
+        """
+        shape = len(samples), self.count, self.patches
+        noise = uniforms_of_each(self.count * self.patches, Stream.MASK, self.seed, samples).reshape(shape)
+        return -np.log(-np.log(noise)) if self.focus == "sampled" else noise
 
-    Random masks are disjoint as long as count × keep ≤ patches, so that together they show each patch once.
-    """
-    if focus == "top-k" and attention is not None:
-        ids = np.tile(np.argsort(-attention.astype(np.float64), kind="stable")[:keep], (len(noise), 1))
-    elif focus == "sampled" and attention is not None:
-        scores = np.log(np.maximum(attention, _FLOOR, dtype=np.float64)) + noise
-        first = scores.shape[1] - keep
-        ids = scores.argpartition(first, axis=1)[:, first:]
-    else:
-        ids = _split_permutation(noise, keep)
-    ids.sort(axis=1)
-    return ids.astype(np.int64, copy=False)
+    def ids_keep(self, attention: NDArray[Any] | None, noise: NDArray[np.float64]) -> NDArray[np.int64]:
+        """`ids_keep` int64 [M, K] of one sample, ascending in each row, by its `noise` [M, L].
+
+        Random masks are disjoint as long as M × K ≤ L, so that together they show each patch once.
+        """
+        if self.focus == "top-k" and attention is not None:
+            best = np.argsort(-attention.astype(np.float64), kind="stable")[: self.keep]
+            ids = np.tile(best, (len(noise), 1))
+        elif self.focus == "sampled" and attention is not None:
+            scores = np.log(np.maximum(attention, _FLOOR, dtype=np.float64)) + noise
+            first = self.patches - self.keep
+            ids = scores.argpartition(first, axis=1)[:, first:]
+        elif self.count * self.keep <= self.patches:
+            ids = np.argsort(noise[0])[: self.count * self.keep].reshape(self.count, self.keep)
+        else:
+            ids = np.argsort(noise, axis=1)[:, : self.keep].copy()
+        ids.sort(axis=1)
+        return ids.astype(np.int64, copy=False)
 
 
 def select_visible(attention: Tensor, gumbel: Tensor | None, keep: int) -> Tensor:
-    """`draw_masks` on the device, where a live teacher's attention is: the same patches for the same fp16 attention.
+    """`MaskSampler.ids_keep` on the device, where a live teacher's attention is; equal for the same fp16 attention.
 
     Args:
         attention: float [B, L], any positive scale.
-        gumbel: float64 [B, L] of `mask_noise` for focus "sampled"; None for "top-k".
+        gumbel: float64 [B, L] of `MaskSampler.noise` for focus "sampled"; None for "top-k".
 
     Returns:
         int64 [B, keep], ascending in each row.
@@ -92,10 +99,3 @@ def select_visible(attention: Tensor, gumbel: Tensor | None, keep: int) -> Tenso
     if gumbel is not None:
         scores = scores.clamp(min=_FLOOR).log() + gumbel
     return torch.argsort(-scores, dim=1, stable=True)[:, :keep].sort(dim=1).values
-
-
-def _split_permutation(noise: NDArray[np.float64], keep: int) -> NDArray[np.int64]:
-    count, patches = noise.shape
-    if count * keep <= patches:
-        return np.argsort(noise[0])[: count * keep].reshape(count, keep)
-    return np.argsort(noise, axis=1)[:, :keep].copy()

@@ -1,6 +1,6 @@
 """Batches of annotated images for a detector: jittered by (seed, epoch, index) alone, or fitted for evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.decoding import decode
-from pipeline.data.loader import Request, load
+from pipeline.data.loader import Request
 from pipeline.data.slots import Empty
 from pipeline.detection.coco import CocoImages
 from pipeline.detection.placement import JitterConfig, fit, place, render, sample_placement
@@ -93,12 +93,3 @@ def canvases(images: Sequence[Image.Image], canvas: int) -> DetectionBatch:
     originals = [(image.height, image.width) for image in images]
     sizes = [placement.size for placement in placements]
     return DetectionBatch(torch.from_numpy(np.stack(pixels)), sizes, originals, [], list(range(len(images))))
-
-
-def evaluation_batches(
-    coco: CocoImages, canvas: int, workers: int, rank: int = 0, processes: int = 1, batch: int = 8
-) -> Iterator[DetectionBatch]:
-    """Every `processes`-th image from `rank` on, in order, the last batch as short as it is."""
-    share = range(rank, len(coco), processes)
-    requests = [[(0, index) for index in share[start : start + batch]] for start in range(0, len(share), batch)]
-    return load(DetectionDataset(coco, canvas), requests, workers)

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from pipeline.processes import float32_products
+from pipeline.steps import StepPlan
 from pipeline.training.flops import peak_tflops
-from pipeline.training.run import Run, StepPlan
+from pipeline.training.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -16,13 +17,12 @@ _FEW_IMAGES = 256  # a micro-batch on a GPU, below which launches bound a small 
 
 def describe_step(run: Run, plan: StepPlan) -> None:
     """Say in the log what a step is, and what would make it faster."""
-    images = plan.batch_size // (plan.processes * plan.accum_iter)
-    log.info("a step: %d processes x %d micro-batches of %d", plan.processes, plan.accum_iter, images)
-    if run.device.type == "cuda" and not run.config.compile and images < _FEW_IMAGES:
+    log.info("a step: %d processes x %d micro-batches of %d", plan.processes, plan.accum_iter, plan.micro_batch)
+    if run.device.type == "cuda" and not run.config.compile and plan.micro_batch < _FEW_IMAGES:
         log.info(
             "micro-batches of %d images may end sooner than their thousands of operations can be launched: "
             "compile=true fuses them (minutes at the start)",
-            images,
+            plan.micro_batch,
         )
 
 

@@ -1,4 +1,4 @@
-"""The training loop of every stage: a model, a function that turns a batch into losses, and batches by step.
+"""The training loop of every stage.
 
 Learning rate and random numbers are functions of the step, and batches start at any step, so the state of a run is
 the model, the optimiser and one integer, and, for the next row of metrics, the sums since the last one. Nothing is
@@ -8,63 +8,38 @@ replayed on resume.
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.progress import Progress
-from pipeline.training.ahead import B, ahead
+from pipeline.steps import StepPlan
+from pipeline.training.ahead import ahead
 from pipeline.training.checkpoint import best_checkpoint, make_best, prune, restore, retire_best, save_checkpoint
 from pipeline.training.device import describe_step, float32_products_of, generators_of, peak_of
-from pipeline.training.ema import EmaConfig, build_ema
+from pipeline.training.ema import build_ema
 from pipeline.training.flops import count_flops
 from pipeline.training.garbage import FixedCollection
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.interruption import Interrupted, Interruption
 from pipeline.training.metrics import Meter, MetricsWriter, Stopwatch, peak_memory
 from pipeline.training.optim import OptimConfig, build_adamw, parameter_groups, set_lr
-from pipeline.training.run import Run, StepPlan
+from pipeline.training.run import Run
+from pipeline.training.task import B, Evaluation, Task
 
 log = logging.getLogger(__name__)
 
-Losses = Callable[[nn.Module, B], dict[str, Tensor]]  # scalars; "loss" is the one that is minimised
-Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
-
-def fit(
-    run: Run,
-    model: nn.Module,
-    spec: Mapping[str, Any],
-    losses: Losses[B],
-    batches: Callable[[int], Iterable[B]],
-    plan: StepPlan,
-    optim: OptimConfig,
-    *,
-    layer_ids: Mapping[str, int] | None = None,
-    evaluate: Evaluate | None = None,
-    evaluate_every: int = 0,
-    best: str | None = None,
-    ema: EmaConfig | None = None,
-    grad_norms: GradNorms | None = None,
-    label: str = "train",
-) -> dict[str, Any]:
+def fit(task: Task[B], run: Run, plan: StepPlan, optim: OptimConfig) -> dict[str, Any]:
     """Train until `plan.total_steps`; returns the last logged metrics.
 
     Args:
         run: processes, folder and the checkpoint to go on from.
-        model: trained in place; left on the run's device.
-        spec: JSON-able description that rebuilds the model, kept in each checkpoint.
-        losses: (model, micro-batch) → dict of scalars with "loss".
-        batches: start step → micro-batches of this process, `plan.accum_iter` of them for each step.
-        evaluate: (unwrapped model, step) → metrics; every `evaluate_every` steps and at the end.
-        best: the evaluation metric whose highest value is kept as checkpoints/best.
-        ema: average the weights; the average is then what is evaluated, and what checkpoints show their readers.
-        grad_norms: measures, now and then, how hard each loss pulls.
 
     Raises:
         TrainingError: the loss is not finite, or the run to go on with is longer than this one.
@@ -77,61 +52,51 @@ def fit(
         )
     if run.is_main:
         describe_step(run, plan)
-    loop = _Loop(run, model, spec, plan, optim, layer_ids, best, ema or EmaConfig(), grad_norms)
-    stream = ahead(batches(run.start_step), run.device)
+    loop = _Loop(task, run, plan, optim)
+    batches = ahead(task.samples.batches(plan, run.start_step), run.device)
+    evaluation = task.evaluation
 
     def due(every: int, done: int) -> bool:
         return done == plan.total_steps or bool(every and done % every == 0)
 
-    with run, Interruption() as interruption, loop.garbage, float32_products_of(run), loop.progress(label):
-        if evaluate and run.resumed and due(evaluate_every, run.start_step):
-            loop.catch_up(evaluate)
+    with run, Interruption() as interruption, loop.garbage, float32_products_of(run), loop.progress():
+        if evaluation and run.resumed and due(evaluation.every, run.start_step):
+            loop.catch_up(evaluation)
         for step in range(run.start_step, plan.total_steps):
-            loop.train_step(step, stream, losses)
+            loop.train_step(step, batches)
             done = step + 1
             loop.garbage.step(done)
             stop = interruption.agreed()
-            look = evaluate is not None and due(evaluate_every, done)
+            evaluate = evaluation is not None and due(evaluation.every, done)
             if due(run.config.log_every, done) or done == 1:
                 loop.log(done)
             # Before an evaluation, which may take longer than the grace that a stopped job is given.
-            if due(run.config.checkpoint_every, done) or look or stop:
+            if due(run.config.checkpoint_every, done) or evaluate or stop:
                 loop.save(done)
-            if stop and (look or done < plan.total_steps):
+            if stop and (evaluate or done < plan.total_steps):
                 raise Interrupted(f"stopped at step {done} of {plan.total_steps} with a checkpoint; run again to go on")
-            if evaluate and look:
-                loop.evaluate(done, evaluate)
+            if evaluation and evaluate:
+                loop.evaluate(done, evaluation)
     return loop.latest
 
 
-class _Loop:
+class _Loop(Generic[B]):
     """The state of one `fit`, and what happens in a step, in a log row and in a checkpoint."""
 
-    def __init__(
-        self,
-        run: Run,
-        model: nn.Module,
-        spec: Mapping[str, Any],
-        plan: StepPlan,
-        optim: OptimConfig,
-        layer_ids: Mapping[str, int] | None,
-        best: str | None,
-        ema: EmaConfig,
-        grad_norms: GradNorms | None,
-    ) -> None:
-        self.run, self.spec, self.plan, self.optim, self.best = run, spec, plan, optim, best
-        self.plain_model = model
-        groups = parameter_groups(model, optim.weight_decay, layer_ids, optim.layer_decay)
+    def __init__(self, task: Task[B], run: Run, plan: StepPlan, optim: OptimConfig) -> None:
+        self.task, self.run, self.plan, self.optim = task, run, plan, optim
+        self.plain_model = task.model
+        groups = parameter_groups(task.model, optim.weight_decay, task.layer_ids, optim.layer_decay)
         self.plain_optimizer = build_adamw(groups, optim)
-        self.ema = build_ema(model.to(run.device), ema)
-        self.result = self.ema.module if self.ema else model  # what is evaluated, and read from checkpoints
+        self.ema = build_ema(task.model.to(run.device), task.ema)
+        self.result = self.ema.module if self.ema else task.model  # what is evaluated, and read from checkpoints
         if run.resumed:
-            restore(run.resumed, model, self.plain_optimizer, self.result)
+            restore(run.resumed, task.model, self.plain_optimizer, self.result)
         if run.config.compile:
             # In place: names in checkpoints stay. And before DDP wraps it: what is compiled inside DDP's forward is cut
             # at its buckets (torch's DDPOptimizer), so that each is sent while the backward goes on.
-            model.compile()
-        self.model, self.optimizer = run.accelerator.prepare(model, self.plain_optimizer)
+            task.model.compile()
+        self.model, self.optimizer = run.accelerator.prepare(task.model, self.plain_optimizer)
         self.schedule = optim.schedule(plan.batch_size, plan.steps_per_epoch, plan.total_steps)
         self.meter = Meter(run.device, run.resumed.meter if run.resumed else None)
         self.generators = generators_of(run.device)
@@ -141,8 +106,8 @@ class _Loop:
         self.last_good: Path | None = run.resumed.path if run.resumed else None
         self.writer = MetricsWriter(run.folder / "metrics.jsonl", run.start_step, writes=run.is_main)
         self.latest: dict[str, Any] = (run.resumed.metrics if run.resumed else {}) | self.writer.latest
-        self.best_value = self._former_best() if best and run.resumed else float("-inf")
-        self.grad_norms = grad_norms
+        self.best = task.evaluation.best if task.evaluation else None
+        self.best_value = self._former_best() if self.best and run.resumed else float("-inf")
         self.watch = Stopwatch()
 
     def _former_best(self) -> float:
@@ -158,22 +123,22 @@ class _Loop:
             return float("-inf")
         return float(former.metrics.get(self.best, "-inf"))
 
-    def train_step(self, step: int, batches: Iterator[B], losses: Losses[B]) -> None:
+    def train_step(self, step: int, batches: Iterator[B]) -> None:
         self.model.train()
         set_lr(self.plain_optimizer, self.schedule(step))
         for micro in range(self.plan.accum_iter):
             batch = self._next(batches)
-            if self.grad_norms and micro == 0 and self.grad_norms.due(step):
-                self.meter.norms |= self._single_losses(self.grad_norms, step, batch, losses)
+            if self.task.grad_norms and micro == 0 and self.task.grad_norms.due(step):
+                self.meter.norms |= self._single_losses(self.task.grad_norms, step, batch)
             # Only now: starting the loader draws from the global generators too, after a resume and not before.
             self._seed(step, micro)
             if micro + 1 < self.plan.accum_iter:
                 with self.run.accelerator.no_sync(self.model):
-                    self._backward(batch, losses)
+                    self._backward(batch)
             else:
-                self._backward(batch, losses)
+                self._backward(batch)
             if self.peak and self.flops is None:
-                self.flops = self._count_flops(batch, losses)
+                self.flops = self._count_flops(batch)
         self._clip(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -182,8 +147,8 @@ class _Loop:
         self.watch.steps += 1
         self.bar.advance(1)
 
-    def _backward(self, batch: B, losses: Losses[B]) -> None:
-        values = losses(self.model, batch)
+    def _backward(self, batch: B) -> None:
+        values = self.task.losses(self.model, batch)
         self.run.accelerator.backward(values["loss"] / self.plan.accum_iter)
         self.meter.add(values)
 
@@ -193,27 +158,27 @@ class _Loop:
         self.watch.waited += time.perf_counter() - began
         return batch
 
-    def _single_losses(self, grad_norms: GradNorms, step: int, batch: B, losses: Losses[B]) -> dict[str, Tensor]:
+    def _single_losses(self, grad_norms: GradNorms, step: int, batch: B) -> dict[str, Tensor]:
         """By the model itself, not by DDP's wrapper of it, which would count the extra passes as a step's."""
 
-        def run() -> dict[str, Tensor]:
+        def losses() -> dict[str, Tensor]:
             self._seed(step, 0)
-            return self._eagerly(batch, losses)
+            return self._eagerly(batch)
 
         began = time.perf_counter()
-        norms = grad_norms.measure(run)
+        norms = grad_norms.measure(losses)
         self.watch.leave_out(time.perf_counter() - began)
         return norms
 
-    def _eagerly(self, batch: B, losses: Losses[B]) -> dict[str, Tensor]:
+    def _eagerly(self, batch: B) -> dict[str, Tensor]:
         # Compiled under another context than the step's, it would be compiled for the step once more.
         with torch.compiler.set_stance("force_eager"), self.run.accelerator.autocast():
-            return losses(self.plain_model, batch)
+            return self.task.losses(self.plain_model, batch)
 
-    def _count_flops(self, batch: B, losses: Losses[B]) -> float:
+    def _count_flops(self, batch: B) -> float:
         """Of an image. After a real step, and before the next one sets its random numbers."""
         began = time.perf_counter()
-        flops = count_flops(self.plain_model, lambda: self._eagerly(batch, losses))
+        flops = count_flops(self.plain_model, lambda: self._eagerly(batch))
         self.watch.leave_out(time.perf_counter() - began)
         return flops * self.plan.accum_iter * self.plan.processes / self.plan.batch_size
 
@@ -250,19 +215,19 @@ class _Loop:
         self.bar.advance(0, loss=note, img_s=f"{row['images_per_s']:.0f}", wait=f"{wait:.0%}")
         self.watch.reset()
 
-    def catch_up(self, evaluate: Evaluate) -> None:
+    def catch_up(self, evaluation: Evaluation) -> None:
         """Evaluate the checkpoint gone on from, if the run was stopped before it could."""
         done = self.run.start_step
         if self.run.any_process(not self.writer.was_evaluated(done)):
-            self.evaluate(done, evaluate)
+            self.evaluate(done, evaluation)
 
-    def evaluate(self, done: int, evaluate: Evaluate) -> None:
+    def evaluate(self, done: int, evaluation: Evaluation) -> None:
         began = time.perf_counter()
         self._check_finite(done, weights=True)  # nothing else may become the best
         self.result.eval()
         # Not inference mode: tensors born in it, as a moved model's buffers, could take no part in training.
         with torch.no_grad(), self.run.accelerator.autocast(), self.garbage.as_ever():
-            values = evaluate(self.result, done)
+            values = evaluation.measure(self.result, done)
         self.latest |= values
         if self.best and values.get(self.best, float("-inf")) > self.best_value:
             self.best_value, saving = values[self.best], time.perf_counter()
@@ -294,7 +259,7 @@ class _Loop:
         path = self.run.checkpoints / name
         if self.run.is_main:
             of_run: dict[str, Any] = {"identity": self.run.identity, "config": self.run.config, "metrics": self.latest}
-            save_checkpoint(path, self.result, self.spec, step=done, **of_run, **state)
+            save_checkpoint(path, self.result, self.task.spec, step=done, **of_run, **state)
         return path
 
     def _mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -304,8 +269,9 @@ class _Loop:
         means = self.run.accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean")
         return dict(zip(values, means.tolist(), strict=True))
 
-    def progress(self, label: str) -> Progress:
-        self.bar = Progress(self.plan.total_steps, label, "step", done=self.run.start_step, show=self.run.is_main)
+    def progress(self) -> Progress:
+        done, show = self.run.start_step, self.run.is_main
+        self.bar = Progress(self.plan.total_steps, self.task.name, "step", done=done, show=show)
         return self.bar
 
     def _write(self, done: int, row: dict[str, Any]) -> None:

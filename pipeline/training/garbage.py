@@ -16,9 +16,11 @@ class FixedCollection:
     def __enter__(self) -> "FixedCollection":
         self._was_enabled = gc.isenabled()
         gc.disable()
+        gc.freeze()  # libraries and the model stay: no collection need look at their millions of objects again
         return self
 
     def __exit__(self, *_: object) -> None:
+        gc.unfreeze()
         if self._was_enabled:
             gc.enable()
 

@@ -13,7 +13,6 @@ import json
 import logging
 import uuid
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,8 @@ from pydantic import Field
 
 from pipeline.config import Config, PathField, save_config
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.processes import open_accelerator, without_cuda
+from pipeline.processes import open_accelerator, processes, without_cuda
+from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.training.interruption import Interrupted
 
@@ -51,39 +51,30 @@ class RunConfig(Config):
     wandb: bool = False
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """How many steps, of how many images, split how."""
+def plan_steps(config: RunConfig, images: int, per_image: int = 1) -> StepPlan:
+    """Divide `images` an epoch into global batches; the remainder goes unseen that epoch.
 
-    steps_per_epoch: int
-    total_steps: int
-    batch_size: int  # global, in trained images
-    accum_iter: int
-    processes: int
+    Args:
+        per_image: masks that are trained of each image; batch_size counts masks.
 
-    @classmethod
-    def of(cls, images: int, config: RunConfig, processes: int, per_image: int = 1) -> "StepPlan":
-        """Divide `images` an epoch into global batches; the remainder goes unseen that epoch.
-
-        `per_image` masks are trained of each image read: batch_size counts trained masks.
-
-        Raises:
-            TrainingError: the batch doesn't divide, or an epoch holds less than one batch.
-        """
-        unit = processes * config.accum_iter * per_image
-        if config.batch_size % unit:
-            raise TrainingError(
-                f"batch_size={config.batch_size} is no multiple of {unit} ({processes} processes x "
-                f"accum_iter={config.accum_iter} x {per_image} masks a sample): choose for instance "
-                f"{max(unit, config.batch_size // unit * unit)}"
-            )
-        steps = images // (config.batch_size // per_image)
-        if not steps:
-            raise TrainingError(
-                f"batch_size={config.batch_size} asks for more than the {images} images of an epoch: lower batch_size"
-            )
-        total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
-        return cls(steps, total, config.batch_size, config.accum_iter, processes)
+    Raises:
+        TrainingError: the batch doesn't divide, or an epoch holds less than one batch.
+    """
+    state, batch_size = processes(), config.batch_size
+    unit = state.num_processes * config.accum_iter * per_image
+    if batch_size % unit:
+        raise TrainingError(
+            f"batch_size={batch_size} is no multiple of {unit} ({state.num_processes} processes x "
+            f"accum_iter={config.accum_iter} x {per_image} masks a sample): choose for instance "
+            f"{max(unit, batch_size // unit * unit)}"
+        )
+    steps = images // (batch_size // per_image)
+    if not steps:
+        raise TrainingError(
+            f"batch_size={batch_size} asks for more than the {images} images of an epoch: lower batch_size"
+        )
+    total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
+    return StepPlan(steps, total, batch_size, config.accum_iter, state.num_processes, state.process_index, per_image)
 
 
 class Run:
@@ -183,11 +174,11 @@ class Run:
 
     def _agree(self) -> None:
         """Processes that went on from different steps, or with different samples, would train apart in silence."""
-        mine = {"step": self.start_step, **self.identity}
-        everyone = gather_object([json.dumps(mine, sort_keys=True)])
-        if len(set(everyone)) > 1:
-            views = [json.loads(each) for each in everyone]
-            key = next(key for key in mine if any(view[key] != mine[key] for view in views))
+        identity = {"step": self.start_step, **self.identity}
+        answers = gather_object([json.dumps(identity, sort_keys=True)])
+        if len(set(answers)) > 1:
+            views = [json.loads(answer) for answer in answers]
+            key = next(key for key in identity if any(view[key] != identity[key] for view in views))
             raise CheckpointError(
                 f"the processes disagree on {key} ({', '.join(sorted({str(view[key]) for view in views}))}): output, "
                 "cache and data must be the same for all of them, on a disk that they share or as equal copies"

@@ -147,7 +147,7 @@ def test_extraction_is_that_of_a_cpu(image_tree: Path, precision: str) -> None:
     for device, kind in ((torch.device("cpu"), torch.float32), (DEVICE, dtype)):
         extractor = Extractor(source, views, [load_teacher(choice, device, kind)], 8, 0, "zarr")
         batch = next(iter(extractor._render_batches(range(8), views)))
-        (out,) = extractor._look(batch)
+        (out,) = extractor._forward(batch)
         found.append((out.tokens.float().cpu(), out.attention.float().cpu()))  # type: ignore[union-attr]
     (tokens, attention), (others, elsewhere) = found
     cosine = F.cosine_similarity(tokens, others, dim=-1)

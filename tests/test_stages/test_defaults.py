@@ -6,7 +6,6 @@ Only what decides the size is given: paths, a micro model, a small batch and few
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ import cli
 from pipeline.assembly.samples import PretrainDataset
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset
-from pipeline.data.masks import visible_count
+from pipeline.data.masks import MaskSampler, visible_count
 from pipeline.data.views import ViewConfig
 from pipeline.detection import DetectionDataset, JitterConfig, open_coco
 from stages.finetune import AugmentConfig, FinetuneConfig, _augment, _Losses
@@ -76,9 +75,10 @@ def test_finetunes_recipe_takes_two_thousand_images(source: ImageSource, noise: 
 
 def test_pretrainings_views_and_masks_take_two_thousand_images(source: ImageSource) -> None:
     views = ViewConfig().model_copy(update={"image_size": SIDE})
-    keep = visible_count(16, MaskConfig().mask_ratio)
-    options: dict[str, Any] = {"rows": "none", "masks_per_sample": MaskConfig().masks_per_sample, "seed": 0}
-    dataset = PretrainDataset(source, {}, views, patches=16, keep=keep, focus="random", **options)
+    defaults = MaskConfig()
+    keep = visible_count(16, defaults.mask_ratio)
+    masks = MaskSampler(16, keep, "random", seed=0, count=defaults.masks_per_sample)
+    dataset = PretrainDataset(source, {}, views, masks, "none")
     batch = dataset.__getitems__(REQUESTS)
     assert batch.images.shape == (2000, 3, SIDE, SIDE)
     assert batch.ids_keep is not None

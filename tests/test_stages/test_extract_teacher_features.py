@@ -24,6 +24,7 @@ from pipeline.data import rendering
 from pipeline.data import views as view_module
 from pipeline.data.decoding import decode
 from pipeline.data.images import open_images
+from pipeline.data.masks import MaskSampler
 from pipeline.data.views import View, ViewConfig, render, to_chw, view_of_epoch
 from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
 from pipeline.teachers import Teacher
@@ -474,7 +475,7 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
 ) -> None:
     """Whatever the disk does, at most two shards are being written while another is being filled."""
     taught, written, ahead = [0], [0], []
-    write, finish = CacheWriter.write_shard, extraction._Filling.finish
+    write, finish = CacheWriter.write_shard, extraction.ShardInProgress.finish
 
     def slowly(self: CacheWriter, shard: int, data: ShardData) -> None:
         time.sleep(0.2)
@@ -487,7 +488,7 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
         return finish(self, times)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(CacheWriter, "write_shard", slowly)
-    monkeypatch.setattr(extraction._Filling, "finish", finishing)
+    monkeypatch.setattr(extraction.ShardInProgress, "finish", finishing)
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", cache__samples_per_shard=2))
     assert taught == written == [12]
     assert max(ahead) == 3
@@ -539,10 +540,8 @@ def test_every_stage_renders_by_the_caches_interpolation(
     before, reader, source = content(path), open_cache(path), open_images(str(image_tree))
     policy = ViewConfig.model_validate({**size, "interpolation": interpolation})
     seen = rendering.ViewRenderer(source, policy, store == "webdataset").__getitems__([(0, i) for i in range(24)])
-    dataset = PretrainDataset(
-        source, {"teacher": reader}, views_of({"teacher": reader}),
-        patches=9, keep=2, focus="random", rows="none", masks_per_sample=1, seed=0,
-    )  # fmt: skip
+    masks = MaskSampler(9, 2, "random", seed=0)
+    dataset = PretrainDataset(source, {"teacher": reader}, views_of({"teacher": reader}), masks, "none")
     for epoch in range(2):
         shown = dataset.__getitems__([(epoch, index) for index in range(24)]).images
         for index in range(24):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.assembly import caches
+from pipeline.assembly import caches, knowledge
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.cache import open_cache
 from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError, TrainingError
@@ -258,9 +258,9 @@ def test_a_repair_between_stop_and_resume_is_said(
     make_cache: Make, image_tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     common = inputs(make_cache(), image_tree)
-    live = pretrain.live_samples
+    live = knowledge.live_samples
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "live_samples", lambda caches: live(caches)[:-1])
+        patch.setattr(knowledge, "live_samples", lambda caches: live(caches)[:-1])
         pretrain.run(pretrain_config(tmp_path / "run", **{**common, "max_steps": 2}))
     with caplog.at_level("WARNING"):
         pretrain.run(pretrain_config(tmp_path / "run", **common))

@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from pipeline.assembly.caches import live_samples, open_caches, views_of
-from pipeline.assembly.samples import PretrainBatch, PretrainDataset
-from pipeline.data.images import open_images
-from pipeline.data.loader import StepSampler, load
+from pipeline.assembly.knowledge import open_cached
+from pipeline.assembly.samples import PretrainBatch
+from pipeline.data.loader import Samples
+from pipeline.data.masks import MaskSampler
 from pipeline.data.order import EpochOrder
 from pipeline.data.slots import Page
 from pipeline.errors import ConfigError
+from pipeline.steps import StepPlan
 
 GLOBAL, EPOCHS = 8, 3
 
@@ -29,12 +29,11 @@ def stream(
     cache: Path, images: Path, workers: int, rank: int = 0, processes: int = 1, start: int = 0, steps: int = 9
 ) -> Iterator[PretrainBatch]:
     """Two micro-batches a step."""
-    caches = open_caches({"": cache})
-    source = None if cache.name == "webdataset" else open_images(str(images))
-    shape: dict[str, Any] = {"patches": 16, "keep": 4, "focus": "sampled", "rows": "visible"}
-    dataset = PretrainDataset(source, caches, views_of(caches), **shape, masks_per_sample=1, seed=3)
-    order = EpochOrder(live_samples(caches), 3, "full", 8, 2)
-    return load(dataset, StepSampler(order, GLOBAL, 2, rank, processes, start, steps), workers)
+    knowledge = open_cached({"": cache}, None if cache.name == "webdataset" else str(images), None)
+    dataset = knowledge.dataset(MaskSampler(16, 4, "sampled", seed=3), "visible")
+    order = EpochOrder(knowledge.samples, 3, "full", 8, 2)
+    plan = StepPlan(len(order) // GLOBAL, steps, GLOBAL, 2, processes, rank)
+    return Samples(dataset, order, workers).batches(plan, start)
 
 
 def global_batches(streams: list[Iterator[PretrainBatch]]) -> list[dict[str, bytes]]:

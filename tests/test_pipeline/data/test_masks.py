@@ -1,12 +1,21 @@
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.stats import chisquare
 
-from pipeline.data.masks import Focus, draw_masks, visible_count
+from pipeline.data.masks import Focus, MaskSampler, visible_count
 
 ATTENTION = np.random.default_rng(0).dirichlet(np.full(64, 0.5)).astype(np.float16)
+
+
+def draw_masks(
+    attention: NDArray[Any] | None, samples: list[tuple[int, int]], patches: int, keep: int, focus: Focus, seed: int,
+    count: int = 1,
+) -> NDArray[np.int64]:  # fmt: skip
+    return MaskSampler(patches, keep, focus, seed, count).draw(attention, samples)
 
 
 def samples(count: int) -> list[tuple[int, int]]:

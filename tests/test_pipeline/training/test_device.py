@@ -17,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.evaluation import knn
 from pipeline.models import build_student
+from pipeline.steps import StepPlan
 from pipeline.training import device as device_module
 from pipeline.training.device import describe_step, float32_products_of, generators_of
 from pipeline.training.flops import count_flops, peak_tflops
 from pipeline.training.garbage import FixedCollection
 from pipeline.training.metrics import Meter, read_metrics
-from pipeline.training.run import RunConfig, StepPlan
+from pipeline.training.run import RunConfig
 from tests.test_pipeline.training.test_engine import Training, rows
 
 CPU = torch.device("cpu")
@@ -35,6 +36,7 @@ def test_garbage_is_collected_at_fixed_steps_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gc, "collect", lambda *generation: collected.append(generation))
     assert gc.isenabled()
     with suppress(KeyError), FixedCollection() as garbage:
+        assert gc.get_freeze_count() > 1000  # what was there before is looked at no more
         for done in range(1, 101):
             garbage.step(done)
             assert not gc.isenabled()
@@ -44,6 +46,7 @@ def test_garbage_is_collected_at_fixed_steps_alone(monkeypatch: pytest.MonkeyPat
         garbage.all()
         raise KeyError
     assert gc.isenabled()  # also after an error
+    assert gc.get_freeze_count() == 0
     assert collected == [(1,), (1,), ()]
 
 

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.errors import TrainingError
+from pipeline.steps import StepPlan
 from pipeline.training import checkpoint, engine
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.interruption import Interrupted
 from pipeline.training.metrics import MetricsWriter
 from pipeline.training.optim import OptimConfig
-from pipeline.training.run import Run, RunConfig, StepPlan
+from pipeline.training.run import Run, RunConfig
+from pipeline.training.task import Evaluation, Task
 
 STEPS, ACCUM = 12, 2
 OF_TIME = {"images_per_s", "data_wait", "checkpoint_s", "memory_gib"}
@@ -51,20 +53,15 @@ class Training:
         torch.manual_seed(0)
         keys = {"output": str(self.output), "tensorboard": False, "log_every": 5, "checkpoint_every": 3} | self.config
         run = Run(RunConfig.model_validate({"batch_size": 4, "accum_iter": ACCUM, **keys}), {"seed": 0})
+        evaluation = Evaluation(self._evaluate, self.evaluate_every, "score") if self.evaluate_every else None
         return fit(
+            Task("train", nn.Linear(3, 2), {"kind": "test"}, self._losses, self, evaluation),
             run,
-            nn.Linear(3, 2),
-            {"kind": "test"},
-            self._losses,
-            self._batches,
             StepPlan(4, STEPS, 4, ACCUM, 1),
             OptimConfig.model_validate({"lr": 0.01, "warmup_epochs": 0, **self.optim}),
-            evaluate=self._evaluate if self.evaluate_every else None,
-            evaluate_every=self.evaluate_every,
-            best="score",
         )
 
-    def _batches(self, start: int) -> Iterator[Tensor]:
+    def batches(self, _plan: StepPlan, start: int) -> Iterator[Tensor]:
         self.start = start
         for step in range(start, STEPS):
             for micro in range(ACCUM):

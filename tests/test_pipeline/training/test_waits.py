@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import pixels
+from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, LiveKnowledge
 from pipeline.assembly.samples import PretrainBatch
-from pipeline.assembly.targets import CachedTargets, OnlineTargets, Targets
 from pipeline.cache import Quantiser
 from pipeline.data.labelled import LabelledBatch
+from pipeline.data.masks import MaskSampler
+from pipeline.data.views import ViewConfig
 from pipeline.models import build_classifier, build_student
+from pipeline.steps import StepPlan
 from pipeline.teachers import build_teacher
 from pipeline.training import engine
-from pipeline.training.ema import EmaConfig
 from pipeline.training.optim import OptimConfig
-from pipeline.training.run import RunConfig, StepPlan
+from pipeline.training.run import RunConfig
+from pipeline.training.task import Task
 from stages import finetune, pretrain
 from tests.fake_cuda import CUDA, fake_cuda, to_fake
 
@@ -65,12 +68,13 @@ def waits(
     pixels._STATISTICS[CUDA] = torch.ones(1, 3, 1, 1, device=CUDA), torch.ones(1, 3, 1, 1, device=CUDA)
     run: Any = FakeRun(folder, model)
     plan, optim = StepPlan(4, 8, 8, 2, 1), OptimConfig(clip_grad=1.0)
-    loop = engine._Loop(run, model, {}, plan, optim, None, None, EmaConfig(), None)
-    loop.progress("test")
+    samples: Any = None  # each step is handed its batches
+    loop = engine._Loop(Task("test", model, {}, losses, samples), run, plan, optim)
+    loop.progress()
     for step in range(3):
         if step == 1:
             waited.clear()
-        loop.train_step(step, iter([batch, batch]), losses)  # type: ignore[arg-type]
+        loop.train_step(step, iter([batch, batch]))
     return waited
 
 
@@ -89,15 +93,19 @@ def test_pretraining(tmp_path: Path, name: str, lane: str) -> None:
             stored, scale = torch.zeros(4, 4, 192, dtype=torch.int8), torch.ones(4, 4, dtype=torch.float16)
             gumbel = torch.zeros(4, 16, dtype=torch.float64)
         batch = PretrainBatch(images, ids_keep, {}, torch.arange(4))
-        targets: Targets = CachedTargets({})
+        images_and_views: Any = {"source": None, "views": ViewConfig(image_size=64)}
+        knowledge: Knowledge = LiveKnowledge({}, **images_and_views)
         if lane == "cached":
             batch.targets["t"] = stored, scale
             quantiser = Quantiser("int8", np.zeros(192, np.float32), np.ones(192, np.float32))
-            targets = CachedTargets({"t": quantiser.dequantise})
+            reader: Any = SimpleNamespace(header=SimpleNamespace(quantiser=quantiser))
+            knowledge = CachedKnowledge({"t": reader}, **images_and_views, samples=np.arange(4))
         elif teacher:
             batch.ids_keep, batch.gumbel = None, gumbel
-            targets = OnlineTargets({"t": to_fake(teacher)}, 4, "visible", 1)  # type: ignore[dict-item]
-        assert waits(tmp_path, waited, to_fake(student), batch, pretrain._Losses(targets)) == []
+            knowledge = LiveKnowledge({"t": to_fake(teacher)}, **images_and_views)  # type: ignore[dict-item]
+        dataset = knowledge.dataset(MaskSampler(16, 4, "sampled", seed=0), student.target_rows)
+        losses = pretrain._Losses(knowledge.targets(dataset))
+        assert waits(tmp_path, waited, to_fake(student), batch, losses) == []
 
 
 @pytest.mark.parametrize("augment", ["default", "plain"])

@@ -1,0 +1,224 @@
+"""What a student mimics: targets from caches, or from live teachers, of which there may be none (plain MAE).
+
+Both kinds know the images, the views and the samples of a run, the shape of its targets, the data set that the workers
+read, and how a batch on the device gets its targets. Views and masks are the same functions of (seed, epoch, index) for
+both, so a live teacher and its cache show a student the same thing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.assembly.caches import check_records, live_samples, match_images, open_caches, views_of
+from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.samples import PretrainBatch, PretrainDataset
+from pipeline.cache import CacheReader
+from pipeline.data.images import ImageSource, open_images
+from pipeline.data.masks import MaskSampler, select_visible
+from pipeline.data.readable import check_readable
+from pipeline.data.views import ViewConfig
+from pipeline.errors import ConfigError
+from pipeline.models.masking import complement, gather_tokens
+from pipeline.teachers import Teacher, run_teachers, share_backbones
+
+# A batch on the device → (ids_keep int64 [B, K], teacher → raw tokens float32 [B, R, D])
+Targets = Callable[[PretrainBatch], tuple[Tensor, dict[str, Tensor]]]
+Statistics = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # teacher → mean and deviation [D]
+
+_CALIBRATION = 256  # images that tell a live teacher's channel statistics, as in extraction
+_BLOCK = 1024  # samples that an order of blocks takes together where there are no shards
+
+
+@dataclass(frozen=True)
+class CachedKnowledge:
+    """Targets that were extracted before.
+
+    Attributes:
+        caches: teacher → reader; they agree on images and views.
+        source: the images; None where the first cache stores the views.
+    """
+
+    caches: dict[str, CacheReader]
+    source: ImageSource | None
+    views: ViewConfig
+    samples: NDArray[np.int64]  # ascending
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Channels of each teacher's tokens."""
+        return {name: cache.header.dim for name, cache in self.caches.items()}
+
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """(h, w) cells of each teacher's tokens."""
+        return {name: cache.header.grid for name, cache in self.caches.items()}
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the first teacher has something to focus by."""
+        return self._first.header.attention != "none"
+
+    @property
+    def block(self) -> int:
+        """Samples that lie together."""
+        return self._first.header.samples_per_shard
+
+    @property
+    def _first(self) -> CacheReader:
+        return next(iter(self.caches.values()))
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it goes on from; fingerprints know the images."""
+        return {"caches": {name: cache.header.fingerprint for name, cache in self.caches.items()}, "data": None}
+
+    def statistics(self, _target_norm: str, _workers: int) -> Statistics:
+        """The channel statistics that the caches were quantised by."""
+        quantisers = {name: cache.header.quantiser for name, cache in self.caches.items()}
+        return {name: (q.mean, q.std) for name, q in quantisers.items() if q.name == "int8"}
+
+    def check(self, seed: int, count: int) -> str:
+        """See `check_records`."""
+        return check_records(self.caches, self.source, self.samples, seed, count)
+
+    def dataset(self, masks: MaskSampler, rows: str) -> PretrainDataset:
+        return PretrainDataset(self.source, self.caches, self.views, masks, rows)
+
+    def targets(self, _dataset: PretrainDataset) -> Targets:
+        """The rows that the workers read, dequantised on the device."""
+        dequantise = {name: cache.header.quantiser.dequantise for name, cache in self.caches.items()}
+
+        def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            assert batch.ids_keep is not None
+            return batch.ids_keep, {name: dequantise[name](*stored) for name, stored in batch.targets.items()}
+
+        return targets
+
+
+@dataclass(frozen=True)
+class LiveKnowledge:
+    """Teachers that look at every batch, which is what a cache saves; without any, plain MAE.
+
+    Attributes:
+        teachers: name → teacher; those of equal weights share one forward. The first one's attention is the focus.
+    """
+
+    teachers: dict[str, Teacher]
+    source: ImageSource
+    views: ViewConfig
+
+    block = _BLOCK
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        return np.arange(len(self.source), dtype=np.int64)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Channels of each teacher's tokens."""
+        return {name: teacher.dim for name, teacher in self.teachers.items()}
+
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """(h, w) cells of each teacher's tokens."""
+        return {name: teacher.grid for name, teacher in self.teachers.items()}
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the first teacher has something to focus by."""
+        return any(teacher.has_attention for teacher in list(self.teachers.values())[:1])
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it goes on from."""
+        live = {name: teacher.identity() for name, teacher in self.teachers.items()}
+        return {"caches": {}, "data": self.source.digest()} | ({"teachers": live} if live else {})
+
+    def recall(self, identity: Mapping[str, Any]) -> None:
+        """Let teachers go on by the digest that a run of before recorded, if that was of resampled weights."""
+        recorded = identity.get("teachers", {})
+        for name in self.teachers.keys() & recorded.keys():
+            self.teachers[name].recognises(recorded[name]["weights_sha256"])
+
+    def statistics(self, target_norm: str, workers: int) -> Statistics:
+        """The channel statistics of the first images' tokens, where `target_norm` asks for them."""
+        if not self.teachers or target_norm == "layernorm":
+            return {}
+        extractor = Extractor(self.source, self.views, list(self.teachers.values()), 64, workers, store="zarr")
+        quantisers = extractor.calibrate("int8", _CALIBRATION)
+        return {name: (q.mean, q.std) for name, q in zip(self.teachers, quantisers, strict=True)}
+
+    def dataset(self, masks: MaskSampler, rows: str) -> PretrainDataset:
+        return PretrainDataset(self.source, {}, self.views, masks, rows, online=bool(self.teachers))
+
+    def targets(self, dataset: PretrainDataset) -> Targets:
+        """What the teachers say of a batch's views; each distinct view is shown to them once."""
+        teachers, repeats, rows = list(self.teachers.values()), dataset.masks.count, dataset.rows
+        share_backbones(teachers)
+
+        def of_each_mask(values: Tensor) -> Tensor:
+            return values.repeat_interleave(repeats, 0) if repeats > 1 else values
+
+        @torch.no_grad()
+        def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            outputs = run_teachers(teachers, batch.images[::repeats]) if teachers else []
+            ids_keep = batch.ids_keep
+            if ids_keep is None:
+                attention = outputs[0].attention
+                assert attention is not None
+                ids_keep = select_visible(of_each_mask(attention), batch.gumbel, dataset.masks.keep)
+            if not outputs or rows == "none":
+                return ids_keep, {}
+            ids = ids_keep if rows == "visible" else complement(ids_keep, outputs[0].tokens.shape[1])
+            tokens = {name: of_each_mask(output.tokens) for name, output in zip(self.teachers, outputs, strict=True)}
+            return ids_keep, {name: gather_tokens(values, ids) for name, values in tokens.items()}
+
+        return targets
+
+
+Knowledge = CachedKnowledge | LiveKnowledge
+
+
+def open_cached(paths: Mapping[str, Path], path: str | None, limit: int | None) -> CachedKnowledge:
+    """Caches, and the images that they were made of.
+
+    Args:
+        paths: teacher → cache; an empty name stands for the cache's own.
+        path: of the images; a cache that stores the views needs none.
+        limit: of the images.
+
+    Raises:
+        CacheError: the caches are unfinished, or don't fit together or to the images.
+        ConfigError: there are no images.
+    """
+    caches = open_caches(paths)
+    source = None
+    if path is not None:
+        source = open_images(path, limit)
+        match_images(caches, source)
+    elif not next(iter(caches.values())).stores_images:
+        raise _no_images()
+    elif limit is not None:
+        raise ConfigError("data.limit chooses among the images of data.path, and there is none: leave it out")
+    return CachedKnowledge(caches, source, views_of(caches), live_samples(caches))
+
+
+def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | None, views: ViewConfig) -> LiveKnowledge:
+    """Images for live teachers, or for none.
+
+    Raises:
+        ConfigError: there are no images. DataError: too many of them can't be read.
+    """
+    if path is None:
+        raise _no_images()
+    source = open_images(path, limit)
+    check_readable(source)  # a cache knows which images can't be read, and leaves them out
+    return LiveKnowledge(dict(teachers), source, views)
+
+
+def _no_images() -> ConfigError:
+    return ConfigError("'data.path' is missing: give data.path=... (only a webdataset cache holds the images)")
