@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -14,6 +15,16 @@ from pipeline.errors import DataError
 from pipeline.tensor_files import save_tensors
 
 log = logging.getLogger(__name__)
+
+
+class FeatureSets(NamedTuple):
+    """Features [N, D] and labels int64 [N] to learn from, and those to be classified; labels are below num_classes."""
+
+    train_x: Tensor
+    train_y: Tensor
+    val_x: Tensor
+    val_y: Tensor
+    num_classes: int
 
 
 def extract_features(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor
 
+from pipeline.evaluation.features import FeatureSets
 from pipeline.evaluation.metrics import topk_accuracy
 from pipeline.processes import float32_products
 
@@ -16,43 +17,36 @@ TRAIN_CHUNK, TEST_CHUNK = 65_536, 512
 
 
 def knn_classify(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    sets: FeatureSets,
     k: int = 20,
     temperature: float | None = 0.07,
     *,
-    num_classes: int,
     device: str | torch.device | None = None,
     shared: bool = False,
 ) -> dict[str, float]:
-    """Classify test features by the vote of their k most similar training features (cosine), compared in fp32.
+    """Classify features by the vote of their k most similar training features (cosine), compared in fp32.
 
     A neighbour of similarity s weighs exp(s / temperature), or 1 with `temperature=None`; equal votes go to the
     lower class.
 
     Args:
-        train_x: [N,D] features; normalised here.
-        train_y: [N] int64 labels.
-        test_x: [M,D]. test_y: [M] int64.
-        k: neighbours; all of them when N is smaller.
+        sets: N training features and M to classify; normalised here.
+        k: neighbours; all of them if N is smaller.
         temperature: of the weights, None for a plain vote.
-        num_classes: C.
-        device: where to compute; None for where `train_x` is.
-        shared: every process calls this with its share of the training features and the same test features; the nearest
-            of all shares vote. `k` may then be more than one process has, but not more than all have.
+        device: where to compute; None for where the training features are.
+        shared: every process calls this with its share of the training features and the same others; the nearest of all
+            shares vote. `k` may then be more than one process has, but not more than all have.
 
     Returns:
         {"top1": ..., "top5": ...}, fractions in 0..1.
     """
-    device = torch.device(device) if device is not None else train_x.device
-    train = F.normalize(train_x.to(device, torch.float32), dim=1)
-    train_labels = train_y.to(device)
+    device = torch.device(device) if device is not None else sets.train_x.device
+    train = F.normalize(sets.train_x.to(device, torch.float32), dim=1)
+    train_labels = sets.train_y.to(device)
     neighbours: list[tuple[Tensor, Tensor]] = []  # similarities and labels
     # In training this runs under autocast, and neighbours lie closer together than bf16 or TF32 can tell.
     with torch.autocast(device.type, enabled=False), float32_products("highest"):
-        for rows in torch.split(test_x, TEST_CHUNK):
+        for rows in torch.split(sets.val_x, TEST_CHUNK):
             test = F.normalize(rows.to(device, torch.float32), dim=1)
             similarity, indices = _nearest(test, train, min(k, len(train)))
             neighbours.append((similarity, train_labels[indices]))
@@ -60,8 +54,8 @@ def knn_classify(
         if shared:
             similarity, labels = _nearest_of_all(similarity, labels, k)
         chunks = zip(torch.split(similarity, TEST_CHUNK), torch.split(labels, TEST_CHUNK), strict=True)
-        votes = torch.cat([_vote(*chunk, num_classes, temperature) for chunk in chunks])
-    return topk_accuracy(votes, test_y.to(device))
+        votes = torch.cat([_vote(*chunk, sets.num_classes, temperature) for chunk in chunks])
+    return topk_accuracy(votes, sets.val_y.to(device))
 
 
 def _nearest_of_all(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.evaluation.features import FeatureSets
 from pipeline.evaluation.metrics import topk_accuracy
 
 # LARS (arXiv 1708.03888): a step's length is this share of the weights' norm, times the learning rate.
@@ -87,12 +88,8 @@ class ProbeHeads:
 
 
 def linear_probe(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    sets: FeatureSets,
     *,
-    num_classes: int,
     epochs: int = 90,
     batch_size: int = 256,
     lrs: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
@@ -102,23 +99,21 @@ def linear_probe(
     """Train one linear layer for each learning rate on frozen features, and measure them all.
 
     Args:
-        train_x: [N,D] features. train_y: [N] int64.
-        test_x: [M,D]. test_y: [M] int64.
-        num_classes: C.
+        sets: N features to train on, and those to measure.
         epochs: passes over the training features; an incomplete last batch is left out of each.
         batch_size: samples a step, 2 or more (for the norm) and at most N.
         lrs: peak learning rates. MAE's is 0.1 · batch_size / 256 for 1.28 M images; LARS moves weights by a fixed
             share a step, so small sets, which take few steps, want up to a hundred times more.
         seed: of the first weights and the order of samples.
-        device: where to train; None for where `train_x` is.
+        device: where to train; None for where the training features are.
 
     Returns:
         {"lr", "top1", "top5"} of the best by top-1, and under "all" the same three for every learning rate.
     """
-    device = torch.device(device) if device is not None else train_x.device
-    x, y = train_x.to(device, torch.float32), train_y.to(device)
+    device = torch.device(device) if device is not None else sets.train_x.device
+    x, y = sets.train_x.to(device, torch.float32), sets.train_y.to(device)
     batch_size = min(batch_size, len(x))
-    heads = ProbeHeads(x.shape[1], num_classes, lrs, seed=seed, device=device)
+    heads = ProbeHeads(x.shape[1], sets.num_classes, lrs, seed=seed, device=device)
     generator = torch.Generator().manual_seed(seed)
     steps = len(x) // batch_size
     for epoch in range(epochs):
@@ -126,7 +121,8 @@ def linear_probe(
         for step in range(steps):
             batch = order[step * batch_size : (step + 1) * batch_size]
             heads.step(x[batch], y[batch], lr_factor(epoch + step / steps, epochs))
-    results = [{"lr": lr, **accuracy} for lr, accuracy in zip(lrs, heads.accuracies(test_x, test_y), strict=True)]
+    accuracies = heads.accuracies(sets.val_x, sets.val_y)
+    results = [{"lr": lr, **accuracy} for lr, accuracy in zip(lrs, accuracies, strict=True)]
     return {**max(results, key=lambda result: result["top1"]), "all": results}
 
 
