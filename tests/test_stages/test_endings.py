@@ -61,7 +61,7 @@ def command(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Comma
             ],
             "knn": [shape(ENCODER), f"data={images}", f"val={images}"],
             "extract-teacher-features": [
-                f"data={images}", "teacher={spec: timm:vit_tiny_patch16_224, weights: random, image_size: 64}",
+                f"data={images}", "teacher={spec: timm:test_vit, weights: random, image_size: 64}",
                 "views={count: 2, image_size: 64}", "batch_size=16",
                 f"cache={{path: {output}, samples_per_shard: 8, quantiser: float16}}",
             ],
