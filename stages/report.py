@@ -5,7 +5,6 @@ runs, such as the demo's, becomes one page with their curves laid over each othe
 """
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.config import Config, PathField
 from pipeline.errors import CheckpointError
 from pipeline.evaluation.page import Listing, Page, Picture, Table, embed_curve, embed_png, render_page
 from pipeline.evaluation.records import read_records
+from pipeline.files import write_text
 from pipeline.training.metrics import read_metrics
 
 _SCORES = ("top1", "top5")
@@ -70,10 +70,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
         ],
     )
     output = config.output or root / "report.html"
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(render_page(page), encoding="utf-8")
-    partial.replace(output)
+    write_text(output, render_page(page))
     return {"page": str(output), "runs": len(runs), "evaluations": len(evaluations), "pictures": len(pictures)}
 
 

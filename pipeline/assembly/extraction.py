@@ -62,11 +62,7 @@ class Extractor:
         share_backbones(self.teachers)
 
     def describe(
-        self,
-        attention: str,
-        samples_per_shard: int,
-        quantisers: Sequence[dict[str, Any]],
-        compression: dict[str, Any] | None = None,
+        self, attention: str, samples_per_shard: int, quantisers: Sequence[dict[str, Any]]
     ) -> list[CacheHeader]:
         """The headers of the caches that this extractor would write, one a teacher."""
         common = {
@@ -78,7 +74,6 @@ class Extractor:
                 "digest": self.source.digest(),
             },
             "preprocessing": preprocessing(self.views, self.store),
-            "compression": compression,
             "views": self.views.model_dump(mode="json"),
             "samples_per_shard": min(samples_per_shard, len(self.source)),  # a zarr chunk is padded to its full size
         }
@@ -214,7 +209,7 @@ class Extractor:
         outputs = self._forward(batch, heads=any(header.attention == "heads" for header in headers))
         targets = []
         for out, header in zip(outputs, headers, strict=True):
-            stored, scale = header.quantiser.quantise(out.tokens, check=False)
+            stored, scale = header.quantiser.quantise(out.tokens)
             fidelity = Fidelity()
             fidelity.update(out.tokens, header.quantiser.dequantise(stored, scale))
             attention = _attention(out, header.attention)

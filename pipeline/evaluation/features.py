@@ -85,7 +85,6 @@ class FeatureFile:
 
     def write(self, features: Tensor) -> None:
         """Keep features [N,D] float32: whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         features = features.contiguous()
         save_tensors({"features": features}, self.path, {**self._description, "xxh3_128": _fingerprint(features)})
 

@@ -1,10 +1,10 @@
 """metrics.json in an output folder: the results of evaluations, one entry for each command, written whole."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_text
 from pipeline.processes import processes
 
 
@@ -12,11 +12,8 @@ def write_record(folder: Path | None, name: str, metrics: dict[str, Any]) -> Non
     """Put `metrics` under `name` into folder/metrics.json. The first process writes; without a folder nobody does."""
     if folder is None or not processes().is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "metrics.json"
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({**read_records(file), name: metrics}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_text(file, json.dumps({**read_records(file), name: metrics}, indent=1) + "\n")
 
 
 def read_records(file: Path) -> dict[str, Any]:
