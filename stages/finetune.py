@@ -267,7 +267,7 @@ def _accuracies(
             logits = [model(normalise(moved.images)).float() for model in models]
             rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
             for row, scores in enumerate(rows):
-                hits[row, :2] += topk_hits(scores, moved.labels, (1, 5))
+                hits[row, :2] += topk_hits(scores, moved.labels)
                 hits[row, 2] += len(moved.labels)
             progress.advance()
     sums = reduce(hits, "sum")

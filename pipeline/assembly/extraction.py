@@ -35,7 +35,7 @@ from pipeline.data.loader import load
 from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.errors import DataError
-from pipeline.teachers import Teacher, TeacherOutput, look_together, share_backbones
+from pipeline.teachers import Teacher, TeacherOutput, run_teachers, share_backbones
 
 
 @dataclass
@@ -218,7 +218,7 @@ class Extractor:
 
     def _forward(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
         views = batch.readable_pixels().to(self.teachers[0].device, non_blocking=True)
-        return look_together(self.teachers, views, heads)
+        return run_teachers(self.teachers, views, heads)
 
     @property
     def _samples_per_batch(self) -> int:

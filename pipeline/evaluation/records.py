@@ -1,4 +1,4 @@
-"""metrics.json in an output folder: what evaluations found, one entry a command, added to and never half-written."""
+"""metrics.json in an output folder: the results of evaluations, one entry for each command, written whole."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from pipeline.processes import processes
 
 
 def write_record(folder: Path | None, name: str, metrics: dict[str, Any]) -> None:
-    """Put `metrics` under `name` into folder/metrics.json, by the first process; nothing without a folder."""
+    """Put `metrics` under `name` into folder/metrics.json. The first process writes; without a folder nobody does."""
     if folder is None or not processes().is_main_process:
         return
     file = folder / "metrics.json"
@@ -19,7 +19,7 @@ def write_record(folder: Path | None, name: str, metrics: dict[str, Any]) -> Non
 def read_records(file: Path) -> dict[str, Any]:
     """The entries of a metrics.json; none where there is no such file, or another program's."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        records = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return records if isinstance(records, dict) else {}

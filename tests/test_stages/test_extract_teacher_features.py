@@ -375,7 +375,7 @@ def several(images: Path, cache: Path, teachers: dict[str, dict[str, Any]], **ch
 THREE: dict[str, dict[str, Any]] = {
     "normed": TEACHER,
     "raw": {**TEACHER, "tokens": "block", "layers": 2},
-    "small": {**TEACHER, "spec": "timm:vit_small_patch16_224", "image_size": 48},
+    "small": {**TEACHER, "spec": "timm:test_vit3", "image_size": 48},
 }
 
 
@@ -443,12 +443,12 @@ def test_non_finite_tokens_stop_the_run_and_name_the_place(
 ) -> None:
     config = extract_config(image_tree, tmp_path / "cache")
     extract_teacher_features.run(config, init_only=True)
-    look = extraction.look_together
+    look = extraction.run_teachers
 
     def broken(*arguments: Any) -> Any:
         return [out._replace(tokens=out.tokens.index_fill(1, torch.tensor([3]), np.nan)) for out in look(*arguments)]
 
-    monkeypatch.setattr(extraction, "look_together", broken)
+    monkeypatch.setattr(extraction, "run_teachers", broken)
     with pytest.raises(TeacherError, match=r"tokens near class0/00\.jpg that are not finite"):
         extract_teacher_features.run(config)
     assert open_cache(tmp_path / "cache").missing_shards() == [0, 1, 2]
