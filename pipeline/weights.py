@@ -79,6 +79,25 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps a state dict from fitting a model whose tensors are `expected`, in one line; empty if it fits."""
+    reshaped = [
+        f"{key} {list(value.shape)} for {list(expected[key].shape)}"
+        for key, value in state.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "extra": [key for key in state if key not in expected],
+        "of another shape": reshaped,
+    }
+    return "; ".join(f"{label}: {_first(names)}" for label, names in problems.items() if names)
+
+
+def _first(names: list[str], shown: int = 6) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by the model's own names; of a method that keeps its ViT in `backbone.`, those below it alone."""
     plain, backbone = dict[str, Tensor](), dict[str, Tensor]()

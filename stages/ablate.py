@@ -33,6 +33,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Config, PathField
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.files import write_text
 from pipeline.training.interruption import Interrupted, Interruption
 
 matplotlib.use("Agg")
@@ -178,9 +179,7 @@ def _read(record: Path) -> dict[str, Any]:
 
 
 def _note(record: Path, step: str, entry: dict[str, Any]) -> None:
-    partial = record.with_name(f".{record.name}.partial")
-    partial.write_text(json.dumps({**_read(record), step: entry}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(record)
+    write_text(record, json.dumps({**_read(record), step: entry}, indent=1) + "\n")
 
 
 def _is_done(done: Mapping[str, Any], step: str, what: str, record: Path) -> bool:

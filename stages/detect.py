@@ -16,7 +16,6 @@ The defaults are ConvMAE's recipe of 25 epochs where it is published; docs/detec
 
 import json
 from collections.abc import Generator, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +46,7 @@ from pipeline.detection import (
 )
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.records import write_record
+from pipeline.files import write_text
 from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
@@ -101,9 +101,14 @@ def _train(config: DetectConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     start = read_start(config.init, config.student, config.output)
     model, layers = _build(config, start, train)
-    identity = {"stage": "detect", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
-    identity |= {"init": start.identity, "ema": config.ema.model_dump() if config.ema.decay else None}
-    identity |= {"data": train.digest, "jitter": config.jitter.model_dump(mode="json")}
+    identity = {
+        "stage": "detect",
+        "model": model.spec,
+        "init": start.identity,
+        "ema": config.ema.model_dump() if config.ema.decay else None,
+        "data": train.digest,
+        "jitter": config.jitter.model_dump(mode="json"),
+    }
     training = Run(config.model_copy(update={"student": start.student}), identity)
     plan = plan_steps(config, len(train))
     dataset = DetectionDataset(train, config.image_size, jitter=config.jitter, seed=config.seed)
@@ -139,7 +144,7 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
         results = _results(model, val, track(batches, steps, "detect", "batch"), group.device)
         figures = _score(val, results)
         if group.is_main_process:
-            _write(config.output / "predictions.json", results)
+            write_text(config.output / "predictions.json", json.dumps(results) + "\n")
             write_record(config.output, "detect", figures)
             _draw(config, model, val, group.device)
     return figures
@@ -191,13 +196,6 @@ def _score(coco: CocoImages, results: list[dict[str, Any]]) -> dict[str, float]:
     figures = [average_precision(coco, results) if processes().is_main_process else None]
     scored: dict[str, float] = broadcast_object_list(figures)[0]
     return scored
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.rename(path)
 
 
 def _draw(config: DetectConfig, model: Detector, val: CocoImages, device: torch.device) -> None:

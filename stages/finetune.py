@@ -124,9 +124,15 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     size = model.image_size[0]
     plan = plan_steps(config, len(train))
     _check_mixing(config, plan)
-    identity = {"stage": "finetune", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
-    identity |= {"init": start.identity, "data": train.digest(), "augment": config.augment.model_dump(mode="json")}
-    identity |= {"ema": config.ema.model_dump() if config.ema.decay else None, "classes": list(train.classes)}
+    identity = {
+        "stage": "finetune",
+        "model": model.spec,
+        "init": start.identity,
+        "data": train.digest(),
+        "augment": config.augment.model_dump(mode="json"),
+        "ema": config.ema.model_dump() if config.ema.decay else None,
+        "classes": list(train.classes),
+    }
     training = Run(config.model_copy(update={"student": start.student}), identity)
 
     views = ViewConfig(image_size=size, scale=config.augment.scale, hflip=config.augment.hflip, seed=config.seed)
@@ -261,7 +267,7 @@ def _accuracies(
             logits = [model(normalise(moved.images)).float() for model in models]
             rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
             for row, scores in enumerate(rows):
-                hits[row, :2] += topk_hits(scores, moved.labels, (1, 5))
+                hits[row, :2] += topk_hits(scores, moved.labels)
                 hits[row, 2] += len(moved.labels)
             progress.advance()
     sums = reduce(hits, "sum")

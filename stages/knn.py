@@ -35,13 +35,9 @@ def run(config: KnnConfig) -> dict[str, Any]:
     frozen, state = frozen_features(config), processes()
     share = slice(state.process_index, None, state.num_processes)
     result = knn_classify(
-        frozen.train_x[share],
-        frozen.train_y[share],
-        frozen.val_x,
-        frozen.val_y,
+        frozen._replace(train_x=frozen.train_x[share], train_y=frozen.train_y[share]),
         k=min(config.k, len(frozen.train_x)),
         temperature=config.temperature,
-        num_classes=frozen.num_classes,
         device=state.device,
         shared=state.num_processes > 1,
     )

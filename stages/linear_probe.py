@@ -44,11 +44,7 @@ def run(config: LinearProbeConfig) -> dict[str, Any]:
     if steps < _FEW_STEPS:
         log.warning("%d steps train a classifier but little: lower batch_size or raise epochs", steps)
     result = linear_probe(
-        frozen.train_x,
-        frozen.train_y,
-        frozen.val_x,
-        frozen.val_y,
-        num_classes=frozen.num_classes,
+        frozen,
         epochs=config.epochs,
         batch_size=batch_size,
         lrs=tuple(blr * batch_size / 256 for blr in config.blrs),

@@ -241,8 +241,6 @@ def _identity(config: PretrainConfig, knowledge: Knowledge, student: Student) ->
     samples = knowledge.samples
     return knowledge.identity() | {
         "stage": "pretrain",
-        "seed": config.seed,
-        "batch_size": config.batch_size,
         "order": config.order.model_dump(),
         "mask": config.mask.model_dump(),
         "views": knowledge.views.model_dump(mode="json"),

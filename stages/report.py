@@ -10,7 +10,6 @@ other.
 """
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from pipeline.config import Config, PathField
 from pipeline.errors import CheckpointError
 from pipeline.evaluation.page import Listing, Page, Picture, Table, embed_curve, embed_png, render_page
 from pipeline.evaluation.records import read_records
+from pipeline.files import write_text
 from pipeline.training.metrics import read_metrics
 
 _SCORES = ("top1", "top5")
@@ -75,10 +75,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
         ],
     )
     output = config.output or root / "report.html"
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(render_page(page), encoding="utf-8")
-    partial.replace(output)
+    write_text(output, render_page(page))
     return {"page": str(output), "runs": len(runs), "evaluations": len(evaluations), "pictures": len(pictures)}
 
 

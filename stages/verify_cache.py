@@ -147,14 +147,14 @@ def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
         def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
             return extractor.reextract(indices, views, header)
 
-    threads = config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))  # each has a second that reads
+    threads = config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))  # each has a second one that hashes
     with Progress(1, "verify", "shard") as progress:
 
         def advance(_done: int, total: int) -> None:
             progress.expect(total)
             progress.advance()
 
-        return verify(config.path, config.level, source, reextract, config.samples, 0, advance, threads)
+        return verify(config.path, config.level, source, reextract, config.samples, advance, threads)
 
 
 def _images(config: VerifyConfig) -> tuple[ImageSource | None, str]:

@@ -3,18 +3,15 @@
     python tests/endings.py plain pretrain data.path=...     through the command line, as `mrmae pretrain ...`
     python tests/endings.py debug pretrain data.path=...     as `mrmae --debug pretrain ...`
     python tests/endings.py api pretrain data.path=...       as a script that calls `stages.pretrain.run`
-    python tests/endings.py serve                            forks a process with all imports done for each job it reads
 
 STRIKE says what happens in the process of rank STRIKE_RANK: "batch" and "data" raise where batches are made, "kill"
 ends the worker there, "step" raises in a training step.
 """
 
 import importlib
-import json
 import os
 import signal
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,13 +24,19 @@ from pipeline.data.rendering import ViewRenderer
 from pipeline.detection import DetectionDataset
 from pipeline.errors import DataError
 from pipeline.training.engine import _Loop
-from stages import detect, extract_teacher_features, finetune, knn, pretrain  # noqa: F401 - imported before a fork
 
 CLASSES = {
     "pretrain": "PretrainConfig", "finetune": "FinetuneConfig", "detect": "DetectConfig", "knn": "KnnConfig",
     "extract-teacher-features": "ExtractConfig",
 }  # fmt: skip
-LIMIT = 60.0  # seconds that a command may take from its start to its end, on a machine that does other work beside it
+
+
+def limit() -> float:
+    """Seconds that a command may take from its start to its end: 30, where each core has one process to run.
+
+    Where more processes want a core, each gets a share of it: the limit grows with the load of the last minute.
+    """
+    return 30 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 
 def strike(what: str) -> None:
@@ -69,41 +72,8 @@ def main(how: str, arguments: list[str]) -> None:
     stage.run(load_config(getattr(stage, CLASSES[command]), None, keys, command))
 
 
-def serve() -> list[str] | None:
-    """For each line, a list of jobs: run them side by side, say how they ended. Returns its arguments in a job."""
-    for line in sys.stdin:
-        running: dict[int, float] = {}
-        for job in json.loads(line):
-            pid = os.fork()
-            if not pid:
-                os.setsid()
-                os.environ.update(job["environment"])
-                for number in (1, 2):
-                    os.dup2(os.open(f"{job['output']}.{number}", os.O_WRONLY | os.O_CREAT), number)
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                return [job["how"], *job["arguments"]]
-            running[pid] = time.monotonic()
-        ended = [wait(pid, began) for pid, began in running.items()]
-        sys.stdout.write(json.dumps(ended) + "\n")
-        sys.stdout.flush()
-    return None
-
-
-def wait(pid: int, began: float) -> dict[str, Any]:
-    while time.monotonic() < began + LIMIT:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return {"pid": pid, "code": os.waitstatus_to_exitcode(status), "left": session(pid)}
-        time.sleep(0.005)
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return {"pid": pid, "code": "still running", "left": []}
-
-
 def session(leader: int) -> list[int]:
-    """Processes of a session that are still there, a moment after its leader has ended."""
-    time.sleep(0.2)
+    """Processes of a session that are still there."""
     members = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -114,6 +84,4 @@ def session(leader: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    chosen = serve() if sys.argv[1] == "serve" else sys.argv[1:]
-    if chosen is not None:
-        main(chosen[0], chosen[1:])
+    main(sys.argv[1], sys.argv[2:])

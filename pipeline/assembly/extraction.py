@@ -35,7 +35,7 @@ from pipeline.data.loader import load
 from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
 from pipeline.data.views import ViewConfig
 from pipeline.errors import DataError
-from pipeline.teachers import Teacher, TeacherOutput, look_together, share_backbones
+from pipeline.teachers import Teacher, TeacherOutput, run_teachers, share_backbones
 
 
 @dataclass
@@ -62,11 +62,7 @@ class Extractor:
         share_backbones(self.teachers)
 
     def describe(
-        self,
-        attention: str,
-        samples_per_shard: int,
-        quantisers: Sequence[dict[str, Any]],
-        compression: dict[str, Any] | None = None,
+        self, attention: str, samples_per_shard: int, quantisers: Sequence[dict[str, Any]]
     ) -> list[CacheHeader]:
         """The headers of the caches that this extractor would write, one a teacher."""
         common = {
@@ -78,7 +74,6 @@ class Extractor:
                 "digest": self.source.digest(),
             },
             "preprocessing": preprocessing(self.views, self.store),
-            "compression": compression,
             "views": self.views.model_dump(mode="json"),
             "samples_per_shard": min(samples_per_shard, len(self.source)),  # a zarr chunk is padded to its full size
         }
@@ -214,7 +209,7 @@ class Extractor:
         outputs = self._forward(batch, heads=any(header.attention == "heads" for header in headers))
         targets = []
         for out, header in zip(outputs, headers, strict=True):
-            stored, scale = header.quantiser.quantise(out.tokens, check=False)
+            stored, scale = header.quantiser.quantise(out.tokens)
             fidelity = Fidelity()
             fidelity.update(out.tokens, header.quantiser.dequantise(stored, scale))
             attention = _attention(out, header.attention)
@@ -223,7 +218,7 @@ class Extractor:
 
     def _forward(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
         views = batch.readable_pixels().to(self.teachers[0].device, non_blocking=True)
-        return look_together(self.teachers, views, heads)
+        return run_teachers(self.teachers, views, heads)
 
     @property
     def _samples_per_batch(self) -> int:

@@ -20,7 +20,7 @@ from pipeline.data.images import DataConfig, ImageSource
 from pipeline.data.labelled import LabelledDataset, open_splits
 from pipeline.data.loader import load_in_order
 from pipeline.errors import ConfigError
-from pipeline.evaluation.features import FeatureFile, extract_features
+from pipeline.evaluation.features import FeatureFile, FeatureSets, extract_features
 from pipeline.models import model_record
 from pipeline.models.student_config import StudentConfig
 from pipeline.processes import gather_rows, processes, share_of
@@ -52,17 +52,7 @@ class FrozenConfig(Config):
         return self
 
 
-class Frozen(NamedTuple):
-    """Features float32 [N, D] and labels int64 [N] of both sets."""
-
-    train_x: Tensor
-    train_y: Tensor
-    val_x: Tensor
-    val_y: Tensor
-    num_classes: int
-
-
-def frozen_features(config: FrozenConfig) -> Frozen:
+def frozen_features(config: FrozenConfig) -> FeatureSets:
     """The features of both sets: kept ones if the folder has them, else by one forward pass that processes share.
 
     Raises:
@@ -74,7 +64,7 @@ def frozen_features(config: FrozenConfig) -> Frozen:
     workers = config.data.workers, (config.val or config.data).workers
     train_x, train_y = _features(config, subject, train, workers[0], "features (train)")
     val_x, val_y = _features(config, subject, val, workers[1], "features (val)")
-    return Frozen(train_x, train_y, val_x, val_y, classes)
+    return FeatureSets(train_x, train_y, val_x, val_y, classes)
 
 
 class _Subject(NamedTuple):

@@ -16,7 +16,7 @@ from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset, match_classes
 from pipeline.data.loader import load_in_order
 from pipeline.data.readable import check_readable
-from pipeline.evaluation.features import extract_features
+from pipeline.evaluation.features import FeatureSets, extract_features
 from pipeline.evaluation.knn import knn_classify
 from pipeline.models import Student
 from pipeline.processes import gather_rows, processes, share_of
@@ -61,13 +61,9 @@ def knn_callback(config: KnnCallbackConfig, image_size: int) -> Callable[[nn.Mod
         train_x, train_y = features(student, train, config.data.workers)
         val_x, val_y = (gather_rows(rows, len(val)) for rows in features(student, val, config.val.workers))
         figures = knn_classify(
-            train_x,
-            train_y,
-            val_x,
-            val_y,
+            FeatureSets(train_x, train_y, val_x, val_y, train.num_classes),
             min(config.k, len(train)),
             config.temperature,
-            train.num_classes,
             device=state.device,
             shared=state.num_processes > 1,
         )

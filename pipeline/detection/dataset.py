@@ -12,7 +12,7 @@ from pipeline.data.decoding import decode
 from pipeline.data.loader import Request
 from pipeline.data.slots import Empty
 from pipeline.detection.coco import CocoImages
-from pipeline.detection.placement import JitterConfig, draw_placement, fit, place, render
+from pipeline.detection.placement import JitterConfig, fit, place, render, sample_placement
 from pipeline.errors import DataError, naming_image
 
 
@@ -36,12 +36,12 @@ class DetectionBatch:
     indices: list[int]
 
     def to(self, device: torch.device) -> "DetectionBatch":
-        moved = [{key: value.to(device, non_blocking=True) for key, value in one.items()} for one in self.targets]
+        moved = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in self.targets]
         return replace(self, images=self.images.to(device, non_blocking=True), targets=moved)
 
 
 class DetectionDataset:
-    """With `jitter` training canvases and their targets, else canvases to detect on.
+    """Training canvases and their targets; without `jitter`, canvases to detect on.
 
     Args:
         canvas: S, pixels.
@@ -61,7 +61,7 @@ class DetectionDataset:
                 if self.jitter is None:
                     placement = fit(**side, canvas=self.canvas)
                 else:
-                    placement = draw_placement(self.jitter, self.seed, index, epoch, **side, canvas=self.canvas)
+                    placement = sample_placement(self.jitter, self.seed, index, epoch, **side, canvas=self.canvas)
                     boxes, labels, masks = place(self.coco.instances(index), placement, self.canvas, **side)
                     arrays = {"boxes": boxes, "labels": labels, "masks": masks}
                     targets.append({key: torch.from_numpy(value) for key, value in arrays.items()})

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from pipeline.config import Config, PathField, save_config
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.files import write_text
 from pipeline.processes import open_accelerator, processes, without_cuda
 from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
@@ -81,7 +82,7 @@ class Run:
     """Opens the output folder, finds where to go on, and holds accelerate's view of the processes.
 
     Args:
-        identity: JSON-able; what must not change between stop and resume.
+        identity: JSON-able; what must not change between stop and resume. Seed and batch size are added.
         may_change: keys of it that cost a warning alone, since the run can go on, though not as it would have;
             precision and compile, which it adds, are such keys.
 
@@ -94,7 +95,8 @@ class Run:
     def __init__(self, config: RunConfig, identity: dict[str, Any], may_change: Collection[str] = ()) -> None:
         mixed_precision = _precision(config.precision)
         numbers = {"precision": mixed_precision.replace("no", "fp32"), "compile": config.compile}
-        self.config, self.identity = config, identity | numbers
+        self.config = config
+        self.identity = {"seed": config.seed, "batch_size": config.batch_size} | identity | numbers
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         if config.wandb and importlib.util.find_spec("wandb") is None:
@@ -186,10 +188,7 @@ class Run:
 
     def _open_folder(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / ".config.yaml.partial"
-            save_config(self.config, partial)
-            partial.replace(self.folder / "config.yaml")
+            save_config(self.config, self.folder / "config.yaml")
         except OSError as error:
             raise ConfigError(f"output={self.folder} can't be written: {error.strerror or error}") from error
 
@@ -216,9 +215,7 @@ class Run:
 def _wandb_id(file: Path) -> str:
     """The id that this run has had from its first start on."""
     if not file.exists():
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(uuid.uuid4().hex, encoding="utf-8")
-        partial.replace(file)
+        write_text(file, uuid.uuid4().hex)
     return file.read_text(encoding="utf-8").strip()
 
 

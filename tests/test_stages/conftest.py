@@ -15,7 +15,7 @@ MICRO = {
     "name": "mrmae_vit_tiny_patch16", "image_size": 64, "dim": 48, "depth": 2, "num_heads": 3,
     "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2,
 }  # fmt: skip
-TEACHER = {"spec": "timm:vit_tiny_patch16_224", "weights": "random", "image_size": 64}
+TEACHER = {"spec": "timm:test_vit", "weights": "random", "image_size": 64}
 
 
 def extract_config(images: Path, cache: Path, **changes: Any) -> ExtractConfig:

@@ -114,6 +114,7 @@ def test_a_command_that_is_stopped_may_save_first(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.usefixtures("forked_commands")
 def test_a_command_that_fails_is_named_with_its_log(image_tree: Path, tmp_path: Path) -> None:
     file = write_config(tmp_path, image_tree, caches={"one": ["views.count=0"]})
     with pytest.raises(PipelineError, match=r"extract-teacher-features failed: error: .*views\.count=0.*one\.log"):

@@ -27,7 +27,7 @@ def start(processes: int, images: Path, cache: Path, store: str) -> "subprocess.
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [
         sys.executable, *run, "-m", "cli", "extract-teacher-features", f"data={{path: {images}, workers: 1}}",
-        "teacher={spec: timm:vit_tiny_patch16_224, weights: random, image_size: 64}",
+        "teacher={spec: timm:test_vit, weights: random, image_size: 64}",
         "views={count: 2, image_size: 64}", f"cache={{path: {cache}, store: {store}, samples_per_shard: 1}}",
         "batch_size=16",
     ]  # fmt: skip

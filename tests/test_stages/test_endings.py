@@ -1,12 +1,13 @@
 """An error ends the process: wherever it is met, however the stage was started, with nothing left running."""
 
-import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import psutil
 import pytest
 
 from stages import extract_teacher_features
+from tests import forked
 from tests.coco import write_coco
-from tests.endings import CLASSES, LIMIT
+from tests.endings import CLASSES, limit, session
 from tests.test_stages.conftest import ENCODER, MICRO, extract_config
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "tests.endings"]
+PROGRAM_CODE = "import sys; from tests.endings import main; main(sys.argv[1], sys.argv[2:])"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 LINES = {
     "batch": "error: unexpected ValueError: a broken augmentation (mrmae --debug ... shows where)",
@@ -58,7 +61,7 @@ def command(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Comma
             ],
             "knn": [shape(ENCODER), f"data={images}", f"val={images}"],
             "extract-teacher-features": [
-                f"data={images}", "teacher={spec: timm:vit_tiny_patch16_224, weights: random, image_size: 64}",
+                f"data={images}", "teacher={spec: timm:test_vit, weights: random, image_size: 64}",
                 "views={count: 2, image_size: 64}", "batch_size=16",
                 f"cache={{path: {output}, samples_per_shard: 8, quantiser: float16}}",
             ],
@@ -68,37 +71,31 @@ def command(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Comma
     return arguments
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[subprocess.Popen[str]]:
-    """A process that has imported everything, and forks for each command."""
-    process = subprocess.Popen(
-        [*PROGRAM, "serve"], cwd=ROOT, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    yield process
-    process.communicate(timeout=60)
-
-
-def end(
-    warm: subprocess.Popen[str], tmp_path: Path, how: str, what: str, arguments: list[list[str]]
-) -> list[tuple[int | str, str]]:
-    """Start one process for each list of arguments, in one job; exit codes and what they wrote to standard error."""
+def end(tmp_path: Path, how: str, what: str, arguments: list[list[str]]) -> list[tuple[int, str]]:
+    """Start one process for each list of arguments, side by side; exit codes and what they wrote to standard error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    jobs = []
+    processes = []
     for rank, of_rank in enumerate(arguments):
-        environment = {"STRIKE": what, "STRIKE_RANK": str(len(arguments) - 1)}
+        environment = {**ENVIRONMENT, "STRIKE": what, "STRIKE_RANK": str(len(arguments) - 1)}
         if len(arguments) > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(arguments))}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        output = str(tmp_path / str(rank))
-        jobs.append({"how": how, "arguments": of_rank, "environment": environment, "output": output})
-    assert warm.stdin is not None
-    assert warm.stdout is not None
-    print(json.dumps(jobs), file=warm.stdin, flush=True)
-    ended = json.loads(warm.stdout.readline())
-    assert [one["left"] for one in ended] == [[] for _ in ended]
-    return [(one["code"], (tmp_path / f"{rank}.2").read_text()) for rank, one in enumerate(ended)]
+        with open(tmp_path / f"{rank}.errors", "w") as errors:
+            command = [sys.executable, "-c", PROGRAM_CODE, how, *of_rank]
+            keys: dict[str, Any] = {"cwd": ROOT, "env": environment, "start_new_session": True}
+            processes.append(forked.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, **keys))
+    deadline = time.monotonic() + limit()
+    try:
+        codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in processes]
+        time.sleep(0.2)  # what they started may need a moment
+        assert [session(process.pid) for process in processes] == [[] for _ in processes]
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return [(code, (tmp_path / f"{rank}.errors").read_text()) for rank, code in enumerate(codes)]
 
 
 ALWAYS = {("pretrain", "debug", 2), ("pretrain", "api", 2), ("finetune", "plain", 0)}
@@ -113,9 +110,9 @@ ALWAYS = {("pretrain", "debug", 2), ("pretrain", "api", 2), ("finetune", "plain"
     ],
 )
 def test_an_error_where_batches_are_made_ends_the_process(
-    warm: subprocess.Popen[str], command: Command, tmp_path: Path, stage: str, how: str, workers: int
+    command: Command, tmp_path: Path, stage: str, how: str, workers: int
 ) -> None:
-    ((code, errors),) = end(warm, tmp_path, how, "batch", [command(stage, workers)])
+    ((code, errors),) = end(tmp_path, how, "batch", [command(stage, workers)])
     assert code == (1 if how == "api" else 2), errors
     assert ("Traceback" in errors) == (how != "plain"), errors
     assert ("in a process that loads data:" in errors) == (how != "plain" and workers > 0)
@@ -128,10 +125,8 @@ def test_an_error_where_batches_are_made_ends_the_process(
     ("stage", "what", "how"),
     [("finetune", "data", "plain"), ("pretrain", "kill", "plain"), ("pretrain", "step", "api")],
 )
-def test_other_ends_are_said_too(
-    warm: subprocess.Popen[str], command: Command, tmp_path: Path, stage: str, what: str, how: str
-) -> None:
-    ((code, errors),) = end(warm, tmp_path, how, what, [command(stage, 2)])
+def test_other_ends_are_said_too(command: Command, tmp_path: Path, stage: str, what: str, how: str) -> None:
+    ((code, errors),) = end(tmp_path, how, what, [command(stage, 2)])
     assert code == (1 if how == "api" else 2), errors
     assert LINES[what].removeprefix("error: ").removeprefix("unexpected ").split(" (mrmae")[0] in errors
     if how == "plain":
@@ -149,10 +144,10 @@ def test_other_ends_are_said_too(
     ],
 )  # fmt: skip
 def test_processes_that_wait_for_a_failed_one_end_with_it(
-    warm: subprocess.Popen[str], command: Command, tmp_path: Path, stage: str, what: str, how: str
+    command: Command, tmp_path: Path, stage: str, what: str, how: str
 ) -> None:
     arguments = command(stage, 2)
-    (first, waiting), (second, failed) = end(warm, tmp_path, how, what, [arguments, arguments])
+    (first, waiting), (second, failed) = end(tmp_path, how, what, [arguments, arguments])
     assert (first, second) == ((1, 1) if how == "api" else (2, 2)), waiting + failed
     assert LINES[what].removeprefix("error: ").removeprefix("unexpected ").split(" (mrmae")[0] in failed
     if how == "plain":
@@ -176,7 +171,7 @@ def test_the_launcher_learns_of_an_error(command: Command, stage: str, workers: 
     seen: set[psutil.Process] = set()
     began = time.monotonic()
     try:
-        while process.poll() is None and time.monotonic() < began + 4 * LIMIT:  # imports and the launcher among them
+        while process.poll() is None and time.monotonic() < began + limit():
             seen |= set(descendants(process.pid))
             time.sleep(0.02)
         assert process.poll() == (1 if processes > 1 or how == "api" else 2)

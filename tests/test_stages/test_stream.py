@@ -1,11 +1,11 @@
 """The stream of samples depends on neither the number of processes nor of workers, and a worker's memory stays flat."""
 
 import errno
+import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipeline.data.order import EpochOrder
 from pipeline.data.slots import Page
 from pipeline.errors import ConfigError
 from pipeline.steps import StepPlan
+from tests import forked
 
 GLOBAL, EPOCHS = 8, 3
 
@@ -95,6 +96,15 @@ def test_the_end_of_memory_is_said(cache: Path, image_tree: Path, monkeypatch: p
         list(batches)
 
 
+PRIVATE_BYTES = """
+import json, sys
+from pathlib import Path
+from tests.test_stages.test_stream import private_bytes
+cache, images, steps, every = sys.argv[1:]
+print(json.dumps(private_bytes(Path(cache), Path(images), int(steps), int(every))))
+"""
+
+
 def private_bytes(cache: Path, images: Path, steps: int, every: int) -> list[int]:
     """Memory that the only worker shares with nobody, every so many micro-batches."""
     private: list[int] = []
@@ -109,8 +119,9 @@ def test_the_memory_of_a_worker_is_flat_over_fifty_epochs(cache: Path, image_tre
     steps_per_epoch, epochs = 3, 50
     # In a process of its own: a worker is forked, and unshares its parent's pages bit by bit as it counts references
     # in them, so that it would grow with whatever the tests before this one have left in memory.
-    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-        task = fresh.submit(private_bytes, cache, image_tree, steps_per_epoch * epochs, 2 * steps_per_epoch)
-        private = task.result()
+    arguments = cache, image_tree, steps_per_epoch * epochs, 2 * steps_per_epoch
+    done = forked.run([sys.executable, "-c", PRIVATE_BYTES, *map(str, arguments)], text=True)
+    assert done.returncode == 0, done.stderr
+    private = json.loads(done.stdout)
     assert len(private) == epochs
     assert max(private[10:]) < max(private[:10]) + 2 * 2**20, private

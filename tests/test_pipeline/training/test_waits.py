@@ -30,7 +30,7 @@ from tests.fake_cuda import CUDA, fake_cuda, to_fake
 
 SIZES: dict[str, Any] = {"image_size": 64, "depth": 2, "num_heads": 3, "dim": 48}
 DECODER: dict[str, Any] = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
-TEACHER: dict[str, Any] = {"spec": "timm:vit_tiny_patch16_224", "weights": "random", "image_size": 64}
+TEACHER: dict[str, Any] = {"spec": "timm:test_vit", "weights": "random", "image_size": 64}
 
 
 class FakeRun(SimpleNamespace):
@@ -81,7 +81,7 @@ def waits(
 @pytest.mark.parametrize("name", ["mrmae_vit_tiny_patch16", "mrmae_convvit_small_patch16"])
 @pytest.mark.parametrize("lane", ["mae", "cached", "live"])
 def test_pretraining(tmp_path: Path, name: str, lane: str) -> None:
-    mimic: dict[str, Any] = {"objective": "mae"} if lane == "mae" else {"teachers": {"t": 192}}
+    mimic: dict[str, Any] = {"objective": "mae"} if lane == "mae" else {"teachers": {"t": 64}}
     sizes = {"image_size": 64} if "convvit" in name else SIZES
     student = build_student(name, **sizes, **DECODER, **mimic)
     teacher = build_teacher(**TEACHER) if lane == "live" else None
@@ -90,14 +90,14 @@ def test_pretraining(tmp_path: Path, name: str, lane: str) -> None:
         with CUDA:
             images = torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
             ids_keep = torch.zeros(4, 4, dtype=torch.int64)
-            stored, scale = torch.zeros(4, 4, 192, dtype=torch.int8), torch.ones(4, 4, dtype=torch.float16)
+            stored, scale = torch.zeros(4, 4, 64, dtype=torch.int8), torch.ones(4, 4, dtype=torch.float16)
             gumbel = torch.zeros(4, 16, dtype=torch.float64)
         batch = PretrainBatch(images, ids_keep, {}, torch.arange(4))
         images_and_views: Any = {"source": None, "views": ViewConfig(image_size=64)}
         knowledge: Knowledge = LiveKnowledge({}, **images_and_views)
         if lane == "cached":
             batch.targets["t"] = stored, scale
-            quantiser = Quantiser("int8", np.zeros(192, np.float32), np.ones(192, np.float32))
+            quantiser = Quantiser("int8", np.zeros(64, np.float32), np.ones(64, np.float32))
             reader: Any = SimpleNamespace(header=SimpleNamespace(quantiser=quantiser))
             knowledge = CachedKnowledge({"t": reader}, **images_and_views, samples=np.arange(4))
         elif teacher:
