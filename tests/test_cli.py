@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 
 import cli
 from pipeline.config import Config
+from stages import ablate
 from tests import forked
 from tests.test_stages.conftest import extract_config
 
@@ -46,6 +48,17 @@ def test_a_command_is_its_module(command: cli.Command) -> None:
 def test_every_stage_is_a_command() -> None:
     modules = {file.stem for file in (ROOT / "stages").glob("*.py")} - {"__init__"}
     assert modules == {command.name.replace("-", "_") for command in cli.STAGES}
+
+
+def test_a_stage_receives_what_its_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: ablate.AblateConfig, file: Path, say: Callable[[str], None]) -> str:
+        say(f"reads {file.name}")
+        return "table"
+
+    monkeypatch.setattr(ablate, "run", run)
+    assert mrmae("ablate", "--config", str(ROOT / "configs/ablation_imagenette_tiny.yaml")).output.splitlines() == [
+        "reads ablation_imagenette_tiny.yaml", "table"
+    ]  # fmt: skip
 
 
 def test_commands_in_help_keep_their_lines() -> None:
