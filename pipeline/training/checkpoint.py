@@ -18,7 +18,7 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,13 @@ _OF_CONFIG = ("weight_decay", "betas", "lr_scale")  # of a group of the optimise
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A sound checkpoint on disk."""
+    """A sound checkpoint on disk, or one that is to be written."""
 
     path: Path
     step: int
     identity: dict[str, Any]  # what must not change between stop and resume
     metrics: dict[str, Any]
-    meter: dict[str, Any]  # what was summed up since the last row of metrics
+    meter: dict[str, Any] = field(default_factory=dict)  # what was summed up since the last row of metrics
 
     def optimizer_state(self) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -56,25 +56,22 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path,
+    checkpoint: Checkpoint,
     model: nn.Module,
     spec: Mapping[str, Any],
-    *,
-    step: int,
-    identity: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    meter: Mapping[str, Any] | None = None,
     config: Config | None = None,
     optimizer_state: Mapping[str, Any] | None = None,
     trained: nn.Module | None = None,
 ) -> None:
     """Write a checkpoint folder atomically. A sound one of the same name stays as it is, a torn one is replaced.
 
-    `trained` is the model that the optimiser works on, where `model` is its moving average.
+    Args:
+        trained: the model that the optimiser works on, where `model` is its moving average.
 
     Raises:
         CheckpointError: the disk is full or the folder can't be written; nothing half-written stays.
     """
+    path = checkpoint.path
     if _is_sound(path):
         return
     try:
@@ -88,8 +85,8 @@ def save_checkpoint(
             if optimizer_state is not None:
                 torch.save(optimizer_state, partial / "optimizer.pt")
             files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
-            record = {"step": step, "identity": dict(identity), "metrics": dict(metrics)}
-            record |= {"meter": dict(meter or {}), "files": files}
+            record = {"step": checkpoint.step, "identity": checkpoint.identity, "metrics": checkpoint.metrics}
+            record |= {"meter": checkpoint.meter, "files": files}
             write_text(partial / _RECORD, json.dumps({**record, "digest": _digest(record)}, indent=1))
             shutil.rmtree(path, ignore_errors=True)  # torn: a sound one would have stayed
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name of its own in each library

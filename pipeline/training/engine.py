@@ -20,7 +20,15 @@ from pipeline.errors import TrainingError
 from pipeline.progress import Progress
 from pipeline.steps import StepPlan
 from pipeline.training.ahead import ahead
-from pipeline.training.checkpoint import best_checkpoint, make_best, prune, restore, retire_best, save_checkpoint
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    best_checkpoint,
+    make_best,
+    prune,
+    restore,
+    retire_best,
+    save_checkpoint,
+)
 from pipeline.training.device import describe_step, float32_products_of, generators_of, peak_of
 from pipeline.training.ema import build_ema
 from pipeline.training.flops import count_flops
@@ -255,11 +263,11 @@ class _Loop(Generic[B]):
         self.watch.leave_out(seconds)
         self.watch.saved += seconds
 
-    def _save(self, name: str, done: int, **state: Any) -> Path:
+    def _save(self, name: str, done: int, meter: Mapping[str, Any] | None = None, **state: Any) -> Path:
         path = self.run.checkpoints / name
         if self.run.is_main:
-            of_run: dict[str, Any] = {"identity": self.run.identity, "config": self.run.config, "metrics": self.latest}
-            save_checkpoint(path, self.result, self.task.spec, step=done, **of_run, **state)
+            checkpoint = Checkpoint(path, done, self.run.identity, self.latest, dict(meter or {}))
+            save_checkpoint(checkpoint, self.result, self.task.spec, self.run.config, **state)
         return path
 
     def _mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:

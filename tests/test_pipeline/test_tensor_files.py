@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.evaluation.features import FeatureFile
 from pipeline.models import build_student, save_weights
 from pipeline.tensor_files import save_tensors
-from pipeline.training.checkpoint import save_checkpoint
+from pipeline.training.checkpoint import Checkpoint, save_checkpoint
 from stages import export
 from tests.test_stages.conftest import MICRO
 
@@ -35,9 +35,9 @@ def test_all_files_of_runs_and_exports_have_the_mode_that_the_umask_gives(tmp_pa
         (tmp_path / name).mkdir()
         save_weights(build_student(**{**MICRO, "name": name}, objective="mae"), tmp_path / name)
         export.run(export.ExportConfig(init=tmp_path / name, output=tmp_path / f"exported-{name}"))
-    model, of_run = nn.Linear(2, 2), {"step": 1, "identity": {}, "metrics": {}}
+    model, checkpoint = nn.Linear(2, 2), Checkpoint(tmp_path / "step-1", 1, identity={}, metrics={})
     optimizer_state = torch.optim.AdamW(model.parameters()).state_dict()
-    save_checkpoint(tmp_path / "step-1", model, {}, **of_run, optimizer_state=optimizer_state, trained=model)
+    save_checkpoint(checkpoint, model, {}, optimizer_state=optimizer_state, trained=model)
     FeatureFile(tmp_path, {}).write(torch.ones(2, 2))
     found = modes(tmp_path)
     assert {"model.safetensors", "trained.safetensors", "optimizer.pt", "config.json"} <= found.keys()

@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.training.checkpoint import (
+    Checkpoint,
     best_checkpoint,
     load_checkpoint,
     make_best,
@@ -32,17 +33,8 @@ def save(folder: Path, step: int, name: str = "step") -> Path:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     path = folder / f"{name}-{step:08d}"
-    save_checkpoint(
-        path,
-        model,
-        {"kind": "test"},
-        step=step,
-        identity={"seed": 1},
-        metrics={"loss": 0.5},
-        meter={"count": 3},
-        config=EmaConfig(decay=0.5),
-        optimizer_state=optimizer.state_dict(),
-    )
+    checkpoint = Checkpoint(path, step, identity={"seed": 1}, metrics={"loss": 0.5}, meter={"count": 3})
+    save_checkpoint(checkpoint, model, {"kind": "test"}, EmaConfig(decay=0.5), optimizer.state_dict())
     return path
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.training import run as run_module
-from pipeline.training.checkpoint import save_checkpoint
+from pipeline.training.checkpoint import Checkpoint, save_checkpoint
 from pipeline.training.run import Run, RunConfig
 
 
@@ -82,7 +82,7 @@ def test_tensorboard_lies_in_the_run_folder(tmp_path: Path) -> None:
 
 def stop(output: Path, step: int, identity: dict[str, Any]) -> Path:
     path = output / f"checkpoints/step-{step:08d}"
-    save_checkpoint(path, nn.Linear(1, 1), {}, step=step, identity=identity, metrics={})
+    save_checkpoint(Checkpoint(path, step, identity, metrics={}), nn.Linear(1, 1), {})
     return path
 
 
