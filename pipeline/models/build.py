@@ -38,7 +38,7 @@ def build_student(
 
     Args:
         name: one of `sizes.SIZES`.
-        objective: "mr_mae" | "mae" | "feature_decoder" | "joint_decoder"; see `pipeline.models.mr_mae`.
+        objective: see `pipeline.models.mr_mae`.
         norm_pix_loss: standardise each patch of the pixel target.
         teachers: teacher -> channels of its tokens; needed unless the objective is "mae", which takes none.
         teacher_weights: teacher -> positive weight, 1 unless given; only their ratios count.
