@@ -1,4 +1,9 @@
-"""`mrmae cache-info PATH`: what a cache holds, from which teacher, how faithful, how complete."""
+"""Show what a cache holds.
+
+That is: teacher, views, bytes a view, fidelity, completeness, images that could not be read.
+
+Reads the header and the commit records at PATH, no data. Writes nothing. Costs seconds.
+"""
 
 from pathlib import Path
 from typing import Any

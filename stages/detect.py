@@ -1,9 +1,15 @@
-"""`mrmae detect`: Mask R-CNN on a pre-trained encoder, on COCO-format data; box and mask AP.
+"""Train Mask R-CNN from a checkpoint or scratch.
 
-    mrmae detect init=runs/convvit data.train.images=coco/train2017 \
-        data.train.annotations=coco/annotations/instances_train2017.json data.val.images=coco/val2017 \
-        data.val.annotations=coco/annotations/instances_val2017.json output=runs/convvit-coco
+Starts from a pre-trained checkpoint (init=RUN), or from scratch (student.name=...):
+
+    mrmae detect init=runs/convvit output=runs/convvit-coco \\
+        data.train.images=coco/train2017 data.train.annotations=coco/annotations/instances_train2017.json \\
+        data.val.images=coco/val2017 data.val.annotations=coco/annotations/instances_val2017.json
     mrmae detect --eval data.val.images=... data.val.annotations=... output=runs/convvit-coco pictures=8
+
+Reads annotated images in COCO's format. Writes to output as finetune does, and checkpoints/best by box AP; --eval
+writes metrics.json, predictions.json and, with pictures=N, predictions.png. Prints box and mask AP. Costs many times a
+fine-tuning: see docs/detection.md.
 
 The defaults are ConvMAE's recipe of 25 epochs where it is published; docs/detection.md says what is ours.
 """

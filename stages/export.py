@@ -1,10 +1,14 @@
-"""`mrmae export`: a trained encoder for programs that don't have this one.
+"""Write a trained encoder for other programs.
+
+A ViT goes to timm, a ConvViT to safetensors and JSON, both to ONNX:
 
     mrmae export init=runs/photos output=exports/photos onnx=true
     timm.create_model("local-dir:exports/photos", pretrained=True)  # and model.onnx beside it
 
-A ViT becomes a model of timm's; a ConvViT, which timm doesn't have, a safetensors by the reference code's names and a
-JSON that says how the numbers are to be used. What was written is loaded again and must give the same features.
+Reads a checkpoint (init). Writes a new folder, output, and only if the written weights give the same features when they
+are loaded again. Costs two forward passes.
+
+timm has no ConvViT: its safetensors has the reference code's names, and its JSON says how the numbers are to be used.
 """
 
 import importlib.util

@@ -1,10 +1,17 @@
-"""`mrmae finetune`: a classifier on a pre-trained encoder, or from scratch; top-1 and top-5 on a validation set.
+"""Train a classifier from a checkpoint or scratch.
+
+Starts from a pre-trained checkpoint (init=RUN), or from scratch (student.name=...):
 
     mrmae finetune init=runs/convvit data.path=/data/imagenet output=runs/convvit-ft
     mrmae finetune --eval init=[runs/clip-ft,runs/dino-ft] val.path=/data/imagenet/val
 
+Reads labelled images: data.path and val.path, or data.path alone if it holds train/ and val/. Writes to output as
+pretrain does, and checkpoints/best by top-1. Prints top-1 and top-5 on the validation set. Costs a full training of the
+encoder on all patches.
+
 The defaults are MAE's fine-tuning recipe for ViT-B (layer decay, mixup, cutmix, RandAugment, erasing, smoothing).
-Several classifiers are evaluated by the mean of their logits, as the paper joins students of different teachers.
+--eval needs init and val.path alone. Several classifiers are evaluated by the mean of their logits, as the paper joins
+students of different teachers.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,15 @@
-"""`mrmae plan`: what a teacher cache will cost and what it can save, before a disk is filled by surprise.
+"""Estimate what a cache costs and what it saves.
 
-Bytes come from the format, hours from given rates and from whichever is slower, accelerators or decoding: a lower
-bound, for writing to the disk, cropping and encoding JPEGs are not counted. The saving's ceiling comes from counted
-multiplications: a step with a live teacher costs the student's forward and backward plus the teacher's forward; with a
-cache, the student alone. docs/scaling.md goes through two plans.
+Gives bytes, GPU-hours, the read rate of training, and the most that a cache can save, before a disk is filled:
+
+    mrmae plan samples=1281167 views=1 teacher=clip_vitb16
+
+Reads nothing but its keys (samples, views, teacher, store, quantiser, ...). Writes nothing. Costs no time.
+
+Bytes come from the format. Hours come from given rates, and from the slower side, accelerators or decoding. They are a
+lower bound: writing to the disk, cropping and encoding JPEGs are not counted. The ceiling of the saving comes from
+counted multiplications: a step with a live teacher costs the student's forward and backward plus the teacher's forward;
+with a cache, the student alone. docs/scaling.md goes through two plans.
 """
 
 from typing import Any

@@ -1,10 +1,16 @@
-"""Stage 2, `mrmae pretrain`: a student learns from images and cached targets; no step runs a teacher.
+"""Stage 2: train a student that mimics a cache.
 
-    mrmae pretrain data.path=/data/imagenet/train cache.path=/data/clip student.name=mrmae_convvit_base_patch16 \
+Trains a masked autoencoder that mimics the cached teacher on visible patches (MR-MAE):
+
+    mrmae pretrain data.path=/data/imagenet/train cache.path=/data/clip student.name=mrmae_convvit_base_patch16 \\
         output=runs/convvit
 
-With objective=mae and no cache it is plain MAE, on views drawn by the same function. With teacher.spec in place of
-cache.path the teacher runs in every step, on the same views and with the same masks: what a cache saves.
+Reads images (data.path) and a cache (cache.path). mimic.objective=mae is plain MAE and needs no cache. With
+teacher.spec in place of cache.path the teacher runs in every step, on the same views and with the same masks. Writes to
+output: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. Costs what plain MAE costs, because no step runs a
+teacher.
+
+Ctrl-C and SIGTERM stop it after a checkpoint. The same command goes on from the newest sound checkpoint.
 """
 
 import logging

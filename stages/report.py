@@ -1,7 +1,12 @@
-"""`mrmae report RUN`: what a run folder holds, as one HTML page that opens anywhere, without a network.
+"""Make one HTML page of a run folder.
 
-Config, curves, throughput, the evaluations that were written into the folder, and its pictures. A folder of several
-runs, such as the demo's, becomes one page with their curves laid over each other.
+The page shows config, curves, throughput, evaluations and pictures:
+
+    mrmae report runs/photos
+
+Reads what pretrain, finetune, knn, linear-probe, visualize or demo left at PATH. Writes one file, which opens without a
+network. Costs seconds. A folder of several runs, such as the demo's, becomes one page with their curves laid over each
+other.
 """
 
 import math

@@ -1,10 +1,16 @@
-"""`mrmae verify-cache PATH`: is the cache what was extracted? With --repair: make it so again.
+"""Check that a cache is what was extracted.
 
-quick   structure, counts, sizes
-full    every byte and every record, and the source images where they can be found
-deep    also renders some records again and asks the live teacher
+Exit code 0: it is sound; 1: it is damaged; 2: it could not be checked.
 
---repair extracts what is damaged, and every shard that lost an image which can be read by now.
+    mrmae verify-cache /data/clip
+    mrmae verify-cache /data/clip --level deep --repair
+
+    quick   structure, counts and sizes
+    full    every byte and every record, and the source images where they can be found
+    deep    also renders some records again and asks the live teacher
+
+Reads the cache at PATH. Writes nothing without --repair, which extracts damaged shards again, and shards whose lost
+images can be read now. Costs seconds (quick), one reading of the cache (full), or a few forward passes more (deep).
 """
 
 import functools

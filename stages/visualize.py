@@ -1,11 +1,15 @@
-"""`mrmae visualize`: what a student sees, and its teacher beside it, as one PNG that a person can read.
+"""Draw what a student and its teacher see.
 
     mrmae visualize init=runs/photos data.path=/data/photos cache.path=/data/photos_dino
     mrmae visualize init=runs/photos images=[cat.jpg,dog.jpg] teacher.spec=dino_vitb16 output=pictures.png
 
-Columns, as far as the checkpoint and the teacher have them: input, masked input, reconstruction, the teacher's and the
-student's attention, and the principal components of the teacher's and the student's patch features as colours. Of a
-`detect` run: the images with the boxes, masks and names that the detector puts on them.
+Reads a checkpoint (init), images (images=[FILE,...] or data.path), and for the teacher a cache (cache.path) or a live
+one (teacher.spec). Writes one PNG: output, by default visualize.png in the run folder. Costs a forward pass of a few
+images.
+
+The columns, as far as the checkpoint and the teacher have them: input, masked input, reconstruction, the teacher's and
+the student's attention, and the principal components of both sides' patch features as colours. For a `detect` run: the
+images with the boxes, masks and names that the detector puts on them.
 """
 
 from pathlib import Path

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import cli
+from pipeline.teachers.registry import TEACHERS, Entry
 from tests.coco import write_coco
 from tests.pictures import smooth_picture
 from tests.test_docs import DOCUMENTS, LAUNCHERS, ROOT, calls_in, code_blocks, launched
@@ -49,6 +50,7 @@ SMALL = [
     (r" linear-probe ", "epochs=2"),
     (r" detect ", "image_size=64 detector.window=2 detector.channels=16 detector.rois=16"),
     (r" detect (?!.*--eval)", "batch_size=2"),
+    (r" detect .*pictures=", "pictures=2"),
     (r" detect .*--config configs/coco\.yaml", f"student.image_size=32 student.depth=4 {STUDENT}"),
     (r" benchmark student ", "batch_size=1 image_size=32 rounds=1 compile=false peak_memory=false"),
     (r" benchmark student ", "students=[mrmae_vit_tiny_patch16,mrmae_convvit_small_patch16]"),
@@ -152,6 +154,8 @@ class Call(NamedTuple):
 
 @pytest.mark.parametrize("document", WITH_CALLS, ids=lambda file: file.name)
 def test_shown_commands_run(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The name of a base-sized teacher, for a network that is built in no time; test_timm_vit.py builds the real one.
+    monkeypatch.setitem(TEACHERS, "dino_vitb16", Entry("timm:test_vit", 224, "small"))
     text = "\n".join([BEFORE.get(document.name, ""), *map(as_script, code_blocks(document, "sh"))])
     calls = called(text, folder)
     monkeypatch.chdir(folder)

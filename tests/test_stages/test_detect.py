@@ -77,6 +77,14 @@ def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(output / f"checkpoints/step-{step:08d}/model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def trained(annotated: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[DetectConfig, dict[str, Any]]:
+    """A run that finds something, and what its training said."""
+    output = tmp_path_factory.mktemp("trained") / "out"
+    config = detect_config(annotated, output, max_steps=60, jitter={"scale": [1.0, 1.0]}, pictures=3)
+    return config, detect.run(config)
+
+
 def test_training_writes_what_every_run_writes(annotated: dict[str, Any], tmp_path: Path) -> None:
     facts = detect.run(detect_config(annotated, tmp_path / "out", accum_iter=2, tensorboard=True))
     assert {"loss", "loss_mask", "box_AP", "mask_AP50", "lr"} <= set(facts)
@@ -87,14 +95,15 @@ def test_training_writes_what_every_run_writes(annotated: dict[str, Any], tmp_pa
     assert record["metrics"]["box_AP"] == max(row["box_AP"] for row in rows(tmp_path / "out") if "box_AP" in row)
 
 
-def test_scoring_a_run_again_gives_the_same_and_equals_pycocotools(annotated: dict[str, Any], tmp_path: Path) -> None:
+def test_scoring_a_run_again_gives_the_same_and_equals_pycocotools(
+    annotated: dict[str, Any], trained: tuple[DetectConfig, dict[str, Any]]
+) -> None:
     """predictions.json is in COCO's result format: here it is scored by pycocotools alone, from the files."""
-    config = detect_config(annotated, tmp_path / "out", max_steps=60, jitter={"scale": [1.0, 1.0]}, pictures=3)
-    trained = detect.run(config)
+    config, facts = trained
     scored = detect.run(config, eval_only=True)
-    assert scored == {key: trained[key] for key in scored}
-    assert scored == json.loads((tmp_path / "out/metrics.json").read_text())["detect"]
-    results = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert scored == {key: facts[key] for key in scored}
+    assert scored == json.loads((config.output / "metrics.json").read_text())["detect"]
+    results = json.loads((config.output / "predictions.json").read_text())
     assert {one["category_id"] for one in results} <= {3, 7, 90}
     for kind, iou_type, unwanted in (("box", "bbox", "segmentation"), ("mask", "segm", "bbox")):
         with redirect_stdout(io.StringIO()):
@@ -107,7 +116,7 @@ def test_scoring_a_run_again_gives_the_same_and_equals_pycocotools(annotated: di
         assert scored[f"{kind}_AP"] == pytest.approx(scoring.stats[0], abs=1e-12)
         assert scored[f"{kind}_AP50"] == pytest.approx(scoring.stats[1], abs=1e-12)
     assert scored["box_AP50"] > 0.01  # there was something to compare
-    assert np.asarray(Image.open(tmp_path / "out/predictions.png")).std() > 10
+    assert np.asarray(Image.open(config.output / "predictions.png")).std() > 10
 
 
 def test_pictures_go_through_the_detector_a_few_at_a_time(
@@ -300,9 +309,10 @@ def test_a_malformed_annotation_is_one_line_on_the_command_line(tmp_path: Path) 
     assert len(result.output.strip().splitlines()) == 1
 
 
-def test_visualize_draws_what_a_detector_finds(annotated: dict[str, Any], tmp_path: Path) -> None:
-    detect.run(detect_config(annotated, tmp_path / "out", max_steps=60, jitter={"scale": [1.0, 1.0]}))
-    keys = {"init": str(tmp_path / "out"), "data": {"path": annotated["images"]}, "count": 3}
+def test_visualize_draws_what_a_detector_finds(
+    annotated: dict[str, Any], trained: tuple[DetectConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    keys = {"init": str(trained[0].output), "data": {"path": annotated["images"]}, "count": 3}
     pictures = {}
     for score in (0.0, 1.0):
         output = tmp_path / f"{score}.png"

@@ -27,12 +27,12 @@ from tests.test_stages.test_extract_teacher_features import content
 ROOT = Path(__file__).parents[2]
 
 
-def launch(processes: int, *arguments: str) -> subprocess.Popen[str]:
-    """Start the command line in so many processes on the CPU."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
-        [*launcher, "-m", "cli", *arguments], cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def launch(processes: int, *arguments: str) -> forked.Popen:
+    """Start the command line in so many processes on the CPU, by torch's launcher: it alone is forked."""
+    launcher = [sys.executable, "-c", "from torch.distributed.run import main; main()"]
+    return forked.Popen(
+        [*launcher, "--standalone", f"--nproc_per_node={processes}", "-m", "cli", *arguments],
+        cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
         output, errors = process.communicate(timeout=300)
     finally:
         process.kill()
-    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+    return subprocess.CompletedProcess(arguments, process.wait(), output, errors)
 
 
 def forked_ranks(processes: int, *arguments: str) -> list["subprocess.CompletedProcess[str]"]:

@@ -13,6 +13,7 @@ from pipeline.cache import CacheHeader, create_cache, open_cache, open_writer
 from pipeline.cache.files import FileEntry
 from pipeline.cache.format.commits import Commit, write_commit
 from pipeline.cache.writer import store_of
+from tests import forked
 from tests.test_pipeline.cache.samples import make_header, make_shard
 
 ONE_VIEW = {"count": 1, "seed": 0, "image_size": 32}
@@ -68,7 +69,8 @@ def test_2000_shards_under_256_descriptors(tmp_path: Path, store: str) -> None:
             reader.read(index, 0)
         print(len(reader))
     """
-    assert run_python(code, str(tmp_path)).strip() == "2000"
+    done = forked.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], text=True)
+    assert done.stdout.strip() == "2000", done.stderr
 
 
 MEMORY = """
