@@ -1,4 +1,4 @@
-"""Detection: COCO-format data, Mask R-CNN on an encoder that it is handed, average precision, pictures."""
+"""Detection: COCO-format data, Mask R-CNN on a given encoder, average precision, pictures."""
 
 from pipeline.detection.backbone import Backbone, Encoder
 from pipeline.detection.coco import CocoConfig, CocoImages, open_coco

@@ -73,7 +73,7 @@ def read_annotations(file: Path) -> Annotations:
     """Read and check an annotation file.
 
     Raises:
-        DataError: no such file, no JSON, or an image, category or annotation that isn't what COCO's format says.
+        DataError: no such file, no JSON, or an image, category or annotation that isn't in COCO's format.
     """
     try:
         content = file.read_bytes()
@@ -145,7 +145,7 @@ def _problem(
 def _decompressed(text: str) -> list[int] | None:
     """The run lengths in COCO's string of an RLE; None if it is no such string.
 
-    A character is 48 + six bits: five of the number, lowest first, and one that says that it goes on. The highest bit
+    A character is 48 + six bits: five of the number, lowest first, and one that is set if it goes on. The highest bit
     of a number is its sign. From the fourth number on, each is the difference to the one two places before.
     """
     counts: list[int] = []

@@ -31,7 +31,7 @@ class CocoConfig(Config):
 
     images: PathField  # the folder that file names are relative to
     annotations: PathField  # instances_*.json
-    limit: int | None = Field(None, gt=0)  # at most so many images, evenly spread over the file
+    limit: int | None = Field(None, gt=0)  # at most this many images, evenly spread over the file
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ class CocoImages:
 
 
 def open_coco(folder: Path, annotations: Path, limit: int | None = None) -> CocoImages:
-    """Read an annotation file; with `limit`, only so many of its images, evenly spread.
+    """Read an annotation file; with `limit`, only that many of its images, evenly spread.
 
     Degenerate annotations are counted in a warning. Images without annotations stay: they teach what is no object.
 
     Raises:
-        DataError: no such folder or file; no JSON; an image, category or annotation that isn't what COCO's format says,
+        DataError: no such folder or file; no JSON; an image, category or annotation that isn't in COCO's format,
             named by its id.
     """
     if not folder.is_dir():

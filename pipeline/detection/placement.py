@@ -41,7 +41,7 @@ class Placement:
 
     scaled: tuple[int, int]  # height, width of the whole image, canvas pixels
     offset: tuple[int, int]  # top, left of the crop in it
-    size: tuple[int, int]  # height, width of what lies on the canvas
+    size: tuple[int, int]  # height, width of the part on the canvas
     hflip: bool
 
 
@@ -77,7 +77,7 @@ def place(
     A box that the crop cuts shrinks to the visible part of its mask. Objects of less than a visible pixel are left out.
 
     Args:
-        height, width: of the image that the instances lie in.
+        height, width: of the instances' image.
     """
     masks = [_mask(segment, placement, height, width) for segment in instances.segments]
     boxes = [_box(box, mask, placement, height, width) for box, mask in zip(instances.boxes, masks, strict=True)]

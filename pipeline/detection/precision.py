@@ -38,7 +38,7 @@ def as_results(detections: Mapping[str, Tensor], coco: CocoImages, index: int) -
 
 
 def average_precision(coco: CocoImages, results: list[dict[str, Any]]) -> dict[str, float]:
-    """Box and mask AP in 0..1, averaged over IoU 0.5 to 0.95; -1 where there is nothing to find, as pycocotools says.
+    """Box and mask AP in 0..1, averaged over IoU 0.5 to 0.95; -1 if there is nothing to find, as in pycocotools.
 
     Returns:
         box_AP, box_AP50, box_AP75, box_AP_small, _medium, _large, and the same with mask_.

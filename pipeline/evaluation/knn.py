@@ -59,7 +59,7 @@ def knn_classify(
 
 
 def _nearest_of_all(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest of all processes' neighbours [M,k], of which one with few training features has fewer columns."""
+    """The k nearest of all processes' neighbours [M,k]; a process with few training features has fewer columns."""
     missing = k - similarity.shape[1]
     similarity, labels = F.pad(similarity, (0, missing), value=float("-inf")), F.pad(labels, (0, missing))
     similarity, labels = (gather(values.T.contiguous()).T for values in (similarity, labels))  # [M, processes * k]

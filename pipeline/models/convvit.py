@@ -28,7 +28,7 @@ class ConvViT(nn.Module):
 
     Args:
         size: three widths and depths. The strides of the levels are patch_size/4, 2 and 2.
-        taps: blocks of the last level whose outputs `EncoderOutput.hidden` carries.
+        taps: blocks of the last level; `EncoderOutput.hidden` has their outputs.
         final_norm: False leaves out what only the decoder reads: the outputs of levels 1 and 2, and `norm`.
         sparse: which path a masked forward takes.
     """
@@ -144,9 +144,9 @@ class ConvViT(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose weight gets its gradient in the weight's own memory layout.
+    """A convolution that gives its weight a gradient of the weight's memory layout.
 
-    Maps lie channels-last here, and torch then lays the weight's gradient out so too, which DDP warns of and copies.
+    Maps are channels-last here. torch would give the gradient that layout too, and DDP would warn and copy it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,9 +173,9 @@ class ConvEmbed(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A transformer block whose attention is a 5 × 5 depthwise convolution between two 1 × 1; norms at torch's eps.
+    """A transformer block with a 5 × 5 depthwise convolution between two 1 × 1 as its attention; norms at torch's eps.
 
-    All its convolutions but `attn` are linear maps of one pixel, kept in the shape that checkpoints hold.
+    All convolutions but `attn` are linear maps of one pixel, kept in the shape that checkpoints have.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0) -> None:
@@ -197,7 +197,7 @@ class ConvBlock(nn.Module):
         return x
 
     def forward_cells(self, x: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        """The same on visible cells [B, K, side*side, C], whose pixels lie at `pixels` in maps of `size` (H, W)."""
+        """The same on visible cells [B, K, side*side, C]; their pixels are at `pixels` in maps of `size` (H, W)."""
         shape = x.shape
         x = x.flatten(1, 2)  # [B, N, C]
         mixed = scatter_tokens(_linear(self.conv1, self.norm1(x)), pixels, size[0] * size[1])  # [B, H*W, C]

@@ -45,7 +45,7 @@ def visible_map(ids_keep: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
 
 
 def visible_pixels(ids_keep: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
-    """Where the visible cells' factor × factor pixels lie in the flattened finer map: [B, K*factor*factor] int64.
+    """Positions of the visible cells' factor × factor pixels in the flattened finer map: [B, K*factor*factor] int64.
 
     The order is cell by cell as in `ids_keep`, and row by row within a cell.
     """

@@ -27,7 +27,7 @@ def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def conv_in_cells(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Apply a convolution whose stride is its kernel to cells alone: no window of it ever crosses a cell's border.
+    """Apply a convolution with equal stride and kernel to cells alone: none of its windows crosses a cell's border.
 
     Args:
         x: [B, K, side*side, C], each cell's pixels row by row.

@@ -30,7 +30,7 @@ class ViT(nn.Module):
     """MAE's encoder: linear patch embedding, CLS token, fixed 2-D sine-cosine positions, pre-norm blocks.
 
     Args:
-        taps: blocks whose outputs `EncoderOutput.hidden` carries.
+        taps: blocks; `EncoderOutput.hidden` has their outputs.
         final_norm: False leaves `norm` out, for a classifier that norms after pooling.
     """
 

@@ -162,7 +162,7 @@ def _known_config(architecture: str, tag: str, local: bool) -> dict[str, Any]:
 
 
 def _build_visual(architecture: str, quick_gelu: bool) -> Any:
-    """The vision tower with fresh weights. OpenAI's weights were trained with QuickGELU: their tag says so."""
+    """The vision tower with fresh weights. OpenAI's weights need QuickGELU, which their tag tells."""
     config = open_clip.get_model_config(architecture)
     quick_gelu = quick_gelu or config.get("quick_gelu", False)
     return open_clip.CLIP(config["embed_dim"], config["vision_cfg"], TINY_TEXT, quick_gelu=quick_gelu).visual

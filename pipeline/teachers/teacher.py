@@ -41,7 +41,7 @@ class Trace(NamedTuple):
 
 
 class Backbone(Protocol):
-    """What a teacher needs of a ViT, whatever its library. All backbones are `nn.Module`s."""
+    """What a teacher needs of a ViT, in any library. All backbones are `nn.Module`s."""
 
     model: nn.Module
     library: str  # the package it comes from, for the fingerprint

@@ -1,6 +1,6 @@
 """Micro detectors and a small annotated data set."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +10,16 @@ import torch
 from pipeline.detection import CocoImages, Detector, DetectorConfig, open_coco
 from pipeline.models import Classifier, build_classifier
 from tests.coco import write_coco
+from tests.micro import NAMES, kind, one_thread  # noqa: F401 - fixtures
 
-NAMES = {"vit": "mrmae_vit_tiny_patch16", "convvit": "mrmae_convvit_base_patch16"}
 SIZES = {"patch_size": 8, "dim": 48, "depth": 4, "num_heads": 3}
 OPTIONS = {"window": 4, "channels": 16, "anchors": [8, 16, 24, 32, 48], "rois": 16}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Micro models are slower on several threads; and each test draws the same numbers alone and in company."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=list(NAMES))
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def classifier() -> Callable[..., Classifier]:
-    def build(kind: str, image_size: Any, **changes: Any) -> Classifier:
-        model = build_classifier(NAMES[kind], 3, **{**SIZES, "image_size": image_size, **changes})
+    def build(family: str, image_size: Any, **changes: Any) -> Classifier:
+        model = build_classifier(NAMES[family], 3, **{**SIZES, "image_size": image_size, **changes})
         for parameter in model.parameters():
             if parameter.requires_grad:  # sine-cosine positions and zero biases would hide mistakes
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -45,9 +30,9 @@ def classifier() -> Callable[..., Classifier]:
 
 @pytest.fixture
 def detector(classifier: Callable[..., Classifier]) -> Callable[..., Detector]:
-    def build(kind: str, image_size: int = 64, **changes: Any) -> Detector:
+    def build(family: str, image_size: int = 64, **changes: Any) -> Detector:
         options = {**DetectorConfig().model_dump(), **OPTIONS, **changes}
-        encoder = build_classifier(NAMES[kind], 1, **{**SIZES, "image_size": image_size}).encoder
+        encoder = build_classifier(NAMES[family], 1, **{**SIZES, "image_size": image_size}).encoder
         return Detector(encoder, classes=3, spec={}, **options)
 
     return build

@@ -1,6 +1,6 @@
 """Micro students that build in milliseconds, and batches for them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pipeline.models import Student, build_student
+from tests.micro import NAMES, kind, one_thread  # noqa: F401 - fixtures
 
-NAMES = {"vit": "mrmae_vit_tiny_patch16", "convvit": "mrmae_convvit_base_patch16"}
 ENCODER = {"image_size": 32, "patch_size": 8, "dim": 48, "depth": 3, "num_heads": 3}  # 4 × 4 cells
 DECODER = {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 2}
 
@@ -20,21 +20,6 @@ class Batch(NamedTuple):
     targets: dict[str, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Micro models are slower on several threads; and each test draws the same numbers alone and in company."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=list(NAMES))
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def encoder_sizes() -> dict[str, Any]:
     return dict(ENCODER)
@@ -42,10 +27,10 @@ def encoder_sizes() -> dict[str, Any]:
 
 @pytest.fixture
 def micro() -> Callable[..., Student]:
-    def build(kind: str, **options: Any) -> Student:
+    def build(family: str, **options: Any) -> Student:
         if options.get("objective") != "mae":
             options.setdefault("teachers", {"dino": 20})
-        return build_student(NAMES[kind], **{**ENCODER, **DECODER, **options})
+        return build_student(NAMES[family], **{**ENCODER, **DECODER, **options})
 
     return build
 

@@ -5,8 +5,7 @@ import torch
 
 from pipeline.models import build_classifier, layer_ids
 from pipeline.models.classifier import Classifier
-
-NAMES = {"vit": "mrmae_vit_tiny_patch16", "convvit": "mrmae_convvit_base_patch16"}
+from tests.micro import NAMES
 
 
 @pytest.fixture(params=[("vit", "mean"), ("vit", "cls"), ("convvit", "mean")], ids="-".join)

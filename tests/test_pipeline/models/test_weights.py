@@ -20,9 +20,9 @@ from pipeline.models import (
     read_weights,
     save_weights,
 )
+from tests.micro import NAMES
 
 Build = Callable[..., Student]
-NAMES = {"vit": "mrmae_vit_tiny_patch16", "convvit": "mrmae_convvit_base_patch16"}
 DECODER = ("decoder_", "mask_token")
 
 
