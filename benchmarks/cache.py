@@ -15,9 +15,9 @@ Each ratio is the bare loop's time over the cache's, by turns in one process:
     shards        records read as in training from a few and from many shards: `over_fewest` is the time of a record
                   over that of the first lane (aim: 1.5)
 
-All run in one thread, but verification, which hashes the files of a shard in a second thread. Files are warm: the
-figures show the cache's overhead, not the disk's rate. The bare loop of `read` has the records' bytes in plain files.
-The lanes of `shards` read sparse files with whole tables, as many different records from few shards as from many.
+All but `verify` run in one thread; it hashes files in a second. Files are warm: the figures show the cache's overhead,
+not the disk's rate. The bare loop of `read` has the records' bytes in plain files. The lanes of `shards` read sparse
+files with whole tables, as many different records from few shards as from many.
 
 Reads a cache (path) or writes a synthetic one into a temporary folder. Costs about two minutes and 5 GB.
 """

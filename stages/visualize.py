@@ -36,7 +36,7 @@ from pipeline.data.views import ViewConfig, center_view, render, to_chw, view_of
 from pipeline.detection.dataset import canvases
 from pipeline.detection.pictures import detected_scene, draw_scenes
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, overlay, pca_maps
+from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, head_maps, overlay, pca_maps
 from pipeline.models import Classifier, Student, read_weights
 from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
@@ -116,6 +116,8 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
     for who, features in shown_features.items():
         if features and features.attention is not None:
             columns[f"{who}'s attention{asked[who]}"] = overlay(pictures, as_maps(features.attention, features.grid))
+    if shown.teacher and shown.teacher.heads is not None:
+        columns["teacher's heads\n(a map each)"] = head_maps(shown.teacher.heads, shown.teacher.grid)
     for who, features in shown_features.items():
         if features:
             columns[f"{who}'s features\n(PCA as RGB)"] = pca_maps(features.tokens, features.grid)
@@ -211,12 +213,13 @@ def _cached(config: VisualizeConfig, size: int) -> Shown:
     images = dataset.__getitems__([(0, index) for index in chosen]).images
     records = [reader.read(index, view_of_epoch(index, 0, views.count), dequantise=True) for index in chosen]
     tokens = torch.from_numpy(np.stack([record.tokens for record in records]))
-    attention = None
+    attention = heads = None
     if records[0].attention is not None:
-        rows = np.stack([np.asarray(record.attention, np.float32) for record in records])  # [N, L] or [N, heads, L]
-        attention = torch.from_numpy(rows.mean(1) if rows.ndim == 3 else rows)
+        attention = torch.from_numpy(np.stack([np.asarray(record.attention, np.float32) for record in records]))
+    if attention is not None and reader.header.attention == "heads":
+        heads, attention = attention, attention.mean(1)  # [N, H, L], [N, L]
     name = f"teacher: {reader.header.teacher['name']} ({config.cache.path})"
-    return Shown(images, [record.key for record in records], PatchFeatures(tokens, attention, (h, w), name))
+    return Shown(images, [record.key for record in records], PatchFeatures(tokens, attention, (h, w), name, heads))
 
 
 def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:

@@ -33,6 +33,7 @@ class PatchFeatures(NamedTuple):
     attention: Tensor | None  # float32 [N, L], rows sum to 1
     grid: tuple[int, int]
     name: str
+    heads: Tensor | None = None  # float32 [N, H, L], each head's attention, where a cache keeps it
 
 
 def patch_features(network: Teacher, images: Tensor, name: str) -> PatchFeatures:

@@ -1,5 +1,6 @@
 """Pictures: titled grids of photographs, attention maps over them, and features as colours."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def as_pictures(images: Tensor) -> list[NDArray[np.float32]]:
 def as_maps(attention: Tensor, grid: tuple[int, int]) -> list[NDArray[np.float32]]:
     """Attention rows [N, L] → N maps [h, w]."""
     return list(attention.float().cpu().reshape(-1, *grid).numpy())
+
+
+def head_maps(heads: Tensor, grid: tuple[int, int]) -> list[NDArray[np.float32]]:
+    """Attention rows of H heads [N, H, L] → N mosaics of H maps, row by row; each map has its own maximum at 1."""
+    maps = heads.float().cpu().unflatten(2, grid).numpy()  # [N, H, h, w]
+    maps = maps / np.maximum(maps.max((2, 3), keepdims=True), 1e-12)
+    columns = math.ceil(math.sqrt(maps.shape[1]))
+    maps = np.pad(maps, ((0, 0), (0, -maps.shape[1] % columns), (0, 0), (0, 0)))
+    return [np.concatenate([np.concatenate(row, 1) for row in np.split(m, len(m) // columns)]) for m in maps]
 
 
 def overlay(pictures: Sequence[NDArray[np.float32]], maps: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:

@@ -1,5 +1,6 @@
 """visualize: every kind of checkpoint, image and teacher gives a picture of what is there."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,22 @@ def test_image_files_and_a_live_teacher(student_run: Path, colours: Path, tmp_pa
     assert "drawn at random" in alone["columns"][1]
 
 
+def test_a_cache_with_all_heads_shows_each(
+    student_run: Path, image_tree: Path, make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys = {
+        "data": {"path": str(image_tree), "workers": 0},
+        "cache": {"path": str(make_cache(cache__attention="heads"))},
+    }
+    facts = visualize.run(config(student_run, tmp_path / "a.png", **keys))
+    assert columns(facts) == WHOLE.replace("student's attention", "student's attention | teacher's heads")
+
+
 def test_networks_see_eight_pictures_at_a_time(
     student_run: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    for name in ("look", "reconstruct"):
+    for name in ("patch_features", "reconstruct"):
         real = getattr(visualize, name)
 
         def spy(model: Any, images: Any, *rest: Any, real: Any = real) -> Any:

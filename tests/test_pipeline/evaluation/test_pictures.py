@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.evaluation.pictures import as_maps, draw_grid, overlay, pca_maps
+from pipeline.evaluation.pictures import as_maps, draw_grid, head_maps, overlay, pca_maps
 
 
 def test_a_colour_means_the_same_feature_in_every_picture() -> None:
@@ -36,6 +36,16 @@ def test_attention_lights_its_own_cells() -> None:
     brightness = lit.sum(-1)
     assert brightness[:4, 4:].min() > 1.5 * brightness[:4, :4].max()
     assert np.ptp(brightness[4:]) < 1e-6
+
+
+def test_heads_lie_side_by_side_each_with_its_own_maximum() -> None:
+    heads = torch.zeros(1, 3, 4)
+    for head, (cell, height) in enumerate([(0, 0.5), (3, 0.1), (1, 0.9)]):
+        heads[0, head, cell] = height
+    (mosaic,) = head_maps(heads, (2, 2))  # two by two maps of two by two cells, the fourth is empty
+    expected = np.zeros((4, 4))
+    expected[0, 0] = expected[1, 3] = expected[2, 1] = 1
+    np.testing.assert_array_equal(mosaic, expected)
 
 
 def test_a_grid_is_written_with_its_titles(tmp_path: Path) -> None:
