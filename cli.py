@@ -197,8 +197,7 @@ class _Group(click.Group):
             # The reader of our output left, as `| head` does: no fault of ours, and nothing left to say.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:  # noqa: BLE001 - the one boundary between the program and its user
-            message, code = _explain(error)
-            _fail(ctx, message, code)
+            _fail(ctx, *_explain(error))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the table, not of the alphabet
@@ -252,9 +251,8 @@ benchmark = click.Group(
     help="Measure this machine. Prints JSON; ratios are taken in pairs in one run. Reads, writes, costs: see each one.",
     commands=[_build(command) for command in BENCHMARKS],
 )
-for _command in STAGES:
-    main.add_command(_build(_command))
-main.add_command(benchmark)
+for _command in (*map(_build, STAGES), benchmark):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

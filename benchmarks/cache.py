@@ -19,7 +19,7 @@ All but `verify` run in one thread; it hashes files in a second. Files are warm:
 not the disk's rate. The bare loop of `read` has the records' bytes in plain files. The lanes of `shards` read sparse
 files with whole tables, as many different records from few shards as from many.
 
-Reads a cache (path) or writes a synthetic one into a temporary folder. Costs about two minutes and 3 GB.
+Reads a cache (path) or writes a synthetic one into a temporary folder. Costs about two minutes and 5 GB.
 """
 
 import shutil
@@ -48,7 +48,7 @@ Job = Callable[[], object]
 
 
 class BenchmarkCacheConfig(Config):
-    """What is measured. The defaults take about two minutes and 3 GB of disk."""
+    """What is measured. The defaults take about two minutes and 5 GB of disk."""
 
     path: PathField | None = None  # an existing cache; a synthetic one of each store when left out
     folder: PathField | None = None  # where synthetic caches go; the system's temporary folder when left out
