@@ -1,28 +1,31 @@
-"""`mrmae benchmark decode`: JPEG decoders on these very files: how fast, and whether they give the same pixels. JSON.
+"""JPEG decoders on your own images.
+
+Gives images/s, and whether the decoders' pixels agree:
 
     mrmae benchmark decode data.path=/data/imagenet/train
 
-Decoding, not the disk: the files are read first. One thread; the decoders take turns. `ours` is what both stages call:
-simplejpeg for plain colour JPEGs, Pillow for everything else, and the result as Pillow's image object.
+The lanes are Pillow, simplejpeg, torchvision, and `ours`: what both stages call, which is simplejpeg for plain colour
+JPEGs, Pillow for everything else, and the result as Pillow's image object. One thread. `over_pillow` is the speed over
+Pillow's; `same_pixels` counts the images with Pillow's pixels.
+
+Reads images (data.path) into memory before it measures, writes nothing. Costs half a minute.
 """
 
 import io
-import statistics
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
-import PIL
 import simplejpeg
 import torch
-import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from benchmarks.harness import by_turns, open_bench
 from pipeline.config import Config
 from pipeline.data.decoding import decode
 from pipeline.data.images import DataConfig, open_images
@@ -34,48 +37,40 @@ class BenchmarkDecodeConfig(Config):
     """What is measured. The defaults take about half a minute."""
 
     data: DataConfig
-    images: int = Field(256, ge=1)  # evenly spread over the whole
+    images: int = Field(256, ge=1)  # evenly spread over the dataset
     rounds: int = Field(9, ge=1)  # medians over the rounds' own ratios
 
 
 def run(config: BenchmarkDecodeConfig) -> dict[str, Any]:
-    """Measure; for each decoder images/s, its speed over Pillow's, and how many images it gave Pillow's pixels for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Measure; returns JSON-able figures by decoder."""
     source = open_images(config.data.path, min(config.images, config.data.limit or config.images))
     files = [source.read(index) for index in range(len(source))]
-    files = [file for file in files if file[:2] == b"\xff\xd8"]
+    jpegs = [file for file in files if file[:2] == b"\xff\xd8"]
     decoders: dict[str, Callable[[bytes], Any]] = {
         "pillow": _pillow,
         "simplejpeg": simplejpeg.decode_jpeg,
         "torchvision": _torchvision,
         "ours": decode,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in decoders}
-    for _ in range(config.rounds + 1):
+    with open_bench(device="cpu", threads=1) as bench:
+        jobs = {name: partial(_decode_all, decoder, jpegs) for name, decoder in decoders.items()}
+        rounds = by_turns(bench.lanes(jobs), config.rounds)
+        rates = rounds.rates(len(jpegs))
+        figures = {}
         for name, decoder in decoders.items():
-            began = time.perf_counter()
-            for file in files:
-                decoder(file)
-            seconds[name].append(time.perf_counter() - began)
-    torch.set_num_threads(threads)
-    figures: dict[str, Any] = {}
-    for name, decoder in decoders.items():
-        rounds = list(zip(seconds["pillow"][1:], seconds[name][1:], strict=True))  # the first warms up
-        ratios = [pillow / own for pillow, own in rounds]
-        same = sum(np.array_equal(_pillow(file), np.asarray(decoder(file))) for file in files)
-        figures[name] = {
-            "images_per_s": len(files) / statistics.median(own for _, own in rounds),
-            "over_pillow": round(statistics.median(ratios), 3),
-            "range": [round(min(ratios), 3), round(max(ratios), 3)],
-            "same_pixels": same,
-        }
-    versions = {
-        "pillow": PIL.__version__,
-        "simplejpeg": simplejpeg.__version__,
-        "torchvision": torchvision.__version__,
-    }
-    return {"jpegs": len(files), "versions": versions, "decoders": figures}
+            speed = rounds.ratio("pillow", name)
+            figures[name] = {
+                "images_per_s": rates[name],
+                "over_pillow": speed["ratio"],
+                "range": speed["range"],
+                "same_pixels": sum(np.array_equal(_pillow(file), np.asarray(decoder(file))) for file in jpegs),
+            }
+        return bench.report(config, {"jpegs": len(jpegs), "decoders": figures})
+
+
+def _decode_all(decoder: Callable[[bytes], Any], jpegs: list[bytes]) -> None:
+    for jpeg in jpegs:
+        decoder(jpeg)
 
 
 def _pillow(data: bytes) -> Pixels:

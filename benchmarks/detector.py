@@ -1,26 +1,26 @@
-"""What a step of Mask R-CNN costs here, before 25 epochs are started: `mrmae benchmark detector`.
+"""Training steps of Mask R-CNN on a student.
+
+Gives seconds, multiply-adds and, on a GPU, memory:
 
     mrmae benchmark detector image_size=512
     mrmae benchmark detector students=[mrmae_vit_base_patch16] image_size=1024 batch_size=4
 
-Forward, backward and AdamW on noise with `objects` objects an image, which is what COCO has on average: proposals are
-then as many as in training, for their number is fixed. GMACs are of the forward pass, counted by torch.
+A step is forward, backward and AdamW, on noise with `objects` objects an image, as many as COCO has on average. Noise
+costs what images cost, because the number of proposals is fixed. GMACs are of the forward pass, counted by torch.
+
+Reads and writes nothing. Costs minutes on a CPU.
 """
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.harness import Bench, by_turns, count_gmacs, median_and_range, open_bench
 from pipeline.assembly.detectors import build_detector
 from pipeline.config import Config
-from pipeline.detection import Detector, DetectorConfig, Encoder
-from pipeline.errors import ConfigError
+from pipeline.detection import DetectorConfig, Encoder
 
 _CATEGORIES = [(number, str(number)) for number in range(1, 81)]  # as many as COCO has
 
@@ -41,54 +41,49 @@ class BenchmarkDetectorConfig(Config):
 
 
 def run(config: BenchmarkDetectorConfig) -> dict[str, Any]:
-    """Time every student; returns the figures as JSON-able values.
+    """Measure every student; returns JSON-able figures.
 
     Raises:
         ConfigError: device=cuda without one; an unknown student.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no CUDA device here: use device=cpu")
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": "bf16" if device.type == "cuda" else "fp32",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "image_size": config.image_size,
-        "batch_size": config.batch_size,
-        "students": {name: _measure(config, name, device) for name in config.students},
-    }
+    with open_bench(config.device, threads=config.threads) as bench:
+        return bench.report(config, {"students": {name: _measure(config, name, bench) for name in config.students}})
 
 
-def _measure(config: BenchmarkDetectorConfig, name: str, device: torch.device) -> dict[str, Any]:
+def _measure(config: BenchmarkDetectorConfig, name: str, bench: Bench) -> dict[str, Any]:
     torch.manual_seed(config.seed)
-    encoder = {
-        "name": name,
-        "image_size": config.image_size,
-        "gradient_checkpointing": config.gradient_checkpointing,
-    }
-    model, _ = build_detector(encoder, _CATEGORIES, **config.detector.model_dump())
-    model = model.to(device).train()
+    student = {"name": name, "image_size": config.image_size, "gradient_checkpointing": config.gradient_checkpointing}
+    model, _ = build_detector(student, _CATEGORIES, **config.detector.model_dump())
+    model = model.to(bench.device).train()
+    encoder: Encoder = model.rcnn.backbone.encoder
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    batch = _noise(config, device)
-    if device.type == "cuda":
+    batch = _noise(config, bench.device)
+
+    def step() -> None:
+        with bench.autocast():
+            loss: Tensor = model(*batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if bench.on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        gmacs = {
+            "encoder": count_gmacs(lambda: encoder.forward_maps(batch[0])),
+            "all": count_gmacs(lambda: model(*batch)),
+        }
     figures: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "gmacs_an_image": {part: round(macs, 2) for part, macs in _gmacs(model, batch).items()},
+        "gmacs_an_image": {part: round(count / config.batch_size, 2) for part, count in gmacs.items()},
     }
     if not config.rounds:
         return figures
-    seconds = [_step(model, optimizer, batch, device) for _ in range(config.rounds + 1)][1:]
-    median = statistics.median(seconds)
-    figures |= {
-        "step_s": round(median, 3),
-        "step_s_range": [round(min(seconds), 3), round(max(seconds), 3)],
-        "images_per_s": round(config.batch_size / median, 3),
-    }
-    if device.type == "cuda":
+    rounds = by_turns(bench.lanes({"step": step}), config.rounds)
+    median, spread = median_and_range(rounds.seconds["step"])
+    images_per_s = round(rounds.rates(config.batch_size)["step"], 3)
+    figures |= {"step_s": median, "step_s_range": spread, "images_per_s": images_per_s}
+    if bench.on_gpu:
         figures["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return figures
 
@@ -107,39 +102,3 @@ def _noise(config: BenchmarkDetectorConfig, device: torch.device) -> tuple[Any, 
         target = {"boxes": boxes, "labels": torch.randint(1, len(_CATEGORIES) + 1, (N,)), "masks": masks}
         targets.append({key: value.to(device) for key, value in target.items()})
     return images, [(S, S)] * B, targets
-
-
-def _step(model: Detector, optimizer: torch.optim.Optimizer, batch: tuple[Any, ...], device: torch.device) -> float:
-    _synchronise(device)
-    began = time.perf_counter()
-    _loss(model, batch, device).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    _synchronise(device)
-    return time.perf_counter() - began
-
-
-def _loss(model: Detector, batch: tuple[Any, ...], device: torch.device) -> Tensor:
-    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-        return model(*batch)["loss"]  # type: ignore[no-any-return]
-
-
-def _gmacs(model: Detector, batch: tuple[Any, ...]) -> dict[str, float]:
-    """Multiply-adds of an image's forward pass, in thousands of millions: the encoder's, and all."""
-    images = batch[0]
-    encoder: Encoder = model.rcnn.backbone.encoder
-    parts: dict[str, Callable[[], Any]] = {
-        "encoder": lambda: encoder.forward_maps(images),
-        "all": lambda: model(*batch),
-    }
-    totals = {}
-    for part, forward in parts.items():
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            forward()
-        totals[part] = counter.get_total_flops() / 2e9 / len(images)
-    return totals
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -1,52 +1,44 @@
-"""`mrmae benchmark extract`: how close the whole of stage 1 comes to the teacher's bare forward. JSON; paired ratios.
+"""Extraction against the teacher's bare forward.
 
     mrmae benchmark extract
     mrmae benchmark extract data.path=/data/imagenet/train teacher.spec=clip_vitb16 batch_size=256 data.workers=16
 
-    stage    images on disk → finished cache, against the network alone on normalised views in memory (aim: 0.9)
-    render   one decoding process's views/s, by `views.interpolation`: times `data.workers`, the ceiling that images on
-             disk put to the stage
-    free     the stage with views and tokens at hand, decoding, forward and quantisation taken away: what filling
-             and writing shards of 196 x 768 int8 tokens allow, in each store (`folder=/dev/shm` leaves the disk out)
-    shared   two token choices of the teacher in one pass, against two passes (aim: below 0.6 of their time)
-    bf16     LayerNorm-space cosine of the tokens, and total variation of the attention, against fp32
+    stage    images on disk to finished cache, over the network alone on views in memory, in views/s (aim: 0.9).
+             The start of the decode workers and the last commit count, calibration does not. `steady` is the rate
+             of the last two thirds.
+    render   views/s of one decoding process, by views.interpolation: times data.workers, the ceiling of the stage.
+    free     views/s of the stage with views and tokens at hand: what filling and writing shards allow in each store
+             (folder=/dev/shm leaves the disk out). It depends on the teacher's grid and width.
+    shared   time of two token choices of the teacher in one pass, over two passes (aim: 0.6).
+    bf16     LayerNorm-space cosine of the tokens and total variation of the attention, against fp32.
 
-Every round times each side once, by turns. Calibration and the making of the cache are left out; starting the decode
-workers, filling the pipeline and the last commit are in.
+Reads images (data.path) or draws some; writes caches into a temporary folder. Costs minutes on a CPU.
 """
 
-import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
 
-from pipeline.assembly.extraction import Extractor, Targets, Taught
-from pipeline.assembly.teachers import load_teacher, teacher_dtype
-from pipeline.cache import CacheHeader, Fidelity, Quantiser, create_cache, open_writer
+from benchmarks.extraction_lanes import FREE_SHARDS, FreeForward, bare_forward, write_caches
+from benchmarks.harness import Bench, by_turns, open_bench, open_or_draw
+from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.teachers import load_teacher
 from pipeline.config import Config, PathField
-from pipeline.data.drawn import draw_images
-from pipeline.data.images import DataConfig, ImageSource, open_images
-from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
+from pipeline.data.images import DataConfig, ImageSource
+from pipeline.data.rendering import ViewRenderer
 from pipeline.data.views import ViewConfig
 from pipeline.ownership import stage
 from pipeline.teachers import Teacher
 from pipeline.teachers.teacher_config import TeacherConfig
-
-RANDOM_TEACHER = TeacherConfig(spec="timm:vit_tiny_patch16_224", weights="random")
-NO_BOUNDS = {"max_nmse": float("inf"), "min_cosine": 0.0}
-FREE_SHARDS = 8  # memory is fresh in the first two or three alone
-GRID, DIM = (14, 14), 768  # of a ViT-B/16's tokens
 
 
 class BenchmarkExtractConfig(Config):
@@ -73,212 +65,130 @@ def run(config: BenchmarkExtractConfig) -> dict[str, Any]:
     Raises:
         DataError, TeacherError, ConfigError: as extraction itself.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory(prefix="mrmae-benchmark-", dir=config.folder) as name:
-        source = _source(config, Path(name) / "images")
-        bench = _Bench(config, source, device, Path(name))
-        figures = bench.free() | bench.render() | bench.stage() | {"shared": bench.shared(), "bf16": bench.reduced()}
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "config": config.model_dump(mode="json"),
-        **figures,
-    }
-
-
-class _Bench:
-    """One teacher, one set of images, and views of theirs in memory."""
-
-    def __init__(
-        self, config: BenchmarkExtractConfig, source: ImageSource, device: torch.device, scratch: Path
-    ) -> None:
-        self.config, self.source, self.device, self.scratch = config, source, device, scratch
-        self.dtype = teacher_dtype(config.precision, device)
-        self.choice = config.teacher or RANDOM_TEACHER
-        self.teacher = self._teacher(self.choice)
-        self.jpeg = config.store == "webdataset"
-        samples = [(0, index) for index in range(max(1, config.batch_size // config.views.count))]
-        renderer = ViewRenderer(source, config.views, self.jpeg)
-        self.views = renderer.__getitems__(samples).readable_pixels().to(device)
-        self.total = len(source) * config.views.count
-
-    def stage(self) -> dict[str, Any]:
-        """Views/s of the stage and of the bare forward, and the stage's share of the bare."""
-        times = self._by_turns({"bare": self._bare_forward, "stage": lambda: self._extract([self.teacher])})
-        ratios = [bare / whole for bare, whole in zip(times["bare"], times["stage"], strict=True)]
-        return {"stage": _spread(ratios) | self._rates(times, self.total)}
-
-    def shared(self) -> dict[str, Any]:
-        """Time of two token choices in one pass, over that of two passes."""
-        choices = [self.choice, self.choice.model_copy(update={"tokens": "block", "layers": 2})]
-        # Built twice: teachers that go through one pass together share one network from then on.
-        together, apart = ([self._teacher(choice) for choice in choices] for _ in range(2))
-        times = self._by_turns(
-            {
-                "together": lambda: self._extract(together),
-                "apart": lambda: sum(self._extract([teacher]) for teacher in apart),
-            }
-        )
-        return _spread([one / two for one, two in zip(times["together"], times["apart"], strict=True)])
-
-    def reduced(self) -> dict[str, float]:
-        """How far bf16 autocast takes tokens and attention from fp32, on one batch."""
-        exact, rough = (
-            load_teacher(self.choice, self.device, dtype)(self.views) for dtype in (torch.float32, torch.bfloat16)
-        )
-        dim = (exact.tokens.shape[-1],)
-        cosine = cosine_similarity(layer_norm(exact.tokens, dim), layer_norm(rough.tokens, dim), dim=-1)
-        figures = {"cosine_mean": float(cosine.mean()), "cosine_worst": float(cosine.min())}
-        if exact.attention is not None and rough.attention is not None:
-            figures["attention_distance"] = float((exact.attention - rough.attention).abs().sum(-1).mean() / 2)
-        return figures
-
-    def _teacher(self, config: TeacherConfig) -> Teacher:
-        return load_teacher(config, self.device, self.dtype)
-
-    def _extract(self, teachers: list[Teacher]) -> float:
-        """Seconds of extracting all images, calibration left out."""
-        config = self.config
-        workers = config.data.workers if config.data is not None else config.workers
-        extractor = Extractor(self.source, config.views, teachers, config.batch_size, workers, config.store)
-        quantisers = [quantiser.to_json() for quantiser in extractor.calibrate("int8", 16)]
-        headers = extractor.describe("mean", max(1, len(self.source) // 4), quantisers)
-        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            paths = [Path(folder) / str(number) for number in range(len(teachers))]
-            for path, header in zip(paths, headers, strict=True):
-                create_cache(path, header)
-            writers = [open_writer(path) for path in paths]
-            began = time.perf_counter()
-            extractor.run(writers, range(headers[0].shards), NO_BOUNDS)
-            return time.perf_counter() - began
-
-    def _bare_forward(self) -> float:
-        """Seconds of the network alone for as many views as the stage takes."""
-        model: Any = self.teacher.model
-        forward: Callable[[Tensor], Any] = getattr(model, "forward_tokens", model)  # our encoders', or the library's
-        if self.teacher.compiled:
-            forward = torch.compile(forward)
-        autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
-        pixels = self.teacher.prepare(self.views)
-        with torch.no_grad(), autocast:
-            self._synchronise()
-            began = time.perf_counter()
-            for at in range(0, self.total, len(pixels)):
-                forward(pixels[: self.total - at])
-            self._synchronise()
-            return time.perf_counter() - began
-
-    def render(self) -> dict[str, Any]:
-        """Views/s of one process for reading, decoding and rendering, by interpolation; torch's time over Pillow's."""
-        jobs = {
-            kind: ViewRenderer(self.source, self.config.views.model_copy(update={"interpolation": kind}), self.jpeg)
-            for kind in ("pillow", "torch")
+    with open_bench(precision=config.precision, threads=config.threads, folder=config.folder) as bench:
+        source = open_or_draw(config.data, config.images, bench.folder / "images")
+        choice = config.teacher or TeacherConfig(spec="timm:vit_tiny_patch16_224", weights="random")
+        teacher = load_teacher(choice, bench.device, bench.dtype)
+        figures = {
+            "free": _measure_free(config, source, teacher, bench),
+            "render": _measure_rendering(config, source, bench),
+            "stage": measure_stage(config, source, teacher, bench),
+            "shared": _measure_shared(config, source, choice, bench),
+            "bf16": _measure_bf16(choice, render_batch(config, source, bench), bench),
         }
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a worker
-        times = self._by_turns({kind: functools.partial(self._render, job) for kind, job in jobs.items()})
-        torch.set_num_threads(threads)
-        ratios = [new / old for new, old in zip(times["torch"], times["pillow"], strict=True)]
-        return {"render": _spread(ratios) | self._rates(times, self.total)}
+        return bench.report(config, figures)
 
-    def _render(self, renderer: ViewRenderer) -> float:
-        began = time.perf_counter()
-        for index in range(len(self.source)):
+
+def render_batch(config: BenchmarkExtractConfig, source: ImageSource, bench: Bench) -> Tensor:
+    """Views of one forward pass on the device, uint8 [V, 3, S, S]."""
+    count = min(len(source), max(1, config.batch_size // config.views.count))
+    samples = [(0, index) for index in range(count)]
+    renderer = ViewRenderer(source, config.views, config.store == "webdataset")
+    return renderer.__getitems__(samples).readable_pixels().to(bench.device)
+
+
+def measure_stage(
+    config: BenchmarkExtractConfig, source: ImageSource, teacher: Teacher, bench: Bench
+) -> dict[str, Any]:
+    """The bare forward's time over the stage's, views/s of both, and of the last two thirds of the stage."""
+    count, total = config.views.count, len(source) * config.views.count
+    bare = bare_forward(teacher, render_batch(config, source, bench), total, bench)
+    ticks: list[tuple[float, int]] = []  # of one round: time, views so far
+
+    def progress(images: int) -> None:
+        ticks.append((time.perf_counter(), images * count + (ticks[-1][1] if ticks else 0)))
+
+    def extract() -> float:
+        ticks.clear()
+        return _extract(config, source, [teacher], bench, progress)
+
+    rounds = by_turns({"bare": partial(bench.seconds, bare), "stage": extract}, config.rounds)
+    began, before = next(tick for tick in ticks if tick[1] >= total / 3)
+    ended, views = ticks[-1]
+    steady = (views - before) / max(ended - began, 1e-9)
+    return rounds.ratio("bare", "stage") | _views_per_s(rounds.rates(total) | {"steady": steady})
+
+
+def _measure_shared(
+    config: BenchmarkExtractConfig, source: ImageSource, choice: TeacherConfig, bench: Bench
+) -> dict[str, Any]:
+    choices = [choice, choice.model_copy(update={"tokens": "block", "layers": 2})]
+    # Built twice: teachers that go through one pass together share one network from then on.
+    together, apart = ([load_teacher(chosen, bench.device, bench.dtype) for chosen in choices] for _ in range(2))
+    lanes = {
+        "together": lambda: _extract(config, source, together, bench),
+        "apart": lambda: sum(_extract(config, source, [teacher], bench) for teacher in apart),
+    }
+    return by_turns(lanes, config.rounds).ratio("together", "apart")
+
+
+def _extract(
+    config: BenchmarkExtractConfig,
+    source: ImageSource,
+    teachers: list[Teacher],
+    bench: Bench,
+    progress: Callable[[int], None] = lambda images: None,
+) -> float:
+    workers = config.data.workers if config.data is not None else config.workers
+    extractor = Extractor(source, config.views, teachers, config.batch_size, workers, config.store)
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        return write_caches(extractor, Path(folder), max(1, min(512, len(source) // 4)), progress)[0]
+
+
+def _measure_bf16(choice: TeacherConfig, views: Tensor, bench: Bench) -> dict[str, float]:
+    exact, reduced = (load_teacher(choice, bench.device, dtype)(views) for dtype in (torch.float32, torch.bfloat16))
+    channels = exact.tokens.shape[-1:]
+    cosine = cosine_similarity(layer_norm(exact.tokens, channels), layer_norm(reduced.tokens, channels), dim=-1)
+    figures = {"cosine_mean": float(cosine.mean()), "cosine_worst": float(cosine.min())}
+    if exact.attention is not None and reduced.attention is not None:
+        figures["attention_distance"] = float((exact.attention - reduced.attention).abs().sum(-1).mean() / 2)
+    return figures
+
+
+def _measure_rendering(config: BenchmarkExtractConfig, source: ImageSource, bench: Bench) -> dict[str, Any]:
+    """Views/s of reading, decoding and rendering in one process; torch's time over Pillow's."""
+
+    def render(renderer: ViewRenderer) -> None:
+        for index in range(len(source)):
             renderer.__getitems__([(0, index)])
-        return time.perf_counter() - began
 
-    def free(self) -> dict[str, Any]:
-        """Views/s of filling and writing shards, whatever the teacher, and of the main thread's own seconds."""
-        figures = {}
-        for store in ("zarr", "webdataset"):
-            job = _FreeForward.over(self.source, self.config, store)
-            rounds = [job.seconds(self.scratch) for _ in range(self.config.rounds + 1)][1:]
-            count = len(job.source) * self.config.views.count
-            whole, main = (statistics.median(times) for times in zip(*rounds, strict=True))
-            figures[store] = {"views_per_s": round(count / whole), "main_thread_views_per_s": round(count / main)}
-        return {"free": figures}
-
-    def _by_turns(self, jobs: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-        for job in jobs.values():
-            job()
-        rounds = [{name: job() for name, job in jobs.items()} for _ in range(self.config.rounds)]
-        return {name: [times[name] for times in rounds] for name in jobs}
-
-    @staticmethod
-    def _rates(times: dict[str, list[float]], views: int) -> dict[str, float]:
-        return {f"{name}_views_per_s": views / statistics.median(seconds) for name, seconds in times.items()}
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    jobs = {}
+    for kind in ("pillow", "torch"):
+        views = config.views.model_copy(update={"interpolation": kind})
+        jobs[kind] = partial(render, ViewRenderer(source, views, config.store == "webdataset"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    rounds = by_turns(bench.lanes(jobs), config.rounds)
+    torch.set_num_threads(threads)
+    return rounds.ratio("torch", "pillow") | _views_per_s(rounds.rates(len(source) * config.views.count))
 
 
-class _FreeForward(Extractor):
-    """Extraction whose views are rendered, and whose targets are on the host, before it begins."""
-
-    header: CacheHeader
-    ready: dict[int, tuple[RenderedViews, list[Targets]]]
-
-    @classmethod
-    def over(cls, source: ImageSource, config: BenchmarkExtractConfig, store: str) -> "_FreeForward":
-        """Over so many samples as have `free_views` views: the images of `source`, again and again."""
-        per_shard = max(1, config.free_views // config.views.count // FREE_SHARDS)
-        many = source.select(np.arange(per_shard * FREE_SHARDS) % len(source))
-        made = cls(many, config.views, [], config.batch_size, 0, store)
-        made.ready = {}
-        made.header = CacheHeader.model_validate(
-            {
-                "store": store,
-                "dataset": {"source": "", "kind": "flat", "count": len(many), "digest": many.digest()},
-                "preprocessing": preprocessing(config.views, store),
-                "views": config.views.model_dump(mode="json"),
-                "teacher": {"name": "free", "grid": list(GRID), "dim": DIM},
-                "quantiser": Quantiser.calibrate("int8", torch.randn(16, GRID[0] * GRID[1], DIM)).to_json(),
-                "samples_per_shard": per_shard,
-            }
-        )
-        return made
-
-    def seconds(self, scratch: Path) -> tuple[float, float]:
-        """Of writing one cache: on the clock, and of this thread's own work."""
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            path = Path(folder) / "cache"
-            create_cache(path, self.header)
-            began, busy = time.perf_counter(), time.thread_time()
-            self.run([open_writer(path)], range(self.header.shards), NO_BOUNDS)
-            return time.perf_counter() - began, time.thread_time() - busy
-
-    def batches(self, chunks: Iterable[Sequence[int]], views: ViewConfig) -> Iterator[RenderedViews]:
-        for chunk in chunks:
-            yield replace(self._ready(len(chunk))[0], indices=list(chunk))
-
-    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> Taught:
-        return Taught(batch, self._ready(len(batch.indices))[1], None)
-
-    def _ready(self, samples: int) -> tuple[RenderedViews, list[Targets]]:
-        """So many samples rendered, and tokens for them; made once."""
-        if samples not in self.ready:
-            self.ready[samples] = self._make(samples)
-        return self.ready[samples]
-
-    def _make(self, samples: int) -> tuple[RenderedViews, list[Targets]]:
-        renderer = ViewRenderer(self.source, self.views, self.store == "webdataset")
-        batch = renderer.__getitems__([(0, index) for index in range(samples)])
-        tokens = torch.randn(samples * self.views.count, self.header.tokens, DIM)
-        stored, scale = self.header.quantiser.quantise(tokens)
-        fidelity = Fidelity()
-        fidelity.update(tokens[:1], self.header.quantiser.dequantise(stored[:1], None if scale is None else scale[:1]))
-        return batch, [Targets(stored, scale, torch.rand(tokens.shape[:2]).half(), fidelity)]
+def _views_per_s(rates: dict[str, float]) -> dict[str, float]:
+    return {f"{lane}_views_per_s": rate for lane, rate in rates.items()}
 
 
-def _spread(ratios: list[float]) -> dict[str, Any]:
-    return {"ratio": round(statistics.median(ratios), 3), "range": [round(min(ratios), 3), round(max(ratios), 3)]}
+def _measure_free(
+    config: BenchmarkExtractConfig, source: ImageSource, teacher: Teacher, bench: Bench
+) -> dict[str, Any]:
+    """Views/s of filling and writing shards, on the clock and by the main thread's own seconds."""
+    extractors = {
+        store: FreeForward(Extractor(source, config.views, [teacher], config.batch_size, 0, store), config.free_views)
+        for store in ("zarr", "webdataset")
+    }
+    busy: dict[str, list[float]] = {store: [] for store in extractors}
 
+    def write(store: str) -> float:
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            seconds, own_seconds = write_caches(extractors[store], Path(folder), extractors[store].samples_per_shard)
+        busy[store].append(own_seconds)
+        return seconds
 
-def _source(config: BenchmarkExtractConfig, folder: Path) -> ImageSource:
-    if config.data is None:
-        return draw_images(folder, config.images)
-    return open_images(config.data.path, min(config.images, config.data.limit or config.images))
+    rounds = by_turns({store: partial(write, store) for store in extractors}, config.rounds)
+    figures = {}
+    for store, extractor in extractors.items():
+        views = len(extractor.source) * config.views.count
+        figures[store] = {
+            "views_per_s": round(views / rounds.median(store)),
+            "main_thread_views_per_s": round(views / statistics.median(busy[store][1:])),  # the first round warms up
+        }
+    return figures

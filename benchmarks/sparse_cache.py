@@ -17,9 +17,10 @@ from pipeline.cache.files import CHECKSUM_BYTES, FileEntry, checksum, file_of
 from pipeline.cache.format.commits import FOLDER, Commit, commit_path
 from pipeline.cache.format.header import CacheHeader
 from pipeline.cache.format.records import TAILS, Raw, Seal
+from pipeline.cache.stores import store_of
 from pipeline.cache.tar.store import facts_of, index_name, member_header, tar_name
 from pipeline.cache.tar.view import FIELDS, SUFFIXES, TensorLayout, padded
-from pipeline.cache.writer import create_cache, store_of
+from pipeline.cache.writer import create_cache
 from pipeline.cache.zarr.chunks import text_chunk
 from pipeline.cache.zarr.view import Layout, array_specs, chunk_file
 

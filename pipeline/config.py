@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationE
 from yaml import YAMLError
 
 from pipeline.errors import ConfigError
+from pipeline.files import write_text
 
 
 class Config(BaseModel):
@@ -109,7 +110,7 @@ def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str]
 
 def save_config(config: Config, file: Path) -> None:
     """Write the resolved config as YAML, for a run folder."""
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8")
+    write_text(file, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
 def _read_yaml(file: Path) -> DictConfig:
@@ -146,9 +147,9 @@ def _suggest(cls: type[Config], loc: tuple[int | str, ...]) -> str:
         section = _section(section, str(part)) if section else None
     if section is None:
         return ""
-    known = list(section.model_fields)
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    return f" (did you mean '{near[0]}'?)" if near else f" (known here: {', '.join(known)})"
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1)
+    return f" (did you mean '{near[0]}'?)" if near else f" (known here: {', '.join(names)})"
 
 
 def _section(cls: type[Config], name: str) -> type[Config] | None:

@@ -3,8 +3,9 @@
 `cli.py` is the only place that prints them. They take exactly one string, so that a worker process can pickle them.
 """
 
+import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ class CheckpointError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training can't go on: a non-finite loss, batch sizes that don't divide."""
+
+
+def suggest(name: str, choices: Iterable[str], otherwise: str) -> str:
+    """The end of a line about an unknown name: up to three choices that look like it, or `otherwise`."""
+    near = difflib.get_close_matches(name, choices, n=3)
+    return f"did you mean {', '.join(repr(choice) for choice in near)}?" if near else otherwise
 
 
 @contextmanager

@@ -92,11 +92,17 @@ def _is_set(variable: str) -> bool:
         raise ConfigError(f"{variable}={os.environ[variable]} in the environment is neither true nor false") from error
 
 
+def share_of(count: int) -> range:
+    """This process's share of `count` samples: every P-th from its rank on, P being the number of processes."""
+    state = processes()
+    return range(state.process_index, count, state.num_processes)
+
+
 def gather_rows(rows: Tensor, total: int, at_once: int = 65_536) -> Tensor:
     """All `total` rows [total, ...] in order, on the CPU of every process, of which each brought those of its share.
 
     Args:
-        rows: every P-th row from this process's rank on, P being the number of processes; on whatever device.
+        rows: those of `share_of(total)`, in this order; on whatever device.
         at_once: rows of a process that are on the accelerator together, where the processes talk through it.
     """
     state = processes()

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from pipeline.errors import TrainingError
-
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -16,39 +14,6 @@ class StepPlan:
     processes: int
     rank: int = 0  # of this process
     per_image: int = 1  # trained views of each image that is read: masks_per_sample
-
-    @classmethod
-    def of(
-        cls,
-        images: int,
-        *,
-        batch_size: int,
-        accum_iter: int,
-        epochs: int,
-        max_steps: int | None,
-        per_image: int = 1,
-        processes: int = 1,
-        rank: int = 0,
-    ) -> "StepPlan":
-        """Divide `images` an epoch into global batches; the remainder goes unseen that epoch.
-
-        Raises:
-            TrainingError: the batch doesn't divide, or an epoch holds less than one batch.
-        """
-        unit = processes * accum_iter * per_image
-        if batch_size % unit:
-            raise TrainingError(
-                f"batch_size={batch_size} is no multiple of {unit} ({processes} processes x "
-                f"accum_iter={accum_iter} x {per_image} masks a sample): choose for instance "
-                f"{max(unit, batch_size // unit * unit)}"
-            )
-        steps = images // (batch_size // per_image)
-        if not steps:
-            raise TrainingError(
-                f"batch_size={batch_size} asks for more than the {images} images of an epoch: lower batch_size"
-            )
-        total = min(epochs * steps, max_steps or epochs * steps)
-        return cls(steps, total, batch_size, accum_iter, processes, rank, per_image)
 
     @property
     def images_per_step(self) -> int:

@@ -79,6 +79,25 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps a state dict from fitting a model whose tensors are `expected`, in one line; empty if it fits."""
+    reshaped = [
+        f"{key} {list(value.shape)} for {list(expected[key].shape)}"
+        for key, value in state.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "extra": [key for key in state if key not in expected],
+        "of another shape": reshaped,
+    }
+    return "; ".join(f"{label}: {_first(names)}" for label, names in problems.items() if names)
+
+
+def _first(names: list[str], shown: int = 6) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by the model's own names; of a method that keeps its ViT in `backbone.`, those below it alone."""
     plain, backbone = dict[str, Tensor](), dict[str, Tensor]()
@@ -174,9 +193,9 @@ def _unwrap(loaded: object, file: Path) -> dict[str, Tensor]:
         inner = [key for key in WRAPPERS if _holds_tensors(loaded.get(key))]
         if not inner:
             break
-        others = [str(key) for key in loaded if key != inner[0] and _holds_tensors(loaded[key])]
-        if others:
-            log.warning("%s: taking the weights of '%s'; it also holds those of %s", file, inner[0], ", ".join(others))
+        unused = [str(key) for key in loaded if key != inner[0] and _holds_tensors(loaded[key])]
+        if unused:
+            log.warning("%s: taking the weights of '%s'; it also holds those of %s", file, inner[0], ", ".join(unused))
         loaded = loaded[inner[0]]
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file} holds no tensors by name but a {type(loaded).__name__}: save its state dict")

@@ -1,13 +1,16 @@
-"""`mrmae ablate --config configs/ablation_imagenette.yaml`: variants × seeds from one file, and the table they make.
+"""Run variants × seeds, and tabulate them.
 
-Each run is the plain commands, in processes of their own, with keys that anybody could type:
+    mrmae ablate --config configs/ablation_imagenette.yaml
 
-    mrmae pretrain --config FILE cache.path=... output=... seed=... <the variant's keys>
-    mrmae knn, linear-probe, finetune --config FILE init=... seed=... output=...
+Reads the sections of the commands in --config, and `ablate` beside them. Each run is the plain commands, in processes
+of their own, with keys that anybody could type:
 
-The file is a chain's, with a section for each of these commands, and `ablate:` beside them. Caches that differ (views,
-quantiser) are extracted first, each once. Started again, it skips what is done and goes on where a run stopped.
-Writes output/table.md, table.csv, bars.png and, for each run, commands.log.
+    mrmae pretrain --config FILE cache.path=... output=... seed=... (and the variant's keys)
+    mrmae knn --config FILE init=... seed=... output=... (linear-probe and finetune alike)
+
+Caches that differ (views, quantiser) are extracted first, each once. Writes caches, runs with their commands.log, and
+table.md, table.csv, bars.png to ablate.output. Costs a pre-training and its measures for each variant and seed. Started
+again, it skips what is done and goes on where a run stopped.
 """
 
 import csv
@@ -30,6 +33,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Config, PathField
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.files import write_text
 from pipeline.training.interruption import Interrupted, Interruption
 
 matplotlib.use("Agg")
@@ -175,9 +179,7 @@ def _read(record: Path) -> dict[str, Any]:
 
 
 def _note(record: Path, step: str, entry: dict[str, Any]) -> None:
-    partial = record.with_name(f".{record.name}.partial")
-    partial.write_text(json.dumps({**_read(record), step: entry}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(record)
+    write_text(record, json.dumps({**_read(record), step: entry}, indent=1) + "\n")
 
 
 def _is_done(done: Mapping[str, Any], step: str, what: str, record: Path) -> bool:

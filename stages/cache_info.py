@@ -1,16 +1,19 @@
-"""`mrmae cache-info PATH`: what a cache holds, from which teacher, how faithful, how complete."""
+"""Show what a cache holds.
+
+That is: teacher, views, bytes a view, fidelity, completeness, images that could not be read.
+
+Reads the header and the commit records at PATH, no data. Writes nothing. Costs seconds.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from pipeline.cache import CacheHeader, Commit, FidelityFigures, read_commit, read_header
+from pipeline.cache import Commit, FidelityFigures, read_commit, read_header
 from pipeline.cache.budget import readable
 from pipeline.cache.format.commits import committed_shards
 from pipeline.config import Config, PathField
-
-SLOWER = "which makes a read about six times slower than a plain one"
 
 
 class CacheInfoConfig(Config):
@@ -32,6 +35,7 @@ def run(config: CacheInfoConfig) -> dict[str, Any]:
     stones = [stone for commit in commits for stone in commit.tombstones]
     size = sum(entry.bytes for commit in commits for entry in commit.files.values())
     live = sum(commit.count for commit in commits) - len(stones)
+    token_bytes = header.tokens * header.dim * header.quantiser.dtype.itemsize
     fidelity = FidelityFigures.merge(commit.fidelity for commit in commits)
     return {
         "path": str(path),
@@ -45,8 +49,7 @@ def run(config: CacheInfoConfig) -> dict[str, Any]:
         "dim": header.dim,
         "quantiser": header.quantiser.name,
         "attention": header.attention,
-        "compression": header.compression,
-        "reads": _reads(header, commits),
+        "reads": f"one pread and one checksum a record, {token_bytes} bytes of tokens",
         "samples_per_shard": header.samples_per_shard,
         "shards": header.shards,
         "committed": len(commits),
@@ -63,19 +66,7 @@ def run(config: CacheInfoConfig) -> dict[str, Any]:
     }
 
 
-def _reads(header: CacheHeader, commits: list[Commit]) -> str:
-    """What a training step pays for a record, and what compression changed about it."""
-    plain = header.tokens * header.dim * header.quantiser.dtype.itemsize
-    if header.compression is None:
-        return f"uncompressed: one pread and one checksum a record, {plain} bytes of tokens"
-    # Tombstones and the padding of the last shard take next to nothing, so live records share all bytes.
-    live = sum(commit.count - len(commit.tombstones) for commit in commits) * header.views
-    packed = sum(e.bytes for commit in commits for file, e in commit.files.items() if file.startswith("tokens/"))
-    size = f"{round(packed / live)} bytes of tokens a view instead of {plain}" if live else "nothing written yet"
-    return f"compressed: {size}, and every read decompresses its whole record, {SLOWER}"
-
-
 def _seconds(commits: list[Commit]) -> float | None:
     """Time that extraction took over all shards, where it noted `seconds`."""
-    known = [float(c.times["seconds"]) for c in commits if isinstance(c.times.get("seconds"), int | float)]
-    return sum(known) if known else None
+    seconds = [float(c.times["seconds"]) for c in commits if isinstance(c.times.get("seconds"), int | float)]
+    return sum(seconds) if seconds else None

@@ -1,16 +1,21 @@
-"""`mrmae detect`: Mask R-CNN on a pre-trained encoder, on COCO-format data; box and mask AP.
+"""Train Mask R-CNN from a checkpoint or scratch.
 
-    mrmae detect init=runs/convvit data.train.images=coco/train2017 \
-        data.train.annotations=coco/annotations/instances_train2017.json data.val.images=coco/val2017 \
-        data.val.annotations=coco/annotations/instances_val2017.json output=runs/convvit-coco
+Starts from a pre-trained checkpoint (init=RUN), or from scratch (student.name=...):
+
+    mrmae detect init=runs/convvit output=runs/convvit-coco \\
+        data.train.images=coco/train2017 data.train.annotations=coco/annotations/instances_train2017.json \\
+        data.val.images=coco/val2017 data.val.annotations=coco/annotations/instances_val2017.json
     mrmae detect --eval data.val.images=... data.val.annotations=... output=runs/convvit-coco pictures=8
+
+Reads annotated images in COCO's format. Writes to output as finetune does, and checkpoints/best by box AP; --eval
+writes metrics.json, predictions.json and, with pictures=N, predictions.png. Prints box and mask AP. Costs many times a
+fine-tuning: see docs/detection.md.
 
 The defaults are ConvMAE's recipe of 25 epochs where it is published; docs/detection.md says what is ours.
 """
 
 import json
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -22,7 +27,7 @@ from torch import Tensor, nn
 from pipeline.assembly.detectors import build_detector, load_detector
 from pipeline.assembly.students import Start, read_start
 from pipeline.config import Config, PathField
-from pipeline.data.loader import Samples
+from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.detection import (
     CocoConfig,
@@ -37,15 +42,15 @@ from pipeline.detection import (
     average_precision,
     detected_scene,
     draw_scenes,
-    evaluation_batches,
     open_coco,
 )
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.records import write_record
+from pipeline.files import write_text
 from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
-from pipeline.processes import processes
+from pipeline.processes import processes, share_of
 from pipeline.progress import track
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
@@ -96,19 +101,21 @@ def _train(config: DetectConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     start = read_start(config.init, config.student, config.output)
     model, layers = _build(config, start, train)
-    identity = {"stage": "detect", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
-    identity |= {"init": start.identity, "ema": config.ema.model_dump() if config.ema.decay else None}
-    identity |= {"data": train.digest, "jitter": config.jitter.model_dump(mode="json")}
-    run = Run(config.model_copy(update={"student": start.student}), identity)
+    identity = {
+        "stage": "detect",
+        "model": model.spec,
+        "init": start.identity,
+        "ema": config.ema.model_dump() if config.ema.decay else None,
+        "data": train.digest,
+        "jitter": config.jitter.model_dump(mode="json"),
+    }
+    training = Run(config.model_copy(update={"student": start.student}), identity)
     plan = plan_steps(config, len(train))
     dataset = DetectionDataset(train, config.image_size, jitter=config.jitter, seed=config.seed)
 
     def evaluate(model: nn.Module, _step: int) -> dict[str, float]:
         assert isinstance(model, Detector)
-        batches = evaluation_batches(
-            val, config.image_size, config.data.workers, run.rank, run.processes, config.eval_batch_size
-        )
-        return _score(val, _results(model, val, batches, run.device))
+        return _score(val, _results(model, val, _evaluation_batches(config, val, config.image_size), training.device))
 
     task = Task(
         name="detect",
@@ -120,28 +127,31 @@ def _train(config: DetectConfig) -> dict[str, Any]:
         layer_ids=layers,
         ema=config.ema,
     )
-    return fit(task, run, plan, config.optim)
+    return fit(task, training, plan, config.optim)
 
 
 def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
     group = processes()
     val = _open(config.data.val)
     model = load_detector(config.checkpoint or config.output).to(group.device).eval()
-    if model.spec["categories"] != [list(one) for one in val.categories]:
+    if model.spec["categories"] != [list(category) for category in val.categories]:
         raise DataError("data.val has other categories than the detector was trained on: give matching annotations")
     canvas = model.spec["encoder"]["image_size"]
-    size, workers = config.eval_batch_size, config.data.workers
-    batches = evaluation_batches(val, canvas, workers, group.process_index, group.num_processes, size)
+    batches = _evaluation_batches(config, val, canvas)
     in_bf16 = config.precision == "bf16" or (config.precision == "auto" and group.device.type == "cuda")
     with torch.inference_mode(), torch.autocast(group.device.type, torch.bfloat16, enabled=in_bf16):
-        steps = -(-len(val) // (size * group.num_processes))
+        steps = -(-len(share_of(len(val))) // config.eval_batch_size)
         results = _results(model, val, track(batches, steps, "detect", "batch"), group.device)
         figures = _score(val, results)
         if group.is_main_process:
-            _write(config.output / "predictions.json", results)
+            write_text(config.output / "predictions.json", json.dumps(results) + "\n")
             write_record(config.output, "detect", figures)
             _draw(config, model, val, group.device)
     return figures
+
+
+def _evaluation_batches(config: DetectConfig, val: CocoImages, canvas: int) -> Generator[DetectionBatch, None, None]:
+    return load_in_order(DetectionDataset(val, canvas), share_of(len(val)), config.eval_batch_size, config.data.workers)
 
 
 def _open(config: CocoConfig) -> CocoImages:
@@ -175,8 +185,8 @@ def _results(
     results: list[dict[str, Any]] = []
     for batch in batches:
         found = model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
-        for index, one in zip(batch.indices, found, strict=True):
-            results += as_results(one, coco, index)
+        for index, instances in zip(batch.indices, found, strict=True):
+            results += as_results(instances, coco, index)
     gathered: list[dict[str, Any]] = gather_object(results)
     return gathered
 
@@ -186,13 +196,6 @@ def _score(coco: CocoImages, results: list[dict[str, Any]]) -> dict[str, float]:
     figures = [average_precision(coco, results) if processes().is_main_process else None]
     scored: dict[str, float] = broadcast_object_list(figures)[0]
     return scored
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.rename(path)
 
 
 def _draw(config: DetectConfig, model: Detector, val: CocoImages, device: torch.device) -> None:
@@ -207,8 +210,8 @@ def _draw(config: DetectConfig, model: Detector, val: CocoImages, device: torch.
         found += model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
     annotated = [annotated_scene(val, index) for index in chosen]
     detected = [
-        detected_scene(scene.image, one, val.categories, config.picture_score)
-        for scene, one in zip(annotated, found, strict=True)
+        detected_scene(scene.image, instances, val.categories, config.picture_score)
+        for scene, instances in zip(annotated, found, strict=True)
     ]
     columns = {"annotated": annotated, f"detected, score ≥ {config.picture_score}": detected}
     draw_scenes(config.output / "predictions.png", columns, f"{config.checkpoint or config.output}")

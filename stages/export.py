@@ -1,15 +1,18 @@
-"""`mrmae export`: a trained encoder for programs that don't have this one.
+"""Write a trained encoder for other programs.
+
+A ViT goes to timm, a ConvViT to safetensors and JSON, both to ONNX:
 
     mrmae export init=runs/photos output=exports/photos onnx=true
     timm.create_model("local-dir:exports/photos", pretrained=True)  # and model.onnx beside it
 
-A ViT becomes a model of timm's; a ConvViT, which timm doesn't have, a safetensors by the reference code's names and a
-JSON that says how the numbers are to be used. What was written is loaded again and must give the same features.
+Reads a checkpoint (init). Writes a new folder, output, and only if the written weights give the same features when they
+are loaded again. Costs two forward passes.
+
+timm has no ConvViT: its safetensors has the reference code's names, and its JSON says how the numbers are to be used.
 """
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,10 @@ from torch.nn import functional as F
 from pipeline.assembly.students import load_encoder
 from pipeline.config import Config, PathField
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.files import whole_file, whole_folder
 from pipeline.models import Classifier, ConvViT, Student, ViT, build_classifier, build_student, load_weights
 from pipeline.models.student_config import StudentConfig
-from pipeline.tensor_files import save_tensors, usual_mode
+from pipeline.tensor_files import save_tensors
 
 # Cosine between our features and those of what was written; fp32 in another order of operations is nearer than this.
 _FAITHFUL = 0.99999
@@ -62,17 +66,11 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if config.onnx and importlib.util.find_spec("onnxscript") is None:
         raise ConfigError("onnx=true, but its exporter isn't installed: pip install -e '.[onnx]'")
     model = load_encoder(config.init, config.student).eval()
-    partial = config.output.with_name(f".{config.output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(config.output) as partial:
         write = _write_timm if isinstance(_encoder(model), ViT) else _write_own
         facts = write(model, partial)
         if config.onnx:
             facts |= _write_onnx(model, partial / "model.onnx", config.opset)
-        partial.rename(config.output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {"written": str(config.output), **facts}
 
 
@@ -110,8 +108,10 @@ def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
     state = _state(model)
     twin = timm.create_model(_NEAREST.get(encoder.dim, _NEAREST[768]), pretrained_cfg=preprocessing, **arguments)
     twin.load_state_dict(state, strict=True)
-    with usual_mode(folder / "model.safetensors"):
+    weights = folder / "model.safetensors"
+    with whole_file(weights) as partial:  # for its mode
         save_for_hf(twin, str(folder), model_args=arguments, safe_serialization=True)
+        weights.rename(partial)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     cosine = _agreement(_tokens(model), lambda images: _timm_tokens(again, images), encoder.image_size)
     return {"format": "timm", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}
@@ -229,14 +229,16 @@ def _tokens(model: Student | Classifier) -> Callable[[Tensor], Tensor]:
 
 
 @torch.inference_mode()
-def _agreement(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], sides: tuple[int, int]) -> float:
+def _agreement(
+    model: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], sides: tuple[int, int]
+) -> float:
     """The worst token's cosine on three random images.
 
     Raises:
         CheckpointError: it is below `_FAITHFUL`.
     """
     images = torch.randn(3, 3, *sides, generator=torch.Generator().manual_seed(0))
-    cosine = float(F.cosine_similarity(ours(images).double(), theirs(images).double(), dim=-1).min())
+    cosine = float(F.cosine_similarity(model(images).double(), exported(images).double(), dim=-1).min())
     if not cosine >= _FAITHFUL:  # NaN is not faithful either
         raise CheckpointError(
             f"the exported features differ from ours (cosine {cosine:.6f}): update timm, or report it"

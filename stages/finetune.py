@@ -1,10 +1,17 @@
-"""`mrmae finetune`: a classifier on a pre-trained encoder, or from scratch; top-1 and top-5 on a validation set.
+"""Train a classifier from a checkpoint or scratch.
+
+Starts from a pre-trained checkpoint (init=RUN), or from scratch (student.name=...):
 
     mrmae finetune init=runs/convvit data.path=/data/imagenet output=runs/convvit-ft
     mrmae finetune --eval init=[runs/clip-ft,runs/dino-ft] val.path=/data/imagenet/val
 
+Reads labelled images: data.path and val.path, or data.path alone if it holds train/ and val/. Writes to output as
+pretrain does, and checkpoints/best by top-1. Prints top-1 and top-5 on the validation set. Costs a full training of the
+encoder on all patches.
+
 The defaults are MAE's fine-tuning recipe for ViT-B (layer decay, mixup, cutmix, RandAugment, erasing, smoothing).
-Several classifiers are evaluated by the mean of their logits, as the paper joins students of different teachers.
+--eval needs init and val.path alone. Several classifiers are evaluated by the mean of their logits, as the paper joins
+students of different teachers.
 """
 
 from collections.abc import Sequence
@@ -27,12 +34,11 @@ from pipeline.data.images import DataConfig, ImageSource
 from pipeline.data.labelled import (
     LabelledBatch,
     LabelledDataset,
-    evaluation_batches,
     match_classes,
     open_labelled,
     open_splits,
 )
-from pipeline.data.loader import Samples
+from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CheckpointError, ConfigError
@@ -42,7 +48,7 @@ from pipeline.models import Classifier, build_classifier, layer_ids, load_weight
 from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
-from pipeline.processes import processes
+from pipeline.processes import processes, share_of
 from pipeline.progress import Progress
 from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
@@ -118,10 +124,16 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     size = model.image_size[0]
     plan = plan_steps(config, len(train))
     _check_mixing(config, plan)
-    identity = {"stage": "finetune", "seed": config.seed, "batch_size": config.batch_size, "model": model.spec}
-    identity |= {"init": start.identity, "data": train.digest(), "augment": config.augment.model_dump(mode="json")}
-    identity |= {"ema": config.ema.model_dump() if config.ema.decay else None, "classes": list(train.classes)}
-    run = Run(config.model_copy(update={"student": start.student}), identity)
+    identity = {
+        "stage": "finetune",
+        "model": model.spec,
+        "init": start.identity,
+        "data": train.digest(),
+        "augment": config.augment.model_dump(mode="json"),
+        "ema": config.ema.model_dump() if config.ema.decay else None,
+        "classes": list(train.classes),
+    }
+    training = Run(config.model_copy(update={"student": start.student}), identity)
 
     views = ViewConfig(image_size=size, scale=config.augment.scale, hflip=config.augment.hflip, seed=config.seed)
     dataset = LabelledDataset(train, size, views=views, augment=_augment(config, size))
@@ -139,7 +151,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         layer_ids=layer_ids(model)[0],
         ema=config.ema,
     )
-    return fit(task, run, plan, config.optim)
+    return fit(task, training, plan, config.optim)
 
 
 @stage
@@ -246,19 +258,16 @@ def _accuracies(
     config: FinetuneConfig, models: Sequence[nn.Module], val: ImageSource, size: int, workers: int
 ) -> list[dict[str, float]]:
     """Top-1 and top-5 of each model and, if they are several, of the mean of their logits, over all processes."""
-    here, batch_size = processes(), config.eval_batch_size
-    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=here.device)
-    with Progress(
-        -(-len(val) // (batch_size * here.num_processes)), "evaluate", "batch", show=here.is_main_process
-    ) as progress:
-        for batch in evaluation_batches(
-            val, size, config.crop, workers, here.process_index, here.num_processes, batch_size
-        ):
-            moved = batch.to(here.device)
+    state, batch_size = processes(), config.eval_batch_size
+    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=state.device)
+    dataset, share = LabelledDataset(val, size, crop=config.crop), share_of(len(val))
+    with Progress(-(-len(share) // batch_size), "evaluate", "batch", show=state.is_main_process) as progress:
+        for batch in load_in_order(dataset, share, batch_size, workers):
+            moved = batch.to(state.device)
             logits = [model(normalise(moved.images)).float() for model in models]
             rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
             for row, scores in enumerate(rows):
-                hits[row, :2] += topk_hits(scores, moved.labels, (1, 5))
+                hits[row, :2] += topk_hits(scores, moved.labels)
                 hits[row, 2] += len(moved.labels)
             progress.advance()
     sums = reduce(hits, "sum")

@@ -1,8 +1,12 @@
-"""`mrmae knn`: classify by the nearest training images in frozen features.
+"""Classify by nearest neighbours of features.
+
+This is the cheapest measure of a checkpoint: frozen features, no training.
 
     mrmae knn init=runs/convvit data.path=/data/imagenet/train val.path=/data/imagenet/val
 
-Without init it scores an untrained student (student.name), a teacher (teacher.spec) or raw pixels (pixels=true).
+Reads labelled images (data.path, val.path) and a checkpoint (init). Without init it measures an untrained student
+(student.name), a teacher (teacher.spec) or raw pixels (pixels=true). Writes metrics.json to output if given. Costs one
+forward pass over the images.
 """
 
 from typing import Any
@@ -31,13 +35,9 @@ def run(config: KnnConfig) -> dict[str, Any]:
     frozen, state = frozen_features(config), processes()
     share = slice(state.process_index, None, state.num_processes)
     result = knn_classify(
-        frozen.train_x[share],
-        frozen.train_y[share],
-        frozen.val_x,
-        frozen.val_y,
+        frozen._replace(train_x=frozen.train_x[share], train_y=frozen.train_y[share]),
         k=min(config.k, len(frozen.train_x)),
         temperature=config.temperature,
-        num_classes=frozen.num_classes,
         device=state.device,
         shared=state.num_processes > 1,
     )

@@ -1,6 +1,11 @@
-"""`mrmae linear-probe`: linear classifiers on frozen features, several learning rates at once.
+"""Train linear classifiers on frozen features.
+
+This measures how much a checkpoint knows, without fine-tuning:
 
     mrmae linear-probe init=runs/convvit data.path=/data/imagenet/train val.path=/data/imagenet/val
+
+Reads labelled images (data.path, val.path) and a checkpoint (init). Writes metrics.json to output if given. Costs one
+forward pass over the images, then minutes for all learning rates at once.
 
 The recipe is MAE's: LARS, no weight decay, an affine-free batch norm before the classifier.
 """
@@ -39,18 +44,14 @@ def run(config: LinearProbeConfig) -> dict[str, Any]:
     if steps < _FEW_STEPS:
         log.warning("%d steps train a classifier but little: lower batch_size or raise epochs", steps)
     result = linear_probe(
-        frozen.train_x,
-        frozen.train_y,
-        frozen.val_x,
-        frozen.val_y,
-        num_classes=frozen.num_classes,
+        frozen,
         epochs=config.epochs,
         batch_size=batch_size,
         lrs=tuple(blr * batch_size / 256 for blr in config.blrs),
         seed=config.seed,
         device=processes().device,
     )
-    _warn_at_the_edge(config.blrs, [one["top1"] for one in result["all"]])
+    _warn_at_the_edge(config.blrs, [figures["top1"] for figures in result["all"]])
     write_record(config.output, "linear_probe", result)
     return dict(result)
 

@@ -1,10 +1,16 @@
-"""Stage 2, `mrmae pretrain`: a student learns from images and cached targets; no step runs a teacher.
+"""Stage 2: train a student that mimics a cache.
 
-    mrmae pretrain data.path=/data/imagenet/train cache.path=/data/clip student.name=mrmae_convvit_base_patch16 \
+Trains a masked autoencoder that mimics the cached teacher on visible patches (MR-MAE):
+
+    mrmae pretrain data.path=/data/imagenet/train cache.path=/data/clip student.name=mrmae_convvit_base_patch16 \\
         output=runs/convvit
 
-With objective=mae and no cache it is plain MAE, on views drawn by the same function. With teacher.spec in place of
-cache.path the teacher runs in every step, on the same views and with the same masks: what a cache saves.
+Reads images (data.path) and a cache (cache.path). mimic.objective=mae is plain MAE and needs no cache. With
+teacher.spec in place of cache.path the teacher runs in every step, on the same views and with the same masks. Writes to
+output: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. Costs what plain MAE costs, because no step runs a
+teacher.
+
+Ctrl-C and SIGTERM stop it after a checkpoint. The same command goes on from the newest sound checkpoint.
 """
 
 import logging
@@ -113,8 +119,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     student = _build(config, knowledge)
     masks = _masks(config, knowledge, student)
     identity = _identity(config, knowledge, student) | {"init": _start_from(config, student)}
-    run = Run(config, identity, may_change=("samples",))
-    if isinstance(knowledge, CachedKnowledge) and config.check_records and run.is_main:
+    training = Run(config, identity, may_change=("samples",))
+    if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
         log.info("checked %s", knowledge.check(config.seed, config.check_records))
     plan = plan_steps(config, len(knowledge.samples), per_image=config.mask.masks_per_sample)
     dataset = knowledge.dataset(masks, student.target_rows)
@@ -125,10 +131,10 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         spec=model_record(student),
         losses=_Losses(knowledge.targets(dataset)),
         samples=Samples(dataset, order, config.data.workers),
-        evaluation=_evaluation(config, run, plan),
+        evaluation=_evaluation(config, plan),
         grad_norms=GradNorms(("mimic_loss", "pixel_loss"), list(student.encoder.parameters()), config.grad_norms_every),
     )
-    return fit(task, run, plan, config.optim)
+    return fit(task, training, plan, config.optim)
 
 
 class _Losses:
@@ -223,10 +229,10 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
     )
 
 
-def _evaluation(config: PretrainConfig, run: Run, plan: StepPlan) -> Evaluation | None:
+def _evaluation(config: PretrainConfig, plan: StepPlan) -> Evaluation | None:
     if config.knn is None:
         return None
-    measure = knn_callback(config.knn, config.student.image_size, run.rank, run.processes, run.device)
+    measure = knn_callback(config.knn, config.student.image_size)
     return Evaluation(measure, max(1, round(config.knn.every * plan.steps_per_epoch)), best="knn_top1")
 
 
@@ -235,8 +241,6 @@ def _identity(config: PretrainConfig, knowledge: Knowledge, student: Student) ->
     samples = knowledge.samples
     return knowledge.identity() | {
         "stage": "pretrain",
-        "seed": config.seed,
-        "batch_size": config.batch_size,
         "order": config.order.model_dump(),
         "mask": config.mask.model_dump(),
         "views": knowledge.views.model_dump(mode="json"),

@@ -1,11 +1,15 @@
-"""`mrmae report RUN`: what a run folder holds, as one HTML page that opens anywhere, without a network.
+"""Make one HTML page of a run folder.
 
-Config, curves, throughput, the evaluations that were written into the folder, and its pictures. A folder of several
-runs, such as the demo's, becomes one page with their curves laid over each other.
+The page shows config, curves, throughput, evaluations and pictures:
+
+    mrmae report runs/photos
+
+Reads what pretrain, finetune, knn, linear-probe, visualize or demo left at PATH. Writes one file, which opens without a
+network. Costs seconds. A folder of several runs, such as the demo's, becomes one page with their curves laid over each
+other.
 """
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +23,7 @@ from pipeline.config import Config, PathField
 from pipeline.errors import CheckpointError
 from pipeline.evaluation.page import Listing, Page, Picture, Table, embed_curve, embed_png, render_page
 from pipeline.evaluation.records import read_records
+from pipeline.files import write_text
 from pipeline.training.metrics import read_metrics
 
 _SCORES = ("top1", "top5")
@@ -70,10 +75,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
         ],
     )
     output = config.output or root / "report.html"
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(render_page(page), encoding="utf-8")
-    partial.replace(output)
+    write_text(output, render_page(page))
     return {"page": str(output), "runs": len(runs), "evaluations": len(evaluations), "pictures": len(pictures)}
 
 
@@ -135,8 +137,8 @@ def _duration(rows: Sequence[Mapping[str, Any]], batch_size: int | None) -> str:
             before = row["step"]
     if not seconds:
         return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {remainder} s"
 
 
 def _batch_size(folder: Path) -> int | None:

@@ -1,10 +1,16 @@
-"""`mrmae verify-cache PATH`: is the cache what was extracted? With --repair: make it so again.
+"""Check that a cache is what was extracted.
 
-quick   structure, counts, sizes
-full    every byte and every record, and the source images where they can be found
-deep    also renders some records again and asks the live teacher
+Exit code 0: it is sound; 1: it is damaged; 2: it could not be checked.
 
---repair extracts what is damaged, and every shard that lost an image which can be read by now.
+    mrmae verify-cache /data/clip
+    mrmae verify-cache /data/clip --level deep --repair
+
+    quick   structure, counts and sizes
+    full    every byte and every record, and the source images where they can be found
+    deep    also renders some records again and asks the live teacher
+
+Reads the cache at PATH. Writes nothing without --repair, which extracts damaged shards again, and shards whose lost
+images can be read now. Costs seconds (quick), one reading of the cache (full), or a few forward passes more (deep).
 """
 
 import functools
@@ -141,14 +147,14 @@ def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
         def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
             return extractor.reextract(indices, views, header)
 
-    threads = config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))  # each has a second that reads
+    threads = config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))  # each has a second one that hashes
     with Progress(1, "verify", "shard") as progress:
 
         def advance(_done: int, total: int) -> None:
             progress.expect(total)
             progress.advance()
 
-        return verify(config.path, config.level, source, reextract, config.samples, 0, advance, threads)
+        return verify(config.path, config.level, source, reextract, config.samples, advance, threads)
 
 
 def _images(config: VerifyConfig) -> tuple[ImageSource | None, str]:
@@ -182,11 +188,11 @@ def _extractor(config: VerifyConfig, header: CacheHeader, source: ImageSource | 
 
 def _warn_of_versions(config: VerifyConfig, header: CacheHeader, teacher: Teacher, views: ViewConfig) -> None:
     """Another decoder or torch gives the same views and tokens but for their last bits; the header names the old."""
-    now = {**teacher.identity(), **preprocessing(views, header.store)}
-    then = {**header.teacher, **header.preprocessing}
-    others = [key for key in then if key not in ("spec", "weights", "name") and now.get(key) != then[key]]
-    if others:
-        differ = "; ".join(f"{key} was {then[key]} and is {now.get(key)}" for key in others)
+    current = {**teacher.identity(), **preprocessing(views, header.store)}
+    recorded = {**header.teacher, **header.preprocessing}
+    changed = [key for key in recorded if key not in ("spec", "weights", "name") and current.get(key) != recorded[key]]
+    if changed:
+        differ = "; ".join(f"{key} was {recorded[key]} and is {current.get(key)}" for key in changed)
         log.warning(
             "%s was made by other versions (%s): what is computed anew may differ in its last bits", config.path, differ
         )

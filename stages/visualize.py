@@ -1,11 +1,15 @@
-"""`mrmae visualize`: what a student sees, and its teacher beside it, as one PNG that a person can read.
+"""Draw what a student and its teacher see.
 
     mrmae visualize init=runs/photos data.path=/data/photos cache.path=/data/photos_dino
     mrmae visualize init=runs/photos images=[cat.jpg,dog.jpg] teacher.spec=dino_vitb16 output=pictures.png
 
-Columns, as far as the checkpoint and the teacher have them: input, masked input, reconstruction, the teacher's and the
-student's attention, and the principal components of the teacher's and the student's patch features as colours. Of a
-`detect` run: the images with the boxes, masks and names that the detector puts on them.
+Reads a checkpoint (init), images (images=[FILE,...] or data.path), and for the teacher a cache (cache.path) or a live
+one (teacher.spec). Writes one PNG: output, by default visualize.png in the run folder. Costs a forward pass of a few
+images.
+
+The columns, as far as the checkpoint and the teacher have them: input, masked input, reconstruction, the teacher's and
+the student's attention, and the principal components of both sides' patch features as colours. For a `detect` run: the
+images with the boxes, masks and names that the detector puts on them.
 """
 
 from pathlib import Path
@@ -19,7 +23,7 @@ from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
 from pipeline.assembly.detectors import load_detector
-from pipeline.assembly.inspection import Look, Reconstruction, choose_patches, look, reconstruct
+from pipeline.assembly.inspection import PatchFeatures, Reconstruction, choose_patches, patch_features, reconstruct
 from pipeline.assembly.samples import PretrainDataset
 from pipeline.assembly.students import load_encoder
 from pipeline.assembly.teachers import load_teacher
@@ -83,7 +87,7 @@ class Shown(NamedTuple):
 
     images: Tensor
     names: list[str]
-    teacher: Look | None
+    teacher: PatchFeatures | None
 
 
 @stage
@@ -95,8 +99,8 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
     model = load_encoder(config.init, config.student).to(device).eval()
     encoder = model if isinstance(model, Classifier) else model.encoder
     shown = _cached(config, encoder.image_size[0]) if config.cache else _given(config, encoder.image_size[0], device)
-    eye = build_teacher(f"mrmae:{config.init}", module=encoder, device=device)
-    student = _look(eye, shown.images, f"student: {config.init}", device)
+    network = build_teacher(f"mrmae:{config.init}", module=encoder, device=device)
+    student = _features(network, shown.images, f"student: {config.init}", device)
 
     pictures = as_pictures(shown.images / 255)
     columns: dict[str, Any] = {"input": pictures}
@@ -104,18 +108,18 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
     if isinstance(model, Student) and model.objective.pixels:
         completed, result = _reconstruction(config, model, shown, device)
         columns |= completed
-    looks = {"teacher": shown.teacher, "student": student}
+    shown_features = {"teacher": shown.teacher, "student": student}
     asked = {
         "teacher": "",
         "student": "\n(of the class token)" if encoder.attention_query == "cls" else "\n(mean query)",
     }
-    for who, seen in looks.items():
-        if seen and seen.attention is not None:
-            columns[f"{who}'s attention{asked[who]}"] = overlay(pictures, as_maps(seen.attention, seen.grid))
-    for who, seen in looks.items():
-        if seen:
-            columns[f"{who}'s features\n(PCA as RGB)"] = pca_maps(seen.tokens, seen.grid)
-    title = "    ".join(seen.name for seen in looks.values() if seen)
+    for who, features in shown_features.items():
+        if features and features.attention is not None:
+            columns[f"{who}'s attention{asked[who]}"] = overlay(pictures, as_maps(features.attention, features.grid))
+    for who, features in shown_features.items():
+        if features:
+            columns[f"{who}'s features\n(PCA as RGB)"] = pca_maps(features.tokens, features.grid)
+    title = "    ".join(features.name for features in shown_features.values() if features)
     picture = draw_grid(_output(config), columns, title, shown.names)
     return {"picture": str(picture), "columns": [" ".join(name.split()) for name in columns], **result}
 
@@ -139,8 +143,8 @@ def _detections(config: VisualizeConfig, device: torch.device) -> dict[str, Any]
         found += model.detect(normalise(batch.images.to(device)), batch.sizes, batch.original_sizes)
     categories = [(number, name) for number, name in model.spec["categories"]]
     scenes = [
-        detected_scene(np.asarray(image), one, categories, config.min_score)
-        for image, one in zip(images, found, strict=True)
+        detected_scene(np.asarray(image), instances, categories, config.min_score)
+        for image, instances in zip(images, found, strict=True)
     ]
     column = f"detected, score ≥ {config.min_score}"
     picture = draw_scenes(_output(config), {column: scenes}, str(config.init))
@@ -159,26 +163,33 @@ def _reconstruction(
     rows = teacher.attention.numpy() if teacher and teacher.attention is not None and focus != "random" else None
     patches = model.grid[0] * model.grid[1]
     ids = choose_patches(len(shown.images), patches, config.mask_ratio, rows, focus, config.seed)
-    seen = _reconstruct(model, shown.images, ids, device)
+    reconstruction = _reconstruct(model, shown.images, ids, device)
     how = {"random": "drawn at random", "sampled": "drawn by attention", "top-k": "most attended"}[focus]
     masked = f"masked input\n({ids.shape[1]} of {patches} {how})"
     # Normalised patches are predicted up to their mean and contrast, which the picture takes from the truth.
     given = "(true mean, contrast)" if model.norm_pix_loss else "(visible ones kept)"
-    columns = {masked: as_pictures(seen.masked), f"reconstruction\n{given}": as_pictures(seen.completed)}
-    return columns, {"pixel_loss": seen.loss}
+    columns = {
+        masked: as_pictures(reconstruction.masked),
+        f"reconstruction\n{given}": as_pictures(reconstruction.completed),
+    }
+    return columns, {"pixel_loss": reconstruction.loss}
 
 
-def _look(eye: Teacher, images: Tensor, name: str, device: torch.device) -> Look:
-    seen = [look(eye, chunk.to(device), name) for chunk in images.split(_CHUNK)]
-    rows = [one.attention for one in seen if one.attention is not None]
-    return Look(torch.cat([one.tokens for one in seen]), torch.cat(rows) if rows else None, eye.grid, name)
+def _features(network: Teacher, images: Tensor, name: str, device: torch.device) -> PatchFeatures:
+    chunks = [patch_features(network, chunk.to(device), name) for chunk in images.split(_CHUNK)]
+    attention = [chunk.attention for chunk in chunks if chunk.attention is not None]
+    tokens = torch.cat([chunk.tokens for chunk in chunks])
+    return PatchFeatures(tokens, torch.cat(attention) if attention else None, network.grid, name)
 
 
 def _reconstruct(model: Student, images: Tensor, ids: Tensor, device: torch.device) -> Reconstruction:
     chunks = list(zip(images.split(_CHUNK), ids.split(_CHUNK), strict=True))
-    seen = [reconstruct(model, some.to(device), kept.to(device)) for some, kept in chunks]
-    loss = sum(one.loss * len(one.masked) for one in seen) / len(images)
-    return Reconstruction(torch.cat([one.masked for one in seen]), torch.cat([one.completed for one in seen]), loss)
+    parts = [reconstruct(model, chunk.to(device), ids_keep.to(device)) for chunk, ids_keep in chunks]
+    loss = sum(part.loss * len(part.masked) for part in parts) / len(images)
+    masked, completed = (
+        torch.cat(pictures) for pictures in zip(*((p.masked, p.completed) for p in parts), strict=True)
+    )
+    return Reconstruction(masked, completed, loss)
 
 
 def _cached(config: VisualizeConfig, size: int) -> Shown:
@@ -205,7 +216,7 @@ def _cached(config: VisualizeConfig, size: int) -> Shown:
         rows = np.stack([np.asarray(record.attention, np.float32) for record in records])  # [N, L] or [N, heads, L]
         attention = torch.from_numpy(rows.mean(1) if rows.ndim == 3 else rows)
     name = f"teacher: {reader.header.teacher['name']} ({config.cache.path})"
-    return Shown(images, [record.key for record in records], Look(tokens, attention, (h, w), name))
+    return Shown(images, [record.key for record in records], PatchFeatures(tokens, attention, (h, w), name))
 
 
 def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
@@ -216,7 +227,7 @@ def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
     if config.teacher is None:
         return Shown(images, names, None)
     teacher = load_teacher(config.teacher, device)
-    return Shown(images, names, _look(teacher, images, f"teacher: {teacher.name}", device))
+    return Shown(images, names, _features(teacher, images, f"teacher: {teacher.name}", device))
 
 
 def _files(config: VisualizeConfig) -> tuple[list[str], list[bytes]]:

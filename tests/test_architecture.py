@@ -15,6 +15,11 @@ GROUND = {file.stem for file in (ROOT / "pipeline").glob("*.py")}
 WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection", "assembly"}
 
 
+# Words that say nothing of what a variable holds, and that no search finds
+RIDDLES = {"one", "each", "own", "here", "there", "then", "now", "some", "known", "said", "told", "eye", "seen"}
+RIDDLES |= {"mine", "ours", "theirs", "others", "whole", "rest", "few", "thing", "this", "that", "these", "those", "it"}
+
+
 def imports_of(file: Path) -> set[str]:
     """Dotted names of the project's modules that a file imports, anywhere in it."""
     names: set[str] = set()
@@ -99,6 +104,18 @@ def test_a_stage_that_loads_or_joins_others_owns_what_it_opens() -> None:
                 if isinstance(node, ast.FunctionDef) and node.name in {"run", "evaluate"}:
                     assert "stage" in map(ast.unparse, node.decorator_list), f"{file}: {node.name}"
     assert {"pretrain", "finetune", "detect", "knn", "extract_teacher_features"} <= found
+
+
+@pytest.mark.parametrize("folder", ["pipeline", "stages", "benchmarks", "."])
+def test_variables_are_called_by_what_they_hold(folder: str) -> None:
+    found = set()
+    for file in [ROOT / "cli.py"] if folder == "." else files(folder):
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else ""
+            name = node.arg if isinstance(node, ast.arg) else name
+            if name in RIDDLES:
+                found.add(f"{file.relative_to(ROOT)}: {name}")
+    assert not found
 
 
 def test_every_wing_is_known_here() -> None:

@@ -1,39 +1,84 @@
 """The command line as a user meets it: help, one-line errors, exit codes."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 import cli
+from pipeline.config import Config
+from stages import ablate
 from tests import forked
 from tests.test_stages.conftest import extract_config
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = sorted(cli.main.commands)
+COMMANDS = [[name] for name in cli.main.commands] + [["benchmark", name] for name in cli.benchmark.commands]
 
 
 def mrmae(*arguments: str) -> Result:
     return CliRunner().invoke(cli.main, arguments)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_a_command_reads_writes_and_costs(command: str) -> None:
-    text = mrmae(command, "--help").output.lower()
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_says_what_a_command_reads_writes_and_costs(words: list[str]) -> None:
+    text = mrmae(*words, "--help").output.lower()
     for word in ("read", "write", "cost"):
-        assert word in text, f"{command} --help doesn't say what it {word}s"
+        assert word in text, f"{' '.join(words)} --help doesn't say what it {word}s"
+
+
+@pytest.mark.parametrize("command", [*cli.STAGES, *cli.BENCHMARKS], ids=lambda command: command.module)
+def test_a_command_is_its_module(command: cli.Command) -> None:
+    """The table finds modules and classes by name, and helps by docstring, without importing them."""
+    module = importlib.import_module(command.module)
+    assert callable(module.run)
+    for name in (command.config, command.evaluation):
+        assert name is None or issubclass(getattr(module, name), Config)
+    words = ["benchmark"] if command.package == "benchmarks" else []
+    shown = " ".join(mrmae(*words, command.name, "--help").output.split())
+    assert " ".join(str(module.__doc__).split()) in shown
+
+
+def test_every_stage_is_a_command() -> None:
+    modules = {file.stem for file in (ROOT / "stages").glob("*.py")} - {"__init__"}
+    assert modules == {command.name.replace("-", "_") for command in cli.STAGES}
+
+
+def test_a_stage_receives_what_its_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: ablate.AblateConfig, file: Path, say: Callable[[str], None]) -> str:
+        say(f"reads {file.name}")
+        return "table"
+
+    monkeypatch.setattr(ablate, "run", run)
+    assert mrmae("ablate", "--config", str(ROOT / "configs/ablation_imagenette_tiny.yaml")).output.splitlines() == [
+        "reads ablation_imagenette_tiny.yaml", "table"
+    ]  # fmt: skip
+
+
+def test_commands_in_help_keep_their_lines() -> None:
+    assert "\n      mrmae knn init=runs/convvit data.path=/data/imagenet/train val.path=" in mrmae("knn", "-h").output
 
 
 def test_facts_are_rounded_but_never_to_perfection(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_facts({"cosine": 0.99996791, "top1": 0.87654, "views_per_s": 35.98123, "rate": 12345.6, "all": 1.0})
+    facts = {"cosine": 0.99996791, "top1": 0.87654, "views_per_s": 35.98123, "rate": 12345.6, "all": 1.0}
+    cli.show_facts(facts, False)
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [
         "0.999968", "0.8765", "35.98", "12346", "1"
     ]  # fmt: skip
+
+
+def test_the_first_process_alone_prints_facts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    cli.show_facts({"top1": 0.5}, False)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib
 import re
 import shlex
 import typing
@@ -15,45 +16,17 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import cli
-from benchmarks.cache import BenchmarkCacheConfig
-from benchmarks.decode import BenchmarkDecodeConfig
-from benchmarks.detector import BenchmarkDetectorConfig
-from benchmarks.extract import BenchmarkExtractConfig
-from benchmarks.pretrain import BenchmarkPretrainConfig
-from benchmarks.student import BenchmarkStudentConfig
 from pipeline.config import Config
-from stages.ablate import AblateConfig
-from stages.demo import DemoConfig
-from stages.detect import DetectConfig
-from stages.export import ExportConfig
-from stages.extract_teacher_features import ExtractConfig
-from stages.finetune import FinetuneConfig
-from stages.knn import KnnConfig
-from stages.linear_probe import LinearProbeConfig
-from stages.plan import PlanConfig
-from stages.pretrain import PretrainConfig
-from stages.visualize import VisualizeConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+COMMANDS = (*cli.STAGES, *cli.BENCHMARKS)
 CONFIGS: dict[str, type[Config]] = {
-    "extract-teacher-features": ExtractConfig,
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-    "detect": DetectConfig,
-    "knn": KnnConfig,
-    "linear-probe": LinearProbeConfig,
-    "visualize": VisualizeConfig,
-    "export": ExportConfig,
-    "demo": DemoConfig,
-    "plan": PlanConfig,
-    "ablate": AblateConfig,
-    "benchmark cache": BenchmarkCacheConfig,
-    "benchmark decode": BenchmarkDecodeConfig,
-    "benchmark extract": BenchmarkExtractConfig,
-    "benchmark pretrain": BenchmarkPretrainConfig,
-    "benchmark student": BenchmarkStudentConfig,
-    "benchmark detector": BenchmarkDetectorConfig,
+    command.name if command.package == "stages" else f"benchmark {command.name}": getattr(
+        importlib.import_module(command.module), command.config
+    )
+    for command in COMMANDS
+    if command.config
 }
 
 
@@ -121,6 +94,17 @@ def named_commands() -> list[tuple[str, str]]:
     return [(name, span) for name, span in spans if _CALL.search(f"{span} ")]
 
 
+def helped_commands() -> list[tuple[str, str]]:
+    """(module, command line) of every mrmae call that a command's help shows."""
+    helps = {command.module: importlib.import_module(command.module).__doc__ for command in COMMANDS}
+    return [
+        (module, line.partition(" (")[0])  # what stands in brackets is a remark
+        for module, text in helps.items()
+        for line in calls_in(text or "")
+        if line.startswith("    ")
+    ]
+
+
 def test_no_call_hides_in_a_block_of_another_language() -> None:
     for document in DOCUMENTS:
         for language, block in _FENCED.findall(document.read_text()):
@@ -128,7 +112,7 @@ def test_no_call_hides_in_a_block_of_another_language() -> None:
             assert language == "sh" or not calls_in(block), f"{document.name}: mark this block as sh: {block}"
 
 
-@pytest.mark.parametrize(("document", "line"), shown_commands() + named_commands())
+@pytest.mark.parametrize(("document", "line"), shown_commands() + named_commands() + helped_commands())
 def test_commands_exist_and_know_their_keys(document: str, line: str) -> None:
     words = shlex.split(line, comments=True)
     place = words.index("mrmae" if "mrmae" in words else "cli") + 1

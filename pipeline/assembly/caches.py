@@ -46,11 +46,11 @@ def open_caches(paths: Mapping[str, Path]) -> dict[str, CacheReader]:
 
 def _agree(first: str, name: str, readers: Mapping[str, CacheReader]) -> None:
     for what in ("dataset.digest", "preprocessing", "view_policy"):
-        there, here = (operator.attrgetter(what)(readers[each].header) for each in (first, name))
-        if there != here:
+        expected, found = (operator.attrgetter(what)(readers[teacher].header) for teacher in (first, name))
+        if expected != found:
             raise CacheError(
-                f"caches {first} and {name} differ in {what} ({there}, {here}): their teachers did not see the same "
-                "pixels; extract both from the same images, with the same views.*, store and libraries"
+                f"caches {first} and {name} differ in {what} ({expected}, {found}): their teachers did not see the "
+                "same pixels; extract both from the same images, with the same views.*, store and libraries"
             )
 
 
@@ -85,13 +85,13 @@ def match_images(caches: Mapping[str, CacheReader], source: ImageSource) -> None
                 f"{len(source)} at {source.root}: give the same data.path and data.limit, restore files whose names or "
                 "sizes have changed, or extract again"
             )
-        here = preprocessing(views_of({name: cache}), "zarr")
-        if not cache.stores_images and cache.header.preprocessing != here:
+        rendering = preprocessing(views_of({name: cache}), "zarr")
+        if not cache.stores_images and cache.header.preprocessing != rendering:
             log.warning(
                 "the views of cache %s were rendered with %s, this machine has %s: pixels may differ in their last bit",
                 name,
                 cache.header.preprocessing,
-                here,
+                rendering,
             )
 
 

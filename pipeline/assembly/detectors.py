@@ -39,7 +39,12 @@ def build_detector(
     classifier = build_classifier(num_classes=1, **encoder)
     if state is not None:
         log.info("init: %s", load_weights(classifier, state, strict=False))
-    spec = {"kind": "detector", "encoder": dict(encoder), "categories": [list(one) for one in categories], **options}
+    spec = {
+        "kind": "detector",
+        "encoder": dict(encoder),
+        "categories": [list(category) for category in categories],
+        **options,
+    }
     detector = Detector(classifier.encoder, classes=len(categories), spec=spec, **options)
     ids, last = layer_ids(classifier)
     layer_of = {id(parameter): ids[name] for name, parameter in classifier.named_parameters()}

@@ -7,19 +7,18 @@ three shards a teacher are in memory (one being filled, two being written), so a
 fills nothing.
 """
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.assembly.filling import PendingTargets, ShardInProgress, StoredTargets, start_copies
 from pipeline.cache import (
     CacheHeader,
     CacheWriter,
@@ -27,7 +26,6 @@ from pipeline.cache import (
     FidelityFigures,
     Quantiser,
     Reextracted,
-    ShardArrays,
     ShardBuffers,
     ShardData,
     ShardWriting,
@@ -36,8 +34,8 @@ from pipeline.data.images import ImageSource
 from pipeline.data.loader import load
 from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
 from pipeline.data.views import ViewConfig
-from pipeline.errors import DataError, TeacherError
-from pipeline.teachers import Teacher, TeacherOutput, look_together, share_backbones
+from pipeline.errors import DataError
+from pipeline.teachers import Teacher, TeacherOutput, run_teachers, share_backbones
 
 
 @dataclass
@@ -64,11 +62,7 @@ class Extractor:
         share_backbones(self.teachers)
 
     def describe(
-        self,
-        attention: str,
-        samples_per_shard: int,
-        quantisers: Sequence[dict[str, Any]],
-        compression: dict[str, Any] | None = None,
+        self, attention: str, samples_per_shard: int, quantisers: Sequence[dict[str, Any]]
     ) -> list[CacheHeader]:
         """The headers of the caches that this extractor would write, one a teacher."""
         common = {
@@ -80,7 +74,6 @@ class Extractor:
                 "digest": self.source.digest(),
             },
             "preprocessing": preprocessing(self.views, self.store),
-            "compression": compression,
             "views": self.views.model_dump(mode="json"),
             "samples_per_shard": min(samples_per_shard, len(self.source)),  # a zarr chunk is padded to its full size
         }
@@ -112,11 +105,11 @@ class Extractor:
         spread = np.arange(count, dtype=np.int64) * len(self.source) // count
         for batch in self._render_batches(spread.tolist(), views):
             if batch.readable:
-                for seen, out in zip(tokens, self._look(batch), strict=True):
-                    seen.append(out.tokens.cpu())
+                for tokens_of_teacher, out in zip(tokens, self._forward(batch), strict=True):
+                    tokens_of_teacher.append(out.tokens.cpu())
         if not tokens[0]:
             raise DataError(f"none of {count} images, spread over all, can be decoded: check data.path")
-        return [Quantiser.calibrate(name, torch.cat(seen)) for seen in tokens]
+        return [Quantiser.calibrate(name, torch.cat(batches)) for batches in tokens]
 
     def run(
         self,
@@ -166,19 +159,19 @@ class Extractor:
         span = headers[0].shard_range  # the same for all: one dataset, one number of samples a shard
         chunks = [(shard, chunk) for shard in shards for chunk in _chunks(span(shard), self._samples_per_batch)]
         batches = self.batches([chunk for _, chunk in chunks], self.views)
-        taught = _one_ahead(self.teach(batch, headers) for batch in batches)
-        for shard, group in groupby(zip((shard for shard, _ in chunks), taught, strict=True), key=itemgetter(0)):
+        pending = _one_ahead(self.start(batch, headers) for batch in batches)
+        for shard, group in groupby(zip((shard for shard, _ in chunks), pending, strict=True), key=itemgetter(0)):
             began = time.time()
             filling = [
-                _Filling(header, span(shard), self.source, arrays.take(len(span(shard))))
+                ShardInProgress(header, span(shard), self.source, arrays.take(len(span(shard))))
                 for header, arrays in zip(headers, buffers, strict=True)
             ]
             for _, (batch, targets) in group:
-                for number, one in enumerate(filling):
-                    one.add(batch, targets[number] if targets else None)
+                for number, content in enumerate(filling):
+                    content.add(batch, targets[number] if targets else None)
                 progress(len(batch.indices))
             times = {"started": began, "seconds": time.time() - began, "batch_size": self.batch_size}
-            yield shard, [one.finish(times) for one in filling]
+            yield shard, [content.finish(times) for content in filling]
 
     def reextract(self, indices: Sequence[int], views: Sequence[int], header: CacheHeader) -> Iterator[Reextracted]:
         """Records of the first teacher computed anew, one for each (index, view), for verification at level deep.
@@ -209,23 +202,23 @@ class Extractor:
                     image=batch.images[row][view] if batch.images is not None and same_bytes else None,
                 )
 
-    def teach(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "Taught":
+    def start(self, batch: RenderedViews, headers: Sequence[CacheHeader]) -> "PendingTargets":
         """Start all that the accelerator has to do for a batch; nothing here waits for it."""
         if not batch.readable:
-            return Taught(batch, [], None)
-        outputs = self._look(batch, heads=any(header.attention == "heads" for header in headers))
+            return PendingTargets(batch, [], None)
+        outputs = self._forward(batch, heads=any(header.attention == "heads" for header in headers))
         targets = []
         for out, header in zip(outputs, headers, strict=True):
-            stored, scale = header.quantiser.quantise(out.tokens, check=False)
+            stored, scale = header.quantiser.quantise(out.tokens)
             fidelity = Fidelity()
             fidelity.update(out.tokens, header.quantiser.dequantise(stored, scale))
             attention = _attention(out, header.attention)
-            targets.append(Targets(stored, scale, None if attention is None else attention.half(), fidelity))
-        return Taught(batch, *_start_copies(targets))
+            targets.append(StoredTargets(stored, scale, None if attention is None else attention.half(), fidelity))
+        return PendingTargets(batch, *start_copies(targets))
 
-    def _look(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
+    def _forward(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
         views = batch.readable_pixels().to(self.teachers[0].device, non_blocking=True)
-        return look_together(self.teachers, views, heads)
+        return run_teachers(self.teachers, views, heads)
 
     @property
     def _samples_per_batch(self) -> int:
@@ -265,130 +258,19 @@ def check_lost(source: ImageSource, lost: Mapping[int, str], share: float) -> No
         )
 
 
-class Targets(NamedTuple):
-    """What one cache stores of the m views of a batch, and how faithful it is."""
-
-    tokens: Tensor  # [m, L, D] as stored
-    scale: Tensor | None  # [m, L] fp16
-    attention: Tensor | None  # [m, (H,) L] fp16
-    fidelity: Fidelity
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> "Targets":
-        tokens, scale, attention, fidelity = self
-        there = [None if values is None else move(values) for values in (scale, attention)]
-        return Targets(move(tokens), there[0], there[1], fidelity.map(move))
-
-
-class Taught(NamedTuple):
-    """A batch whose targets are on their way to the host."""
-
-    batch: RenderedViews
-    targets: list[Targets]  # one a cache; none if no sample of the batch could be decoded
-    arrived: torch.cuda.Event | None  # None: they are there
-
-    def wait(self) -> tuple[RenderedViews, list[Targets]]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.batch, self.targets
-
-
-def _start_copies(targets: list[Targets]) -> tuple[list[Targets], "torch.cuda.Event | None"]:
-    """Copy to pinned host memory on a stream of its own, so that neither host nor forward waits for the copy."""
-    device = targets[0].tokens.device
-    if device.type != "cuda":
-        return targets, None
-    stream = _copy_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-
-    def start(values: Tensor) -> Tensor:
-        values.record_stream(stream)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        return host.copy_(values, non_blocking=True)
-
-    with torch.cuda.stream(stream):
-        copies = [target.map(start) for target in targets]
-        return copies, stream.record_event()
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _one_ahead(started: Iterable[Taught]) -> Iterator[tuple[RenderedViews, list[Targets]]]:
+def _one_ahead(started: Iterable[PendingTargets]) -> Iterator[tuple[RenderedViews, list[StoredTargets]]]:
     """Start the next batch before waiting for the last, so that an accelerator always has work queued."""
-    last: Taught | None = None
-    for taught in started:
+    last: PendingTargets | None = None
+    for pending in started:
         if last is not None:
             yield last.wait()
-        last = taught
+        last = pending
     if last is not None:
         yield last.wait()
 
 
 def _attention(out: TeacherOutput, kind: str) -> Tensor | None:
     return {"mean": out.attention, "heads": out.attention_heads, "none": None}[kind]
-
-
-class _Filling:
-    """The arrays of one shard of one cache while its batches come in; rows of tombstones stay as they were."""
-
-    def __init__(self, header: CacheHeader, samples: range, source: ImageSource, arrays: ShardArrays) -> None:
-        n, v = len(samples), header.views
-        self.fidelity = Fidelity()
-        self.first, self.teacher, self.deviations = samples.start, header.teacher["name"], header.quantiser.std
-        self.data = ShardData(
-            tokens=arrays.tokens,
-            scale=arrays.scale,
-            attention=arrays.attention,
-            box=np.zeros((n, v, 4), np.int32),
-            hflip=np.zeros((n, v), np.uint8),
-            source_hash=np.zeros(n, np.uint64),
-            keys=[source.key(index) for index in samples],
-            images=[[] for _ in samples] if header.store == "webdataset" else None,
-            tombstones={},
-            fidelity={},
-            times={},
-        )
-
-    def add(self, batch: RenderedViews, targets: Targets | None) -> None:
-        """Put the readable samples of a batch where they belong, and record the others.
-
-        Raises:
-            TeacherError: the teacher gave tokens that are not finite.
-        """
-        data, rows = self.data, batch.readable
-        data.tombstones |= batch.errors
-        if targets is None:
-            return
-        at = [batch.indices[row] - self.first for row in rows]
-        data.tokens[at] = self._checked(targets.tokens, batch)
-        if data.scale is not None:
-            data.scale[at] = self._checked(targets.scale, batch)
-        if data.attention is not None:
-            data.attention[at] = self._checked(targets.attention, batch)
-        self.fidelity.merge(targets.fidelity)
-        data.box[at], data.hflip[at] = batch.box[rows], batch.hflip[rows]
-        data.source_hash[at] = batch.source_hash[rows]
-        if data.images is not None and batch.images is not None:
-            for place, row in zip(at, rows, strict=True):
-                data.images[place] = batch.images[row]
-
-    def finish(self, times: dict[str, Any]) -> ShardData:
-        self.data.fidelity = self.fidelity.figures(self.deviations).model_dump()
-        self.data.times = times
-        return self.data
-
-    def _checked(self, values: Tensor | None, batch: RenderedViews) -> NDArray[Any]:
-        """Values [m, ...] as [n, V, ...], all finite; asked here, on the host, where an accelerator need not wait."""
-        assert values is not None
-        array: NDArray[Any] = values.unflatten(0, (len(batch.readable), -1)).numpy()
-        if values.is_floating_point() and not np.isfinite(array).all():
-            raise TeacherError(
-                f"teacher {self.teacher} gave tokens near {self.data.keys[batch.indices[0] - self.first]} that are not "
-                "finite or too large to store: use precision=fp32, or other weights"
-            )
-        return array
 
 
 def _chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:

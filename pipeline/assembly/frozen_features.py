@@ -17,12 +17,13 @@ from pipeline.assembly.students import features_of, load_encoder
 from pipeline.assembly.teachers import load_teacher
 from pipeline.config import Config, PathField
 from pipeline.data.images import DataConfig, ImageSource
-from pipeline.data.labelled import evaluation_batches, open_splits
+from pipeline.data.labelled import LabelledDataset, open_splits
+from pipeline.data.loader import load_in_order
 from pipeline.errors import ConfigError
-from pipeline.evaluation.features import FeatureFile, extract_features
+from pipeline.evaluation.features import FeatureFile, FeatureSets, extract_features
 from pipeline.models import model_record
 from pipeline.models.student_config import StudentConfig
-from pipeline.processes import gather_rows, processes
+from pipeline.processes import gather_rows, processes, share_of
 from pipeline.progress import track
 from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.weights import state_digest
@@ -51,17 +52,7 @@ class FrozenConfig(Config):
         return self
 
 
-class Frozen(NamedTuple):
-    """Features float32 [N, D] and labels int64 [N] of both sets."""
-
-    train_x: Tensor
-    train_y: Tensor
-    val_x: Tensor
-    val_y: Tensor
-    num_classes: int
-
-
-def frozen_features(config: FrozenConfig) -> Frozen:
+def frozen_features(config: FrozenConfig) -> FeatureSets:
     """The features of both sets: kept ones if the folder has them, else by one forward pass that processes share.
 
     Raises:
@@ -73,7 +64,7 @@ def frozen_features(config: FrozenConfig) -> Frozen:
     workers = config.data.workers, (config.val or config.data).workers
     train_x, train_y = _features(config, subject, train, workers[0], "features (train)")
     val_x, val_y = _features(config, subject, val, workers[1], "features (val)")
-    return Frozen(train_x, train_y, val_x, val_y, classes)
+    return FeatureSets(train_x, train_y, val_x, val_y, classes)
 
 
 class _Subject(NamedTuple):
@@ -88,8 +79,8 @@ def _features(
     config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, label: str
 ) -> tuple[Tensor, Tensor]:
     folder = config.features or (config.output / "features" if config.output else None)
-    known = {"subject": subject.name, "data": source.digest(), "size": str(subject.size), "crop": str(config.crop)}
-    file = FeatureFile(folder, known) if folder else None
+    identity = {"subject": subject.name, "data": source.digest(), "size": str(subject.size), "crop": str(config.crop)}
+    file = FeatureFile(folder, identity) if folder else None
     kept = file.read() if file else None
     labels = torch.from_numpy(source.labels)
     # One that finds none, as on a node without that disk, would wait for the others' shares for ever.
@@ -125,9 +116,9 @@ def _subject(config: FrozenConfig, device: torch.device) -> _Subject:
 def _batches(
     config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, label: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of this process's share. One that comes after the last image looks at that one, and nobody at what it saw."""
-    state = processes()
-    rank, size = min(state.process_index, len(source) - 1), config.eval_batch_size
-    batches = evaluation_batches(source, subject.size, config.crop, workers, rank, state.num_processes, size)
-    for batch in track(batches, -(-len(source) // (size * state.num_processes)), label, "batch"):
+    """Of this process's share. Where that is empty, of the last image: `gather_rows` leaves that row out."""
+    share = share_of(len(source)) or range(len(source) - 1, len(source))
+    dataset = LabelledDataset(source, subject.size, crop=config.crop)
+    batches = load_in_order(dataset, share, config.eval_batch_size, workers)
+    for batch in track(batches, -(-len(share) // config.eval_batch_size), label, "batch"):
         yield batch.images, batch.labels

@@ -1,4 +1,4 @@
-"""A student under the eye: its input masked and completed, where it looks, and its patch features.
+"""What a student makes of images: its input masked and completed, its attention, and its patch features.
 
 `visualize` and the demo draw what these return; nothing here draws.
 """
@@ -26,7 +26,7 @@ class Reconstruction(NamedTuple):
     loss: float  # the pixel loss of training on these masks
 
 
-class Look(NamedTuple):
+class PatchFeatures(NamedTuple):
     """What a network makes of N images, on a grid (h, w) of L cells."""
 
     tokens: Tensor  # float32 [N, L, D]
@@ -35,10 +35,11 @@ class Look(NamedTuple):
     name: str
 
 
-def look(eye: Teacher, images: Tensor, name: str) -> Look:
+def patch_features(network: Teacher, images: Tensor, name: str) -> PatchFeatures:
     """Show uint8 images [N, 3, S, S] to a teacher, or to a student wrapped as one; the result is on the CPU."""
-    seen = eye(images)
-    return Look(seen.tokens.cpu(), None if seen.attention is None else seen.attention.cpu(), eye.grid, name)
+    output = network(images)
+    attention = None if output.attention is None else output.attention.cpu()
+    return PatchFeatures(output.tokens.cpu(), attention, network.grid, name)
 
 
 def choose_patches(

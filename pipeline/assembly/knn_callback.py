@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from pipeline.assembly.students import features_of
 from pipeline.config import Config
 from pipeline.data.images import DataConfig, ImageSource, open_images
-from pipeline.data.labelled import LabelledDataset, evaluation_batches, match_classes
+from pipeline.data.labelled import LabelledDataset, match_classes
+from pipeline.data.loader import load_in_order
 from pipeline.data.readable import check_readable
-from pipeline.evaluation.features import extract_features
+from pipeline.evaluation.features import FeatureSets, extract_features
 from pipeline.evaluation.knn import knn_classify
 from pipeline.models import Student
-from pipeline.processes import gather_rows
+from pipeline.processes import gather_rows, processes, share_of
 
 
 class KnnCallbackConfig(Config):
@@ -33,14 +34,13 @@ class KnnCallbackConfig(Config):
     eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
 
 
-def knn_callback(
-    config: KnnCallbackConfig, image_size: int, rank: int, processes: int, device: torch.device
-) -> Callable[[nn.Module, int], dict[str, float]]:
+def knn_callback(config: KnnCallbackConfig, image_size: int) -> Callable[[nn.Module, int], dict[str, float]]:
     """(student, step) → {"knn_top1", "knn_top5"}, fractions.
 
     Raises:
         DataError: no labels, or classes in one set that the other doesn't have.
     """
+    state = processes()
     train, val = open_images(config.data.path, config.data.limit), open_images(config.val.path, config.val.limit)
     for source in (train, val):
         LabelledDataset(source, image_size)  # says now, not after ten epochs, which image has no class,
@@ -50,25 +50,22 @@ def knn_callback(
     def features(student: nn.Module, source: ImageSource, workers: int) -> tuple[Tensor, Tensor]:
         """Of this process's share."""
         assert isinstance(student, Student)
-        encode = features_of(student, device)
-        if rank >= len(source):  # fewer images than processes
+        encode, share = features_of(student, state.device), share_of(len(source))
+        if not share:  # fewer images than processes
             return torch.empty(0, student.encoder.dim), torch.empty(0, dtype=torch.int64)
-        batches = evaluation_batches(source, image_size, config.crop, workers, rank, processes, config.eval_batch_size)
+        dataset = LabelledDataset(source, image_size, crop=config.crop)
+        batches = load_in_order(dataset, share, config.eval_batch_size, workers)
         return extract_features(encode, ((batch.images, batch.labels) for batch in batches))
 
     def evaluate(student: nn.Module, _step: int) -> dict[str, float]:
         train_x, train_y = features(student, train, config.data.workers)
         val_x, val_y = (gather_rows(rows, len(val)) for rows in features(student, val, config.val.workers))
         figures = knn_classify(
-            train_x,
-            train_y,
-            val_x,
-            val_y,
+            FeatureSets(train_x, train_y, val_x, val_y, train.num_classes),
             min(config.k, len(train)),
             config.temperature,
-            train.num_classes,
-            device=device,
-            shared=processes > 1,
+            device=state.device,
+            shared=state.num_processes > 1,
         )
         return {f"knn_{name}": value for name, value in figures.items()}
 

@@ -25,7 +25,7 @@ from pipeline.data.readable import check_readable
 from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
 from pipeline.models.masking import complement, gather_tokens
-from pipeline.teachers import Teacher, look_together, share_backbones
+from pipeline.teachers import Teacher, run_teachers, share_backbones
 
 # A batch on the device → (ids_keep int64 [B, K], teacher → raw tokens float32 [B, R, D])
 Targets = Callable[[PretrainBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -165,7 +165,7 @@ class LiveKnowledge:
 
         @torch.no_grad()
         def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            outputs = look_together(teachers, batch.images[::repeats]) if teachers else []
+            outputs = run_teachers(teachers, batch.images[::repeats]) if teachers else []
             ids_keep = batch.ids_keep
             if ids_keep is None:
                 attention = outputs[0].attention

@@ -53,12 +53,12 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
         TeacherError: it can't be built, or speaks with other weights than the cache's.
     """
     recorded, spec = description["weights"], description["spec"]
-    ours = spec.startswith("mrmae:")
-    if weights is None and not ours and recorded != "random" and "/" not in recorded:  # a hub's name has a slash
+    is_student = spec.startswith("mrmae:")
+    if weights is None and not is_student and recorded != "random" and "/" not in recorded:  # a hub's name has a slash
         raise TeacherError(f"the cache was made with the local weights {recorded}: say where they lie with --weights")
     config = TeacherConfig(
-        spec=f"mrmae:{weights}" if ours and weights else spec,  # the run has moved or has been trained on
-        weights=None if ours else weights or ("random" if recorded == "random" else None),
+        spec=f"mrmae:{weights}" if is_student and weights else spec,  # the run has moved or has been trained on
+        weights=None if is_student else weights or ("random" if recorded == "random" else None),
         image_size=description["image_size"],
         tokens=description["tokens"],
         layers=description["layers"],

@@ -4,7 +4,13 @@
     open_writer(path).write_shard(0, data)
     record = open_cache(path).read(index, view)
 
-`docs/cache-format.md` describes the bytes.
+format/        what every cache consists of: header, commit records, records, quantisers; what a store must offer
+zarr/, tar/    the two stores: how records lie on the disk
+check/         verification and repair
+reader.py, writer.py, shard_writing.py, budget.py    what training and extraction use
+
+Imports go one way: files.py ← format ← zarr, tar ← stores.py ← reader, writer ← check. `docs/cache-format.md`
+describes the bytes.
 """
 
 from pipeline.cache.check.deep import Reextract, Reextracted
@@ -13,15 +19,23 @@ from pipeline.cache.check.report import Finding, Report
 from pipeline.cache.check.verify import Source, verify
 from pipeline.cache.format.commits import Commit, Tombstone, read_commit
 from pipeline.cache.format.fidelity import Fidelity, FidelityFigures
-from pipeline.cache.format.header import BLOSC, CacheHeader, DatasetSection, ViewSection, match_header, read_header
-from pipeline.cache.format.quantiser import Quantiser
+from pipeline.cache.format.header import (
+    AttentionKind,
+    CacheHeader,
+    DatasetSection,
+    StoreName,
+    ViewSection,
+    match_header,
+    read_header,
+)
+from pipeline.cache.format.quantiser import Quantiser, QuantiserName
 from pipeline.cache.format.records import Record, ShardData
 from pipeline.cache.reader import CacheReader, open_cache
+from pipeline.cache.shard_writing import ShardArrays, ShardBuffers, ShardWriting
 from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
-from pipeline.cache.writing import ShardArrays, ShardBuffers, ShardWriting
 
 __all__ = [
-    "BLOSC",
+    "AttentionKind",
     "CacheHeader",
     "CacheReader",
     "CacheWriter",
@@ -31,6 +45,7 @@ __all__ = [
     "FidelityFigures",
     "Finding",
     "Quantiser",
+    "QuantiserName",
     "Record",
     "Reextract",
     "Reextracted",
@@ -41,6 +56,7 @@ __all__ = [
     "ShardData",
     "ShardWriting",
     "Source",
+    "StoreName",
     "Tombstone",
     "ViewSection",
     "create_cache",

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.format.header import AttentionKind, StoreName
 from pipeline.errors import CacheError
 
 JPEG_BYTES = 25_000  # of a photo at 224 px, quality 95
-COMPRESSED = 0.85  # of float tokens with Blosc's shuffle and zstd
+_MARGIN = 1.02  # of free room over what is estimated
 _KEY_BYTES = 40  # a class, a file name, and their length
 _TAR_BYTES = 3 * 512 + 512 + 2 * 256 + 200  # headers, JSON, padding on average, the safetensors header
 _ITEM = {"int8": 1, "float16": 2, "float32": 4}
@@ -20,28 +21,25 @@ def estimate_bytes(
     views: int,
     tokens: int,
     dim: int,
-    store: str = "zarr",
-    quantiser: str = "int8",
-    attention: str = "mean",
-    heads: int = 0,
-    compressed: bool = False,
-    image_bytes: int = JPEG_BYTES,
+    store: StoreName,
+    quantiser: str,
+    attention: AttentionKind,
+    heads: int,
 ) -> int:
-    """Bytes of a whole cache, within a few percent; JPEG size and compression are assumptions.
+    """Bytes of a whole cache, within a few percent; the size of a stored JPEG is an assumption.
 
     Args:
         tokens, dim: L and D of the teacher.
         attention, heads: as in `CacheHeader`.
-        image_bytes: of one stored view; counts in the webdataset store alone.
     """
-    record = float(tokens * dim * _ITEM[quantiser]) * (COMPRESSED if compressed else 1.0)
+    record = tokens * dim * _ITEM[quantiser]
     record += 2 * tokens * (quantiser == "int8")
     record += 2 * tokens * {"mean": 1, "heads": heads, "none": 0}[attention]
-    record += 25 if store == "zarr" else image_bytes + _TAR_BYTES
-    return int(samples * (views * record + (_KEY_BYTES + 8 if store == "zarr" else 0)))
+    record += 25 if store == "zarr" else JPEG_BYTES + _TAR_BYTES
+    return samples * (views * record + (_KEY_BYTES + 8 if store == "zarr" else 0))
 
 
-def require_room(path: Path, needed: int, margin: float = 1.02) -> None:
+def require_room(path: Path, needed: int) -> None:
     """Check that the disk of `path`, which need not exist yet, has room for `needed` bytes.
 
     Raises:
@@ -49,7 +47,7 @@ def require_room(path: Path, needed: int, margin: float = 1.02) -> None:
     """
     existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
     free = shutil.disk_usage(existing).free
-    if needed * margin > free:
+    if needed * _MARGIN > free:
         raise CacheError(
             f"{path} needs about {readable(needed)} and its disk has {readable(free)} free: "
             "choose another disk, fewer views, or the int8 quantiser"

@@ -1,21 +1,22 @@
 """Random access to the records of a cache, each checked as it is read."""
 
 import resource
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.files import Lru, allow_files
+from pipeline.cache.files import allow_files
 from pipeline.cache.format.commits import committed_shards, read_commit
 from pipeline.cache.format.header import CacheHeader, read_header
 from pipeline.cache.format.records import OpenView, Record, Seal
+from pipeline.cache.stores import store_of
 from pipeline.cache.tables import Tables
-from pipeline.cache.writer import store_of
 from pipeline.errors import CacheDamage, CacheError
 
-_MOST_OPEN = 128  # views of shards whose tables weren't loaded: each keeps its own, about 60 KB
+_MAX_OPEN_VIEWS = 128  # views of shards whose tables weren't loaded: each keeps its own, about 60 KB
 
 
 def open_cache(path: Path | str) -> "CacheReader":
@@ -52,8 +53,9 @@ class CacheReader:
         self._count, self._views, self._size = header.count, header.views, header.samples_per_shard
         self._tables = Tables()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = _MOST_OPEN if soft == resource.RLIM_INFINITY else min(_MOST_OPEN, soft // (2 * self._store.descriptors))
-        self._open: Lru[tuple[int, int], OpenView] = Lru(max(1, most), self._open_view)
+        limit = _MAX_OPEN_VIEWS if soft == resource.RLIM_INFINITY else soft // (2 * self._store.descriptors)
+        capacity = max(1, min(_MAX_OPEN_VIEWS, limit))
+        self._open = lru_cache(capacity)(self._open_view)  # the least recently used view is closed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CacheReader, (self.path, self.header, self._committed, self.tombstones)
@@ -80,24 +82,21 @@ class CacheReader:
         """
         shards = np.flatnonzero(self._committed).tolist()
         damaged = self._tables.load(self._store, shards, self._views)
-        views, each = len(shards) * self._views, 2 * self._store.descriptors * caches  # half is left to others
-        self._open = Lru(max(1, min(views, allow_files(views * each) // each)), self._open_view)
+        views, files = len(shards) * self._views, 2 * self._store.descriptors * caches  # half is left to others
+        self._open = lru_cache(max(1, min(views, allow_files(views * files) // files)))(self._open_view)
         if damaged:
             shard, view, error = damaged[0]
             more = f" (and {len(damaged) - 1} more tables)" if len(damaged) > 1 else ""
             raise CacheDamage(self._damage(shard, shard * self._size, view, error) + more) from error
 
-    def read(
-        self, index: int, view: int, rows: NDArray[Any] | None = None, dequantise: bool = False, keep: bool = True
-    ) -> Record:
+    def read(self, index: int, view: int, dequantise: bool = False, keep: bool = True) -> Record:
         """One checked record.
 
         Args:
             index: the sample, 0 to len - 1.
             view: 0 to header.views - 1.
-            rows: token positions [K] to keep, in that order; all L when None.
             dequantise: float32 tokens in place of stored ones.
-            keep: own arrays; else this thread's next read overwrites those that `rows` hasn't copied.
+            keep: arrays of the record's own. Without it, this thread's next read overwrites them.
 
         Raises:
             CacheDamage: the bytes are not those that were written; names shard, sample and view.
@@ -107,28 +106,13 @@ class CacheReader:
             self._refuse(index, view)
         shard, row = divmod(index, self._size)
         try:
-            raw = self._open((shard, view)).read(row, keep and rows is None)
+            raw = self._open(shard, view).read(row, keep)
             if self._seal(index, view, raw) != raw.crc32c:
                 raise CacheDamage("its checksum differs")
         except CacheDamage as error:
             raise CacheDamage(self._damage(shard, index, view, error)) from error
-        tokens, scale, attention = raw.tokens, raw.scale, raw.attention
-        if rows is not None:
-            tokens = tokens.take(rows, 0)
-            scale = None if scale is None else scale.take(rows)
-            attention = None if attention is None else attention.copy()
-        if dequantise:
-            tokens = self.header.quantiser.dequantise(tokens, scale)
-        return Record(index, view, raw, tokens, scale, attention)
-
-    def key(self, index: int) -> str:
-        """The sample's key in the dataset, without reading or checking its record."""
-        self._refuse(index, 0)
-        shard, row = divmod(index, self._size)
-        try:
-            return self._open((shard, 0)).key(row)
-        except CacheDamage as error:
-            raise CacheDamage(self._damage(shard, index, 0, error)) from error
+        tokens = self.header.quantiser.dequantise(raw.tokens, raw.scale) if dequantise else raw.tokens
+        return Record(index, view, raw, tokens)
 
     def live_indices(self) -> NDArray[np.int64]:
         """Samples that can be read: committed and no tombstones, ascending."""
@@ -151,8 +135,7 @@ class CacheReader:
                 f"sample {index} is a tombstone ({self.tombstones[index]}); take samples from live_indices()"
             )
 
-    def _open_view(self, place: tuple[int, int]) -> OpenView:
-        shard, view = place
+    def _open_view(self, shard: int, view: int) -> OpenView:
         if not self._committed[shard]:
             raise CacheError(
                 f"shard {shard} of {self.path} is not extracted yet: finish it with `mrmae extract-teacher-features`"

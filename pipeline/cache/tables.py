@@ -18,7 +18,7 @@ _THREADS = 8  # that wait for a network disk at once
 
 
 class Tables:
-    """Tables by shard and view, read-only; None in place of a view: what all views of the shard share."""
+    """Tables by shard and view, read-only. View None holds what all views of the shard share."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int | None], memoryview] = {}
@@ -29,7 +29,7 @@ class Tables:
         return self._kept.get((shard, view))
 
     def load(self, store: Store, shards: Iterable[int], views: int) -> list[tuple[int, int, CacheDamage]]:
-        """Read and check the tables of `shards`; returns (shard, view, problem) of those that can't be had.
+        """Read and check the tables of `shards`; returns (shard, view, problem) of the damaged ones.
 
         Raises:
             CacheError: a file may not be opened.
@@ -51,6 +51,6 @@ class Tables:
         with self._lock:
             if len(self._buffer) < len(table):
                 self._buffer = np.empty(max(_BUFFER, len(table)), np.uint8).data
-            room, self._buffer = self._buffer[: len(table)], self._buffer[len(table) :]
-        room[:] = table
-        self._kept[place] = room.toreadonly()
+            memory, self._buffer = self._buffer[: len(table)], self._buffer[len(table) :]
+        memory[:] = table
+        self._kept[place] = memory.toreadonly()

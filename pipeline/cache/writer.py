@@ -7,19 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.files import PARTIAL, file_of, one_line, remove_dead_partials, sync_folder, write_file
-from pipeline.cache.format.commits import Commit, Tombstone, commit_path, read_commit, write_commit
+from pipeline.cache.files import file_of, one_line, write_file
+from pipeline.cache.format.commits import FOLDER, Commit, Tombstone, commit_path, read_commit, write_commit
 from pipeline.cache.format.header import FILE, CacheHeader, match_header, read_header
 from pipeline.cache.format.records import Seal, ShardData, Store
-from pipeline.cache.tar.store import WebdatasetStore
-from pipeline.cache.zarr.store import ZarrStore
-from pipeline.cache.zarr.view import array_specs
+from pipeline.cache.stores import store_of
 from pipeline.errors import CacheError
-
-
-def store_of(path: Path, header: CacheHeader) -> Store:
-    """The store that a header names."""
-    return ZarrStore(path, header) if header.store == "zarr" else WebdatasetStore(path, header)
+from pipeline.files import PARTIAL, remove_dead_partials, sync
 
 
 def create_cache(path: Path, header: CacheHeader) -> bool:
@@ -37,31 +31,26 @@ def create_cache(path: Path, header: CacheHeader) -> bool:
         if (path / FILE).is_file():
             match_header(path, read_header(path), header)
             return False
-        _refuse_foreign_folder(path, header)
-        store_of(path, header).create()
-        (path / "commits").mkdir(parents=True, exist_ok=True)
+        store = store_of(path, header)
+        _refuse_foreign_folder(path, store)
+        store.create()
+        (path / FOLDER).mkdir(parents=True, exist_ok=True)
         try:
             write_file(path / FILE, [header.to_bytes()], exclusive=True)
         except FileExistsError:
             match_header(path, read_header(path), header)
             return False
-        sync_folder(path)
-        sync_folder(path.parent)
+        sync(path)
+        sync(path.parent)
     return True
 
 
-def _refuse_foreign_folder(path: Path, header: CacheHeader) -> None:
-    """A wrong path should not be filled; what a killed creation left is no reason to stop."""
-    ours = (
-        {"commits", "shards", "index"}
-        if header.store == "webdataset"
-        else {"commits", "zarr.json", *array_specs(header)}
-    )
-    strangers = (
-        [p.name for p in path.iterdir() if p.name not in ours and PARTIAL not in p.name] if path.exists() else []
-    )
-    if strangers and not (path / FILE).is_file():
-        raise CacheError(f"{path} is not empty ({strangers[0]}) and holds no cache; choose another folder")
+def _refuse_foreign_folder(path: Path, store: Store) -> None:
+    """Refuse to fill a folder of other files. What a killed creation left is accepted."""
+    names = [file.name for file in path.iterdir()] if path.exists() else []
+    foreign = [name for name in names if name not in store.entries | {FOLDER} and PARTIAL not in name]
+    if foreign and not (path / FILE).is_file():
+        raise CacheError(f"{path} is not empty ({foreign[0]}) and holds no cache; choose another folder")
 
 
 def wait_for_cache(path: Path, timeout: float = 3600.0) -> CacheHeader:
@@ -90,11 +79,6 @@ class CacheWriter:
         self.path, self.header = path, header
         self._store = store_of(path, header)
         self._seal = Seal(header.fingerprint)
-
-    @property
-    def stores_images(self) -> bool:
-        """Whether `ShardData.images` is needed."""
-        return self._store.stores_images
 
     def is_committed(self, shard: int) -> bool:
         """Whether the shard is finished. Raises CacheDamage when its commit record is damaged."""
@@ -130,7 +114,7 @@ class CacheWriter:
         """Take back a commit, so that the shard counts as unwritten; the first step of its repair."""
         with one_line(f"{self.path}: shard {shard} can't be withdrawn"), contextlib.suppress(FileNotFoundError):
             commit_path(self.path, shard).unlink()
-            sync_folder(commit_path(self.path, shard).parent)
+            sync(commit_path(self.path, shard).parent)
 
     def _commit(self, shard: int, data: ShardData, files: dict[str, Any]) -> Commit:
         span = self.header.shard_range(shard)

@@ -6,7 +6,6 @@ train, val, num_classes = open_splits(DataConfig(path="/data/imagenet"))  # trai
 import logging
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from pipeline.data.augment import Augment
 from pipeline.data.decoding import decode
 from pipeline.data.images import DataConfig, ImageSource, open_images
-from pipeline.data.loader import Request, evaluation_requests, load
+from pipeline.data.loader import Request
 from pipeline.data.readable import check_readable
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.slots import Empty
@@ -252,11 +251,3 @@ def _seeded(augment: Augment, image: Image.Image, seed: int, epoch: int, index: 
     random.seed(int(words[0]))
     np.random.seed(int(words[1]) & 0xFFFFFFFF)
     return augment(image)
-
-
-def evaluation_batches(
-    source: ImageSource, image_size: int, crop: float, workers: int, rank: int = 0, processes: int = 1, batch: int = 128
-) -> Iterator[LabelledBatch]:
-    """Central crops of every `processes`-th image from `rank` on, in order, the last batch as short as it is."""
-    dataset = LabelledDataset(source, image_size, crop=crop)
-    return load(dataset, evaluation_requests(len(source), rank, processes, batch), workers)

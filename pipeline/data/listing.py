@@ -159,9 +159,9 @@ def _disk_waits() -> Callable[[], bool]:
     wall, cpu, before = time.perf_counter(), time.thread_time(), resource.getrusage(resource.RUSAGE_THREAD)
 
     def waits() -> bool:
-        seconds, now = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_THREAD)
+        seconds, usage = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_THREAD)
         is_idle = seconds > _PATIENCE and time.thread_time() - cpu < seconds / 2
-        return is_idle and now.ru_nvcsw - before.ru_nvcsw > now.ru_nivcsw - before.ru_nivcsw
+        return is_idle and usage.ru_nvcsw - before.ru_nvcsw > usage.ru_nivcsw - before.ru_nivcsw
 
     return waits
 

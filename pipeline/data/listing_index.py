@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.data.listing import EXTENSIONS, Listing, list_folder, list_tars
+from pipeline.files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +69,11 @@ def _list(path: str, tars: Sequence[str]) -> Listing:
 
 
 def _list_and_keep(place: Path, path: str, tars: Sequence[str]) -> tuple[Listing, str]:
-    now = time.time_ns()
+    started = time.time_ns()
     listing = _list(path, tars)
     if len(listing) < WORTH_KEEPING:
         return listing, ""
-    if int(listing.stamps[:, 1].max()) > now - _QUIET:
+    if int(listing.stamps[:, 1].max()) > started - _QUIET:
         log.info("the list of %s is not kept: the images changed only just now", path)
         return listing, ""
     try:
@@ -166,7 +166,6 @@ def _write(place: Path, path: str, listing: Listing) -> Path:
 
     The files of one path differ in their names, so that none is replaced while another machine maps it.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(getattr(listing, name)) for name in _ARRAYS}
     head = json.dumps(
         {
@@ -180,16 +179,11 @@ def _write(place: Path, path: str, listing: Listing) -> Path:
     ).encode()
     start = _MAGIC + len(head).to_bytes(8, "little") + xxhash.xxh3_64_digest(head)
     index = place.with_name(f"{place.name}-{xxhash.xxh3_64_hexdigest(head)}.listing")
-    partial = index.with_name(f".{index.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(start + head)
-            for array in arrays.values():
-                file.write(bytes(-file.tell() % _ALIGNED))
-                file.write(_bytes(array))
-        partial.replace(index)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(index) as partial, partial.open("wb") as file:
+        file.write(start + head)
+        for array in arrays.values():
+            file.write(bytes(-file.tell() % _ALIGNED))
+            file.write(_bytes(array))
     _clear(place, index)
     return index
 

@@ -4,7 +4,7 @@ A global batch is fixed by the config; each process takes its slice. So the stre
 number of processes nor of workers, and a run resumes by asking for the batches from its step on.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -43,12 +43,6 @@ def step_requests(order: EpochOrder, plan: StepPlan, start_step: int) -> Iterato
         step += steps
 
 
-def evaluation_requests(count: int, rank: int, processes: int, batch: int) -> list[list[Request]]:
-    """Every `processes`-th of `count` samples from `rank` on, in order, the last batch as short as it is."""
-    share = range(rank, count, processes)
-    return [[(0, index) for index in share[start : start + batch]] for start in range(0, len(share), batch)]
-
-
 @dataclass(frozen=True)
 class Samples(Generic[B]):
     """What a run shows its model, step by step."""
@@ -76,3 +70,11 @@ def load(dataset: IndexedDataset[B], requests: Iterable[list[Request]], workers:
         return
     with closing(closed_with_stage(Pool(dataset.__getitems__, workers))) as pool:
         yield from pool.batches(requests)
+
+
+def load_in_order(
+    dataset: IndexedDataset[B], indices: Sequence[int], batch_size: int, workers: int
+) -> Generator[B, None, None]:
+    """Each of these samples once, the last batch as short as it is; see `load`."""
+    starts = range(0, len(indices), batch_size)
+    return load(dataset, [[(0, index) for index in indices[start : start + batch_size]] for start in starts], workers)

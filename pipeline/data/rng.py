@@ -36,8 +36,8 @@ def raw_bits_of_each(count: int, stream: Stream, seed: int, counters: Sequence[t
     # The lowest counter word is Philox's own: it steps through the `count` draws.
     words[:], key[:] = 0, (seed, stream)
     bits = np.empty((len(counters), count), np.uint64)
-    for row, each in zip(bits, counters, strict=True):
-        words[1 : 1 + len(each)] = each
+    for row, values in zip(bits, counters, strict=True):
+        words[1 : 1 + len(values)] = values
         generator.state = state
         row[:] = generator.random_raw(count)
     return bits

@@ -148,8 +148,8 @@ def _check(header: bytes, at: int) -> None:
         expected = _number(field, at)
     except _Damage:
         raise _Damage(_compressed(header, at) or _NO_HEADER % at) from None
-    rest = expected - _CHECKSUM_BLANKS + sum(field)
-    if zlib.adler32(header) & 0xFFFF == (rest + 1) % _ADLER:
+    checksum = expected - _CHECKSUM_BLANKS + sum(field)
+    if zlib.adler32(header) & 0xFFFF == (checksum + 1) % _ADLER:
         return
     total = sum(header) - sum(field) + _CHECKSUM_BLANKS
     if expected != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):

@@ -222,9 +222,9 @@ def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - written in this line
     except Exception:  # noqa: BLE001 - whatever its class does wrong
-        told = RuntimeError(f"{type(error).__name__}: {error}")
-        told.add_note(error.__notes__[-1])
-        return told
+        portable = RuntimeError(f"{type(error).__name__}: {error}")
+        portable.add_note(error.__notes__[-1])
+        return portable
     return error
 
 

@@ -2,7 +2,7 @@
 
 from pipeline.detection.backbone import Backbone, Encoder
 from pipeline.detection.coco import CocoConfig, CocoImages, open_coco
-from pipeline.detection.dataset import DetectionBatch, DetectionDataset, canvases, evaluation_batches
+from pipeline.detection.dataset import DetectionBatch, DetectionDataset, canvases
 from pipeline.detection.detector import Detector, DetectorConfig
 from pipeline.detection.pictures import annotated_scene, detected_scene, draw_scenes
 from pipeline.detection.placement import JitterConfig
@@ -24,6 +24,5 @@ __all__ = [
     "canvases",
     "detected_scene",
     "draw_scenes",
-    "evaluation_batches",
     "open_coco",
 ]

@@ -2,7 +2,7 @@
 
 Levels lie at 4, 8, 16, 32 and 64 pixels a cell (for a patch of 16), all of the same width:
 
-- an encoder with one map (ViT): ViTDet's simple feature pyramid (arXiv 2203.16527), each level made of the last map;
+- an encoder with one map (ViT): ViTDet's simple feature pyramid (arXiv 2203.16527), every level from that map;
 - one with three (ConvViT): its own maps and the last one max-pooled, as ConvMAE detects (arXiv 2205.03892), through a
   feature pyramid network.
 
@@ -23,7 +23,7 @@ from pipeline.detection.windows import attend_in_windows
 
 
 class Encoder(Protocol):
-    """What a backbone asks of an encoder, beside being a module."""
+    """What a backbone needs of an encoder, which is an `nn.Module`."""
 
     grid: tuple[int, int]
     patch_size: int
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         self.pyramid = SimplePyramid(dims[0], channels) if len(dims) == 1 else MapPyramid(dims, channels)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Whatever the autocast, float32 comes out: torchvision lays its anchors in the features' precision."""
+        """The output is float32 under autocast too: torchvision lays its anchors in the features' precision."""
         levels: dict[str, Tensor] = self.pyramid(self.encoder.forward_maps(images))
         return {name: level.float() for name, level in levels.items()}
 

@@ -1,6 +1,6 @@
 """Batches of annotated images for a detector: jittered by (seed, epoch, index) alone, or fitted for evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,10 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.decoding import decode
-from pipeline.data.loader import Request, evaluation_requests, load
+from pipeline.data.loader import Request
 from pipeline.data.slots import Empty
 from pipeline.detection.coco import CocoImages
-from pipeline.detection.placement import JitterConfig, draw_placement, fit, place, render
+from pipeline.detection.placement import JitterConfig, fit, place, render, sample_placement
 from pipeline.errors import DataError, naming_image
 
 
@@ -36,12 +36,12 @@ class DetectionBatch:
     indices: list[int]
 
     def to(self, device: torch.device) -> "DetectionBatch":
-        moved = [{key: value.to(device, non_blocking=True) for key, value in one.items()} for one in self.targets]
+        moved = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in self.targets]
         return replace(self, images=self.images.to(device, non_blocking=True), targets=moved)
 
 
 class DetectionDataset:
-    """With `jitter` training canvases and their targets, else canvases to detect on.
+    """Training canvases and their targets; without `jitter`, canvases to detect on.
 
     Args:
         canvas: S, pixels.
@@ -61,7 +61,7 @@ class DetectionDataset:
                 if self.jitter is None:
                     placement = fit(**side, canvas=self.canvas)
                 else:
-                    placement = draw_placement(self.jitter, self.seed, index, epoch, **side, canvas=self.canvas)
+                    placement = sample_placement(self.jitter, self.seed, index, epoch, **side, canvas=self.canvas)
                     boxes, labels, masks = place(self.coco.instances(index), placement, self.canvas, **side)
                     arrays = {"boxes": boxes, "labels": labels, "masks": masks}
                     targets.append({key: torch.from_numpy(value) for key, value in arrays.items()})
@@ -93,10 +93,3 @@ def canvases(images: Sequence[Image.Image], canvas: int) -> DetectionBatch:
     originals = [(image.height, image.width) for image in images]
     sizes = [placement.size for placement in placements]
     return DetectionBatch(torch.from_numpy(np.stack(pixels)), sizes, originals, [], list(range(len(images))))
-
-
-def evaluation_batches(
-    coco: CocoImages, canvas: int, workers: int, rank: int = 0, processes: int = 1, batch: int = 8
-) -> Iterator[DetectionBatch]:
-    """Every `processes`-th image from `rank` on, in order, the last batch as short as it is."""
-    return load(DetectionDataset(coco, canvas), evaluation_requests(len(coco), rank, processes, batch), workers)

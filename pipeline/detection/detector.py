@@ -1,8 +1,8 @@
 """Mask R-CNN (arXiv 1703.06870) on a student's encoder: torchvision's, with the heads that ViTDet and ConvMAE use.
 
 Two convolutions in the proposal head, four and one linear layer in the box head, four in the mask head, each with a
-LayerNorm over channels; RoIAlign at 7 and 14. Images come on a square canvas that the data loader filled: torchvision's
-own resizing is left out, and its way back to the original sizes is kept.
+LayerNorm over channels; RoIAlign at 7 and 14. The data loader puts images on a square canvas, so torchvision's own
+resizing is left out; its way back to the original sizes is kept.
 """
 
 from collections.abc import Sequence
@@ -109,16 +109,16 @@ class Detector(nn.Module):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def detect(self, images: Tensor, sizes: list[Size], original_sizes: list[Size]) -> list[dict[str, Tensor]]:
-        """What is seen, by falling score, in pixels of the original images; call it in evaluation mode.
+        """Detections by falling score, in pixels of the original images; call it in evaluation mode.
 
         Returns:
             For each image boxes [N, 4] float32, labels [N] int64, scores [N] float32, masks [N, H, W] bool.
         """
         listed, features = self._features(images, sizes)
         proposals, _ = self.rcnn.rpn(listed, features)
-        found, _ = self.rcnn.roi_heads(features, proposals, sizes)
-        found = self.rcnn.transform.postprocess(found, sizes, original_sizes)
-        return [{**each, "masks": each["masks"][:, 0] > 0.5} for each in found]
+        detections, _ = self.rcnn.roi_heads(features, proposals, sizes)
+        detections = self.rcnn.transform.postprocess(detections, sizes, original_sizes)
+        return [{**image, "masks": image["masks"][:, 0] > 0.5} for image in detections]
 
     def _features(self, images: Tensor, sizes: list[Size]) -> tuple[ImageList, dict[str, Tensor]]:
         return ImageList(images, sizes), self.rcnn.backbone(images)

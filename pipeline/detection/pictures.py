@@ -24,7 +24,7 @@ _COLOURS = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what is said to be on it.
+    """An image and the objects to draw on it.
 
     Attributes:
         image: uint8 [H, W, 3].
@@ -52,15 +52,15 @@ def annotated_scene(coco: CocoImages, index: int) -> Scene:
 
 
 def detected_scene(
-    image: NDArray[np.uint8], found: Mapping[str, Tensor], categories: Sequence[tuple[int, str]], min_score: float
+    image: NDArray[np.uint8], detections: Mapping[str, Tensor], categories: Sequence[tuple[int, str]], min_score: float
 ) -> Scene:
-    """An image [H, W, 3] with a detector's findings (`Detector.detect`) of at least that score.
+    """An image [H, W, 3] with its detections (`Detector.detect`) of at least `min_score`.
 
     Args:
         categories: (id, name) by label, from 1.
     """
-    sure = (found["scores"] >= min_score).cpu()
-    kept = {key: value.cpu()[sure].numpy() for key, value in found.items()}
+    sure = (detections["scores"] >= min_score).cpu()
+    kept = {key: value.cpu()[sure].numpy() for key, value in detections.items()}
     names = [
         f"{categories[label - 1][1]} {score:.2f}" for label, score in zip(kept["labels"], kept["scores"], strict=True)
     ]
@@ -94,5 +94,5 @@ def _draw(axis: Axes, scene: Scene) -> None:
     for (x1, y1, x2, y2), name, colour in zip(scene.boxes, scene.names, colours, strict=True):
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
         label = {"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.8}
-        where = "bottom" if y1 > 0.05 * len(pixels) else "top"  # above the box, unless the picture ends there
-        axis.text(x1, y1, name, fontsize=7, va=where, color="black", bbox=label, clip_on=True)
+        side = "bottom" if y1 > 0.05 * len(pixels) else "top"  # above the box, unless the picture ends there
+        axis.text(x1, y1, name, fontsize=7, va=side, color="black", bbox=label, clip_on=True)

@@ -1,7 +1,7 @@
-"""Where an image lies on the detector's square canvas: an explicit record that pixels, boxes and masks all follow.
+"""Where an image lies on the detector's square canvas: one record for its pixels, boxes and masks.
 
-Training draws it: large-scale jitter (arXiv 2012.07177), a scale of 0.1 to 2 times the canvas, then a crop of what is
-larger. Evaluation fits the longer side. What is smaller lies in the top left corner, the rest is the mean colour.
+Training samples it: large-scale jitter (arXiv 2012.07177), a scale of 0.1 to 2 times the canvas, then a crop of what is
+larger. Evaluation fits the longer side. A smaller image lies in the top left corner; the mean colour fills the canvas.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from pydantic import Field, model_validator
 from pipeline.config import Config, Pair
 from pipeline.data.rng import Stream, uniforms
 from pipeline.detection.coco import Instances
+from pipeline.pixels import IMAGENET_MEAN
 
-FILL = (124, 116, 104)  # ImageNet's mean colour: about zero once normalised
+FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # about zero once normalised
 _SMALLEST = 1.0  # pixels: sides of a box that is still worth training on
 
 
@@ -49,7 +50,7 @@ def fit(height: int, width: int, canvas: int) -> Placement:
     return _crop(_scaled(height, width, canvas), canvas, (0.0, 0.0), hflip=False)
 
 
-def draw_placement(
+def sample_placement(
     config: JitterConfig, seed: int, index: int, epoch: int, *, height: int, width: int, canvas: int
 ) -> Placement:
     """The jitter of sample `index` in `epoch`: a function of these numbers alone."""
@@ -71,22 +72,21 @@ def render(image: Image.Image, placement: Placement, canvas: int) -> NDArray[np.
 def place(
     instances: Instances, placement: Placement, canvas: int, *, height: int, width: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint8]]:
-    """Boxes [N, 4] in canvas pixels, labels [N] and masks [N, canvas, canvas] of what is left of an image's objects.
+    """Boxes [N, 4] in canvas pixels, labels [N] and masks [N, canvas, canvas] of the objects that are on the canvas.
 
-    A box that the crop cuts shrinks to what is left of its mask. Objects of which less than a pixel is left are gone.
+    A box that the crop cuts shrinks to the visible part of its mask. Objects of less than a visible pixel are left out.
 
     Args:
         height, width: of the image that the instances lie in.
     """
     masks = [_mask(segment, placement, height, width) for segment in instances.segments]
     boxes = [_box(box, mask, placement, height, width) for box, mask in zip(instances.boxes, masks, strict=True)]
-    left = [i for i, b in enumerate(boxes) if min(b[2] - b[0], b[3] - b[1]) >= _SMALLEST and masks[i].any()]
+    kept = [i for i, b in enumerate(boxes) if min(b[2] - b[0], b[3] - b[1]) >= _SMALLEST and masks[i].any()]
     h, w = placement.size
-    on_canvas = np.zeros((len(left), canvas, canvas), np.uint8)
-    for row, i in enumerate(left):
+    on_canvas = np.zeros((len(kept), canvas, canvas), np.uint8)
+    for row, i in enumerate(kept):
         on_canvas[row, :h, :w] = masks[i]
-    chosen = np.array([boxes[i] for i in left], dtype=np.float32).reshape(-1, 4)
-    return chosen, instances.labels[left], on_canvas
+    return np.array([boxes[i] for i in kept], dtype=np.float32).reshape(-1, 4), instances.labels[kept], on_canvas
 
 
 def as_mask(segment: Any, height: int, width: int) -> NDArray[np.uint8]:
@@ -105,9 +105,9 @@ def _scaled(height: int, width: int, longer: float) -> tuple[int, int]:
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def _crop(scaled: tuple[int, int], canvas: int, where: tuple[float, float], hflip: bool) -> Placement:
+def _crop(scaled: tuple[int, int], canvas: int, shift: tuple[float, float], hflip: bool) -> Placement:
     size = (min(scaled[0], canvas), min(scaled[1], canvas))
-    offset = (int(where[0] * (scaled[0] - size[0] + 1)), int(where[1] * (scaled[1] - size[1] + 1)))
+    offset = (int(shift[0] * (scaled[0] - size[0] + 1)), int(shift[1] * (scaled[1] - size[1] + 1)))
     return Placement(scaled, offset, size, hflip)
 
 
@@ -123,8 +123,8 @@ def _cut(image: Image.Image, placement: Placement) -> Image.Image:
 def _mask(segment: Any, placement: Placement, height: int, width: int) -> NDArray[np.uint8]:
     """[h, w] of the crop. Polygons are drawn at the canvas' scale; an RLE is scaled as the image is."""
     if isinstance(segment, dict):
-        drawn = _cut(Image.fromarray(as_mask(segment, height, width) * 255), placement)
-        return (np.asarray(drawn) > 127).astype(np.uint8)
+        scaled = _cut(Image.fromarray(as_mask(segment, height, width) * 255), placement)
+        return (np.asarray(scaled) > 127).astype(np.uint8)
     h, w = placement.size
     moved = [_move(np.array(polygon).reshape(-1, 2), placement, height, width).ravel().tolist() for polygon in segment]
     return as_mask(moved, h, w)
@@ -140,8 +140,8 @@ def _box(
     if np.allclose(inside, corners, atol=0.5) or not mask.any():
         return inside.ravel()
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    seen = np.array([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]])
-    return np.stack([np.maximum(inside[0], seen[0]), np.minimum(inside[1], seen[1])]).ravel()
+    extent = np.array([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]])
+    return np.stack([np.maximum(inside[0], extent[0]), np.minimum(inside[1], extent[1])]).ravel()
 
 
 def _move(points: NDArray[np.float64], placement: Placement, height: int, width: int) -> NDArray[np.float64]:

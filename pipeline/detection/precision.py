@@ -18,10 +18,10 @@ _FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 _KINDS = {"box": "bbox", "mask": "segm"}
 
 
-def as_results(found: Mapping[str, Tensor], coco: CocoImages, index: int) -> list[dict[str, Any]]:
+def as_results(detections: Mapping[str, Tensor], coco: CocoImages, index: int) -> list[dict[str, Any]]:
     """One image's detections (`Detector.detect`) as COCO's results: bbox is left, top, width, height, masks are RLE."""
-    boxes = found["boxes"].double().cpu().numpy()
-    masks = np.asfortranarray(found["masks"].permute(1, 2, 0).cpu().numpy().astype(np.uint8))  # [H, W, N]
+    boxes = detections["boxes"].double().cpu().numpy()
+    masks = np.asfortranarray(detections["masks"].permute(1, 2, 0).cpu().numpy().astype(np.uint8))  # [H, W, N]
     encoded = rle.encode(masks) if len(boxes) else []
     return [
         {
@@ -32,7 +32,7 @@ def as_results(found: Mapping[str, Tensor], coco: CocoImages, index: int) -> lis
             "segmentation": {"size": segment["size"], "counts": segment["counts"].decode("ascii")},
         }
         for (x1, y1, x2, y2), label, score, segment in zip(
-            boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), encoded, strict=True
+            boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), encoded, strict=True
         )
     ]
 

@@ -1,4 +1,4 @@
-"""Attention inside windows, around the blocks that an encoder has: its weights, names and mathematics stay.
+"""Attention inside windows, by hooks on an encoder's blocks: its weights and their names stay.
 
 Global attention over a 1024 px image compares 4,096 tokens with each other in every block. As in ViTDet (arXiv
 2203.16527), most blocks attend inside windows instead, and a few see the whole image.
@@ -24,7 +24,7 @@ def quarter_ends(depth: int) -> tuple[int, ...]:
 def attend_in_windows(
     blocks: nn.ModuleList, grid: tuple[int, int], *, prefix: int, window: int, global_blocks: Sequence[int] | None
 ) -> None:
-    """From now on let every block but `global_blocks` (by default `quarter_ends`) attend in windows only.
+    """Make every block but `global_blocks` (by default `quarter_ends`) attend in windows only.
 
     Args:
         blocks: each with an `attn` module: ([B, prefix + h*w, D], attn_mask=...) → the same shape.
@@ -48,10 +48,10 @@ def attend_in_windows(
 
 @dataclass(frozen=True)
 class Windows:
-    """How a grid falls into windows, the last row and column of which may hang over its edge.
+    """How a grid is cut into windows. The last row and column of windows may reach beyond its edge.
 
-    Prefix tokens take part in every window; what they become is the mean over the windows. So one window over the
-    whole grid is plain attention. Cells beyond the edge are never attended to.
+    Prefix tokens take part in every window; their output is the mean over the windows. So one window over the grid is
+    plain attention. Cells beyond the edge are never attended to.
     """
 
     grid: tuple[int, int]

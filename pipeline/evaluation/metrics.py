@@ -1,28 +1,25 @@
-"""Top-k accuracy."""
-
-from collections.abc import Sequence
+"""Top-1 and top-5 accuracy."""
 
 import torch
 from torch import Tensor
 
 
-def topk_accuracy(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Share of samples whose label is among the k highest scores.
+def topk_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of samples whose label has the highest score, and one of the five highest.
 
     Args:
-        logits: [N,C], any scores; higher is likelier.
+        logits: [N,C], any scores; higher is likelier. With fewer than five classes, all count.
         labels: [N] int64.
-        ks: the k of each figure; a k above C counts as C.
 
     Returns:
-        {"top1": 0.75, "top5": 0.93} for ks (1, 5): fractions in 0..1, each from all N samples.
+        {"top1": 0.75, "top5": 0.93}, fractions in 0..1 of all N samples.
     """
-    shares = topk_hits(logits, labels, ks) / len(logits)
-    return {f"top{k}": share for k, share in zip(ks, shares.tolist(), strict=True)}
+    top1, top5 = (topk_hits(logits, labels) / len(logits)).tolist()
+    return {"top1": top1, "top5": top5}
 
 
-def topk_hits(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
-    """How many samples have their label among the k highest scores: float64 [len(ks)], where the scores are."""
-    highest = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices  # [N, largest k]
+def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many samples have their label at the highest score, and among the five highest: float64 [2]."""
+    highest = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
     hits = highest == labels[:, None].to(highest.device)
-    return torch.stack([hits[:, :k].any(dim=1).sum(dtype=torch.float64) for k in ks])
+    return torch.stack([hits[:, :k].any(dim=1).sum(dtype=torch.float64) for k in (1, 5)])

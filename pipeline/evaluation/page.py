@@ -1,12 +1,12 @@
-"""One HTML page that needs nothing but itself: tables, curves and pictures of a run, every value escaped.
+"""One self-contained HTML page of a run: tables, curves and pictures; every value is escaped.
 
-Pictures and curves stand in it as data, it holds no script, and its own policy forbids a browser to fetch anything.
+Pictures and curves are embedded as data. The page has no script, and its policy forbids a browser to fetch anything.
 """
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -84,12 +84,12 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    empty: str = ""  # said in place of no rows
+    empty: str = ""  # shown if there are no rows
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data URI, and what it is."""
+    """An image as a data URI, and its caption."""
 
     source: str
     caption: str
@@ -97,7 +97,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Listing:
-    """A text as it lies in a file."""
+    """The text of a file."""
 
     title: str
     text: str
@@ -105,14 +105,14 @@ class Listing:
 
 @dataclass(frozen=True)
 class Page:
-    """What stands on the page, in this order."""
+    """The parts of the page, in this order."""
 
     title: str
     note: str = ""
     tables: Sequence[Table] = ()
     curves: Sequence[Picture] = ()
     pictures: Sequence[Picture] = ()
-    configs: Sequence[Listing] = field(default_factory=tuple)
+    configs: Sequence[Listing] = ()
 
 
 def render_page(page: Page) -> str:

@@ -1,4 +1,4 @@
-"""Pictures that a person can read: titled grids of photographs, attention over them, and features as colours."""
+"""Pictures: titled grids of photographs, attention maps over them, and features as colours."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 def draw_grid(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: str, names: Sequence[str] = ()) -> Path:
     """Write a grid: one titled column for each entry, one row for each of its pictures ([H, W, 3] or [H, W]).
 
-    `names` stand beside the rows.
+    `names` are written beside the rows.
     """
     rows = max(len(pictures) for pictures in columns.values())
     figure = Figure(figsize=(1.7 * len(columns) + 0.4, 1.7 * rows + 0.9), layout="constrained")
@@ -55,7 +55,7 @@ def overlay(pictures: Sequence[NDArray[np.float32]], maps: Sequence[NDArray[np.f
     out = []
     for picture, heat in zip(pictures, maps, strict=True):
         height, width = picture.shape[:2]
-        # Under one bright cell all else would be black: cut at the 98th percentile.
+        # Cut at the 98th percentile: one bright cell would leave the others black.
         share = np.clip(heat / max(float(np.percentile(heat, 98)), 1e-12), 0, 1)
         cells = np.asarray(Image.fromarray(share.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST))
         grey = picture.mean(-1, keepdims=True)

@@ -12,22 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.evaluation.features import FeatureSets
 from pipeline.evaluation.metrics import topk_accuracy
 
 # LARS (arXiv 1708.03888): a step's length is this share of the weights' norm, times the learning rate.
-TRUST = 0.001
+TRUST, MOMENTUM = 0.001, 0.9
 
 
 class ProbeHeads:
     """R linear classifiers on the same features, one a learning rate, trained by LARS side by side.
 
-    A stage that augments feeds it fresh features each epoch; `linear_probe` feeds it the same ones.
-
     Args:
         dim: D, channels of the features.
         num_classes: C.
-        lrs: R peak learning rates, as they are: scale them by the batch size before.
-        momentum, weight_decay: of LARS; decay isn't applied to biases.
+        lrs: R peak learning rates, already scaled by the batch size.
         seed: of the weights; every head starts from the same ones.
         device: where the heads live and the features are expected.
     """
@@ -38,8 +36,6 @@ class ProbeHeads:
         num_classes: int,
         lrs: Sequence[float],
         *,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -48,7 +44,6 @@ class ProbeHeads:
         self.lrs = torch.tensor(list(lrs), dtype=torch.float32, device=device)  # [R]
         self.weight = start.to(device).expand(len(lrs), -1, -1).clone()  # [R,D,C]
         self.bias = torch.zeros(len(lrs), num_classes, device=device)  # [R,C]
-        self.momentum, self.weight_decay = momentum, weight_decay
         self._weight_velocity = torch.zeros_like(self.weight)
         self._bias_velocity = torch.zeros_like(self.bias)
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6).to(device)
@@ -85,68 +80,55 @@ class ProbeHeads:
 
     def _update(self, weight_grad: Tensor, bias_grad: Tensor, lrs: Tensor) -> None:
         """LARS: each head's gradient is scaled by ‖w‖ / ‖gradient‖; biases follow plain momentum."""
-        weight_grad = weight_grad + self.weight_decay * self.weight
         trust = TRUST * self.weight.norm(dim=(1, 2)) / weight_grad.norm(dim=(1, 2)).clamp_min(1e-12)  # [R]
-        self._weight_velocity.mul_(self.momentum).add_(weight_grad * trust[:, None, None])
-        self._bias_velocity.mul_(self.momentum).add_(bias_grad)
+        self._weight_velocity.mul_(MOMENTUM).add_(weight_grad * trust[:, None, None])
+        self._bias_velocity.mul_(MOMENTUM).add_(bias_grad)
         self.weight.sub_(lrs[:, None, None] * self._weight_velocity)
         self.bias.sub_(lrs[:, None] * self._bias_velocity)
 
 
 def linear_probe(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    sets: FeatureSets,
     *,
-    num_classes: int,
     epochs: int = 90,
     batch_size: int = 256,
     lrs: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    warmup_epochs: float | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
     """Train one linear layer for each learning rate on frozen features, and measure them all.
 
     Args:
-        train_x: [N,D] features. train_y: [N] int64.
-        test_x: [M,D]. test_y: [M] int64.
-        num_classes: C.
+        sets: N features to train on, and those to measure.
         epochs: passes over the training features; an incomplete last batch is left out of each.
         batch_size: samples a step, 2 or more (for the norm) and at most N.
         lrs: peak learning rates. MAE's is 0.1 · batch_size / 256 for 1.28 M images; LARS moves weights by a fixed
             share a step, so small sets, which take few steps, want up to a hundred times more.
-        momentum, weight_decay: of LARS.
-        warmup_epochs: linear rise before the cosine falls to 0; None for a ninth of all, as 10 of 90.
         seed: of the first weights and the order of samples.
-        device: where to train; None for where `train_x` is.
+        device: where to train; None for where the training features are.
 
     Returns:
         {"lr", "top1", "top5"} of the best by top-1, and under "all" the same three for every learning rate.
     """
-    device = torch.device(device) if device is not None else train_x.device
-    x, y = train_x.to(device, torch.float32), train_y.to(device)
+    device = torch.device(device) if device is not None else sets.train_x.device
+    x, y = sets.train_x.to(device, torch.float32), sets.train_y.to(device)
     batch_size = min(batch_size, len(x))
-    warmup = epochs / 9 if warmup_epochs is None else warmup_epochs
-    heads = ProbeHeads(
-        x.shape[1], num_classes, lrs, momentum=momentum, weight_decay=weight_decay, seed=seed, device=device
-    )
+    heads = ProbeHeads(x.shape[1], sets.num_classes, lrs, seed=seed, device=device)
     generator = torch.Generator().manual_seed(seed)
     steps = len(x) // batch_size
     for epoch in range(epochs):
         order = torch.randperm(len(x), generator=generator).to(device)
         for step in range(steps):
             batch = order[step * batch_size : (step + 1) * batch_size]
-            heads.step(x[batch], y[batch], lr_factor(epoch + step / steps, epochs, warmup))
-    every = [{"lr": lr, **accuracy} for lr, accuracy in zip(lrs, heads.accuracies(test_x, test_y), strict=True)]
-    return {**max(every, key=lambda one: one["top1"]), "all": every}
+            heads.step(x[batch], y[batch], lr_factor(epoch + step / steps, epochs))
+    accuracies = heads.accuracies(sets.val_x, sets.val_y)
+    results = [{"lr": lr, **accuracy} for lr, accuracy in zip(lrs, accuracies, strict=True)]
+    return {**max(results, key=lambda result: result["top1"]), "all": results}
 
 
-def lr_factor(epoch: float, epochs: int, warmup_epochs: float) -> float:
-    """Share of the peak learning rate at a (fractional) epoch: linear warm-up, then a half cosine to 0."""
-    if epoch < warmup_epochs:
-        return epoch / warmup_epochs
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)))
+def lr_factor(epoch: float, epochs: int) -> float:
+    """Share of the peak learning rate at a (fractional) epoch: a ninth of linear warm-up, then a half cosine to 0."""
+    warmup = epochs / 9  # MAE's 10 of 90
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))

@@ -1,4 +1,4 @@
-"""Students: encoders (ViT, ConvViT), MR-MAE on top of them, classifiers, and their weights. Knows no other wing."""
+"""Students: encoders (ViT, ConvViT), MR-MAE on top of them, classifiers, and their weights. Imports no other wing."""
 
 from pipeline.models.build import build_classifier, build_student
 from pipeline.models.classifier import Classifier, layer_ids

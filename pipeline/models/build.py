@@ -2,53 +2,42 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack, get_args
 
 from pipeline.errors import ConfigError
 from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
 from pipeline.models.mae import Decoder
-from pipeline.models.mimic import FUSIONS, HEADS, LOSSES, TARGET_NORMS, Mimic
+from pipeline.models.mimic import MIMIC_WEIGHT, Fusion, Mimic, MimicHead, MimicLoss, TargetNorm
 from pipeline.models.mr_mae import OBJECTIVES, Student, module_name
-from pipeline.models.sizes import Size, check_choice, resolve_size
+from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
 from pipeline.models.vit import ViT
 
 
 def build_student(
     name: str,
     *,
-    image_size: int | Sequence[int] = 224,
-    patch_size: int | None = None,
-    dim: int | Sequence[int] | None = None,
-    depth: int | Sequence[int] | None = None,
-    num_heads: int | None = None,
-    decoder_dim: int | None = None,
-    decoder_depth: int | None = None,
-    decoder_heads: int | None = None,
     objective: str = "mr_mae",
     norm_pix_loss: bool = True,
     teachers: Mapping[str, int] | None = None,
     teacher_weights: Mapping[str, float] | None = None,
-    fusion: str = "fused",
+    fusion: Fusion = "fused",
     fusion_blocks: Sequence[int] | None = None,
-    target_norm: str = "layernorm",
-    mimic_loss: str = "smooth_l1",
-    mimic_head: str = "linear",
-    mimic_weight: float = 1.0,
+    target_norm: TargetNorm = "layernorm",
+    mimic_loss: MimicLoss = "smooth_l1",
+    mimic_head: MimicHead = "linear",
+    mimic_weight: float = MIMIC_WEIGHT,
     pixel_weight: float = 1.0,
     standardise_teachers: bool = True,
     drop_teachers: bool = False,
     gradient_checkpointing: bool = False,
     sparse: bool = True,
+    **sizes: Unpack[StudentSizes],
 ) -> Student:
-    """Build a student for pre-training. A size left at None is the named one's.
+    """Build a student for pre-training.
 
     Args:
         name: one of `sizes.SIZES`.
-        image_size: pixels, one number or (height, width); multiples of `patch_size`.
-        patch_size: pixels; 16 unless given. ConvViT needs a multiple of 4.
-        dim, depth: of the transformer. For ConvViT three numbers, or one for the last stage: the first two widths then
-            keep their ratio to it, and the first two depths stay.
         objective: "mr_mae" | "mae" | "feature_decoder" | "joint_decoder"; see `pipeline.models.mr_mae`.
         norm_pix_loss: standardise each patch of the pixel target.
         teachers: teacher -> channels of its tokens; needed unless the objective is "mae", which takes none.
@@ -59,31 +48,22 @@ def build_student(
         mimic_loss: "smooth_l1" | "mse" | "cosine".
         mimic_head: "linear" | "mlp".
         mimic_weight, pixel_weight: of the two losses, 0 or more.
-        standardise_teachers: with several teachers and target_norm "none", bring them to one scale. The other target
-            norms do so by themselves. False is the naive way, in which the teacher of the largest scale wins.
-        drop_teachers: mimic one teacher drawn for each sample.
-        gradient_checkpointing: run every block again in the backward pass instead of keeping what it computed.
-        sparse: False computes ConvViT's masked stages on whole maps: the same numbers, slower.
+        standardise_teachers: with several teachers and target_norm "none", bring them to one scale, as the other target
+            norms do. With False the teacher of the largest scale dominates.
+        drop_teachers: each sample mimics one teacher, sampled at random.
+        gradient_checkpointing: run every block again in the backward pass instead of keeping its activations.
+        sparse: False computes ConvViT's first two levels on whole maps: the same numbers, slower.
+        sizes: what differs from the named sizes.
 
     Raises:
         ConfigError: an unknown name or option, or sizes that don't fit together.
     """
-    spec = dict(locals())
-    size = resolve_size(
-        name,
-        image_size=image_size,
-        patch_size=patch_size,
-        dim=dim,
-        depth=depth,
-        num_heads=num_heads,
-        decoder_dim=decoder_dim,
-        decoder_depth=decoder_depth,
-        decoder_heads=decoder_heads,
-    )
+    spec = _spec(locals(), StudentSizes)
+    size = resolve_size(name, **sizes)
     check_choice("objective", objective, OBJECTIVES)
-    check_choice("target_norm", target_norm, TARGET_NORMS)
-    check_choice("mimic_loss", mimic_loss, LOSSES)
-    check_choice("mimic_head", mimic_head, HEADS)
+    check_choice("target_norm", target_norm, get_args(TargetNorm))
+    check_choice("mimic_loss", mimic_loss, get_args(MimicLoss))
+    check_choice("mimic_head", mimic_head, get_args(MimicHead))
     for key, weight in (("mimic_weight", mimic_weight), ("pixel_weight", pixel_weight)):
         if not 0 <= weight < math.inf:
             raise ConfigError(f"{key}={weight}: give 0 or more")
@@ -96,12 +76,7 @@ def build_student(
         size, taps=blocks if at_encoder else (), gradient_checkpointing=gradient_checkpointing, sparse=sparse
     )
     decoder = Decoder(
-        encoder_dim=encoder.dim,
-        grid=encoder.grid,
-        patch_size=size.patch_size,
-        dim=size.decoder_dim,
-        depth=size.decoder_depth,
-        num_heads=size.decoder_heads,
+        size,
         prefix=encoder.num_prefix_tokens,
         pixels=goal.pixels,
         gradient_checkpointing=gradient_checkpointing,
@@ -130,7 +105,7 @@ def build_student(
         pixel_weight=pixel_weight,
         teacher_shares=shares,
         drop_teachers=drop_teachers,
-        spec=_plain(spec),
+        spec=spec,
     )
 
 
@@ -138,27 +113,24 @@ def build_classifier(
     name: str,
     num_classes: int,
     *,
-    image_size: int | Sequence[int] = 224,
-    patch_size: int | None = None,
-    dim: int | Sequence[int] | None = None,
-    depth: int | Sequence[int] | None = None,
-    num_heads: int | None = None,
     drop_path: float = 0.0,
     pool: str = "mean",
     gradient_checkpointing: bool = False,
+    **sizes: Unpack[EncoderSizes],
 ) -> Classifier:
-    """Build a classifier on the encoder of the student of that name; sizes as in `build_student`.
+    """Build a classifier on the encoder of the student of that name.
 
     Args:
         num_classes: 1 or more.
         drop_path: stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
         pool: "mean" of the patch tokens | "cls", which ConvViT doesn't have.
+        sizes: what differs from the named sizes.
 
     Raises:
         ConfigError: an unknown name or option, or sizes that don't fit together.
     """
-    spec = dict(locals())
-    size = resolve_size(name, image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
+    spec = _spec(locals(), EncoderSizes)
+    size = resolve_size(name, **sizes)
     check_choice("pool", pool, ("mean", "cls"))
     if pool == "cls" and size.is_conv:
         raise ConfigError(f"{name} has no CLS token: use pool=mean")
@@ -169,19 +141,11 @@ def build_classifier(
     encoder = _encoder(
         size, drop_path=drop_path, final_norm=pool == "cls", gradient_checkpointing=gradient_checkpointing
     )
-    return Classifier(encoder, num_classes, pool=pool, spec=_plain(spec))
+    return Classifier(encoder, num_classes, pool=pool, spec=spec)
 
 
 def _encoder(size: Size, *, sparse: bool = True, **options: Any) -> ViT | ConvViT:
-    common = {
-        "image_size": size.image_size,
-        "patch_size": size.patch_size,
-        "num_heads": size.num_heads,
-        **options,
-    }
-    if size.is_conv:
-        return ConvViT(dim=size.dim, depth=size.depth, sparse=sparse, **common)  # type: ignore[arg-type]  # three each
-    return ViT(dim=size.dim[0], depth=size.depth[0], **common)
+    return ConvViT(size, sparse=sparse, **options) if size.is_conv else ViT(size, **options)
 
 
 def _teachers(
@@ -207,7 +171,7 @@ def _teachers(
 
 def _fusion_blocks(fusion: str, blocks: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     """The encoder blocks that mimic, ascending."""
-    check_choice("fusion", fusion, FUSIONS)
+    check_choice("fusion", fusion, get_args(Fusion))
     if fusion == "last":
         if blocks is not None:
             raise ConfigError(f"fusion=last takes no fusion_blocks: leave {list(blocks)} out, or use fused or each")
@@ -220,12 +184,25 @@ def _fusion_blocks(fusion: str, blocks: Sequence[int] | None, depth: int) -> tup
     return chosen
 
 
-def _plain(spec: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments as JSON holds them, so that `build_student(**json.loads(json.dumps(spec)))` works."""
+def _spec(given: dict[str, Any], sizes: type[EncoderSizes]) -> dict[str, Any]:
+    """A builder's arguments, so that `build_student(**json.loads(json.dumps(spec)))` builds the same model again.
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return dict(value)
-        return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    Args:
+        given: the builder's locals; its keyword arguments of `sizes` in one entry.
 
-    return {key: plain(value) for key, value in spec.items()}
+    Raises:
+        TypeError: a keyword that is neither an option nor a size.
+    """
+    defaults = dict.fromkeys(sizes.__annotations__) | {"image_size": 224}
+    options = {key: value for key, value in given.items() if key not in ("name", "num_classes", "sizes")}
+    if unknown := given["sizes"].keys() - defaults.keys():
+        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    first = {key: given[key] for key in ("name", "num_classes") if key in given}
+    return {key: _plain(value) for key, value in {**first, **defaults, **given["sizes"], **options}.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it: mappings as dicts, sequences as lists."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -13,8 +13,8 @@ class Classifier(nn.Module):
     """Encoder, pooling, norm, linear head, under the reference code's names; built by `build_classifier`.
 
     Mean pooling averages the last block's patch tokens and norms the mean by `fc_norm`; "cls" takes the CLS token
-    through the encoder's `norm`. For ConvViT the stage-1/2 addition of pre-training is left out. Positions start from
-    sine-cosine and are trained, as in the reference fine-tuning.
+    through the encoder's `norm`. ConvViT's levels 1 and 2 are not added to the last, as they are in pre-training.
+    Positions start from sine-cosine and are trained, as in the reference fine-tuning.
 
     Args:
         encoder: built with `final_norm` for "cls" pooling alone.
@@ -25,6 +25,9 @@ class Classifier(nn.Module):
     def __init__(self, encoder: ViT | ConvViT, num_classes: int, *, pool: str, spec: dict[str, Any]) -> None:
         super().__init__()
         self.encoder, self.pool, self.spec = encoder, pool, spec
+        # What a `mrmae:` teacher is asked for, beside `blocks` and `forward_tokens`.
+        self.dim, self.grid, self.image_size = encoder.dim, encoder.grid, encoder.image_size
+        self.num_prefix_tokens, self.attention_query = encoder.num_prefix_tokens, pool
         if pool == "mean":
             self.fc_norm = LayerNorm(encoder.dim)
         self.head = nn.Linear(encoder.dim, num_classes)
@@ -49,41 +52,16 @@ class Classifier(nn.Module):
         return tokens
 
     @property
-    def attention_query(self) -> str:
-        """Whose attention tells where this model looks: "cls", or "mean" over all queries."""
-        return self.pool
-
-    @property
-    def dim(self) -> int:
-        """Channels of a token."""
-        return self.encoder.dim
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) cells."""
-        return self.encoder.grid
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.encoder.image_size
-
-    @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks."""
         return self.encoder.blocks
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: 1 for a CLS token, else 0."""
-        return self.encoder.num_prefix_tokens
 
 
 def layer_ids(model: Classifier) -> tuple[dict[str, int], int]:
     """The layer of every parameter, and the number of layers N, for learning rates lr × decay^(N - layer).
 
-    Layer 0 is all before the transformer blocks (embeddings, positions, ConvViT's convolution stages), block i is
-    layer i + 1, and what follows the blocks is layer N = blocks + 1, as in BEiT, MAE and ConvMAE.
+    As in BEiT, MAE and ConvMAE. Layer 0 is all that comes before the transformer blocks: embeddings, positions,
+    ConvViT's convolution levels. Block i is layer i + 1. What follows the blocks is layer N = blocks + 1.
     """
     last = len(model.blocks) + 1
     block_of = {id(p): i + 1 for i, block in enumerate(model.blocks) for p in block.parameters()}

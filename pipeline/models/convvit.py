@@ -1,9 +1,10 @@
-"""The hybrid encoder of ConvMAE (arXiv 2205.03892): two masked convolution stages, then transformer blocks.
+"""The hybrid encoder of ConvMAE (arXiv 2205.03892): two masked convolution levels, then transformer blocks.
 
-Names are those of Alpha-VL/ConvMAE, so its checkpoints load as they are. Every strided convolution is aligned with the
-patch, so only the 5 × 5 depthwise ones look beyond a cell. Hence two paths with the same numbers:
+Parameter names are those of Alpha-VL/ConvMAE, so its checkpoints load as they are; it calls a level a stage. Every
+strided convolution is aligned with the patch, so only the 5 × 5 depthwise ones look beyond a cell. So there are two
+paths with the same numbers:
 
-- `sparse`, for training under a mask: all of stages 1 and 2 on the visible cells alone; only the depthwise
+- `sparse`, for training under a mask: all of levels 1 and 2 on the visible cells alone; only the depthwise
   convolution sees a map, zero where masked.
 - `dense`, where nothing is masked, and as the sparse path's test oracle: whole maps, the depthwise input masked.
 """
@@ -14,22 +15,21 @@ from torch.nn import functional as F
 
 from pipeline.models.masking import gather_tokens, scatter_tokens, visible_map, visible_pixels
 from pipeline.models.patches import as_map, conv_in_cells, patchify, sincos_positions
+from pipeline.models.sizes import Size
 from pipeline.models.vit import EncoderOutput, LayerNorm, apply, drop_rates, initialise, run_blocks, transformer
 
 
 class ConvViT(nn.Module):
     """ConvMAE's encoder; no CLS token.
 
-    The stage-1 and stage-2 maps reach the decoder through their own convolutions, added to the last block's output
+    The maps of levels 1 and 2 reach the decoder through their own convolutions, added to the last block's output
     before `norm`. Fine-tuning, probes and detection read the block output without that addition, so `tokens` and the
     mimic heads do too: through a LayerNorm without parameters, for `norm` is fitted to the sum.
 
     Args:
-        image_size: (height, width) in pixels, multiples of `patch_size`.
-        patch_size: of the last stage's cells; a multiple of 4, the strides being patch_size/4, 2, 2.
-        dim, depth: widths and depths of the three stages.
-        taps: blocks of the last stage whose outputs `EncoderOutput.hidden` carries.
-        final_norm: False leaves out what only the decoder reads: stage outputs and `norm`.
+        size: three widths and depths. The strides of the levels are patch_size/4, 2 and 2.
+        taps: blocks of the last level whose outputs `EncoderOutput.hidden` carries.
+        final_norm: False leaves out what only the decoder reads: the outputs of levels 1 and 2, and `norm`.
         sparse: which path a masked forward takes.
     """
 
@@ -38,12 +38,8 @@ class ConvViT(nn.Module):
 
     def __init__(
         self,
+        size: Size,
         *,
-        image_size: tuple[int, int],
-        patch_size: int,
-        dim: tuple[int, int, int],
-        depth: tuple[int, int, int],
-        num_heads: int,
         drop_path: float = 0.0,
         taps: tuple[int, ...] = (),
         final_norm: bool = True,
@@ -51,18 +47,18 @@ class ConvViT(nn.Module):
         sparse: bool = True,
     ) -> None:
         super().__init__()
-        self.image_size, self.patch_size, self.dim, self.taps = image_size, patch_size, dim[2], taps
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.gradient_checkpointing, self.sparse = gradient_checkpointing, sparse
+        self.image_size, self.patch_size, self.grid, self.dim = size.image_size, size.patch_size, size.grid, size.dim[2]
+        self.taps, self.gradient_checkpointing, self.sparse = taps, gradient_checkpointing, sparse
+        dim, depth = size.dim, size.depth
         rates = drop_rates(drop_path, sum(depth))
-        self.patch_embed1 = ConvEmbed(3, dim[0], patch_size // 4)
+        self.patch_embed1 = ConvEmbed(3, dim[0], size.patch_size // 4)
         self.patch_embed2 = ConvEmbed(dim[0], dim[1], 2)
         self.patch_embed3 = ConvEmbed(dim[1], dim[2], 2)
         self.patch_embed4 = nn.Linear(dim[2], dim[2])
         self.pos_embed = nn.Parameter(sincos_positions(dim[2], self.grid), requires_grad=False)
         self.blocks1 = nn.ModuleList(ConvBlock(dim[0], rate) for rate in rates[: depth[0]])
         self.blocks2 = nn.ModuleList(ConvBlock(dim[1], rate) for rate in rates[depth[0] : -depth[2]])
-        self.blocks3 = transformer(dim[2], num_heads, rates[-depth[2] :])
+        self.blocks3 = transformer(dim[2], size.num_heads, rates[-depth[2] :])
         if final_norm:
             self.stage1_output_decode = Conv2d(dim[0], dim[2], 4, stride=4)
             self.stage2_output_decode = Conv2d(dim[1], dim[2], 2, stride=2)
@@ -77,19 +73,18 @@ class ConvViT(nn.Module):
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
         """Encode images [B, 3, H, W] normalised float, at the cells `ids_keep` [B, K] int64 or at all of them."""
-        x, stage_outputs = self._stages(images, ids_keep, decode=True)
+        x, fine = self._levels(images, ids_keep, decode=True)
         x, hidden = self._transformer(x, ids_keep)
-        latent = self.norm(x + stage_outputs[0] + stage_outputs[1])  # [B, K, D]
-        return EncoderOutput(tokens=self._norm_tokens(x), cls=None, hidden=hidden, latent=latent)
+        return EncoderOutput(latent=self.norm(x + fine[0] + fine[1]), hidden=hidden)
 
     def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """The last block's output [B, K, D], not normed, and the tapped blocks' patch tokens."""
-        x, _ = self._stages(images, ids_keep, decode=False)
+        x, _ = self._levels(images, ids_keep, decode=False)
         return self._transformer(x, ids_keep)
 
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Every patch token of unmasked images [B, 3, H, W], LayerNormed without parameters: [B, L, D]."""
-        return self._norm_tokens(self.forward_blocks(images)[0])
+        return F.layer_norm(self.forward_blocks(images)[0], (self.dim,), eps=1e-6)
 
     @property
     def map_dims(self) -> tuple[int, ...]:
@@ -97,56 +92,53 @@ class ConvViT(nn.Module):
         return self.patch_embed2.proj.in_channels, self.patch_embed3.proj.in_channels, self.dim
 
     def forward_maps(self, images: Tensor) -> list[Tensor]:
-        """The stages' outputs, not normed, of unmasked images [B, 3, H, W]: maps [B, C, f*h, f*w], f = 4, 2, 1."""
+        """The levels' outputs, not normed, of unmasked images [B, 3, H, W]: maps [B, C, f*h, f*w], f = 4, 2, 1."""
         maps, x = [], images
-        for stage in ("1", "2"):
-            x = self._stage_dense(stage, x, None)
+        for level in (1, 2):
+            x = self._level_dense(level, x, None)
             maps.append(x)
         x, _ = self._transformer(_tokens(self.patch_embed3(x)), None)
         return [*maps, as_map(x, self.grid)]
-
-    def _norm_tokens(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.dim,), eps=1e-6)
 
     def _transformer(self, x: Tensor, ids_keep: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         positions = self.pos_embed if ids_keep is None else self.pos_embed[0][ids_keep]  # [B, K, D]
         return run_blocks(self.blocks3, self.patch_embed4(x) + positions, self.taps, self.gradient_checkpointing)
 
-    def _stages(self, images: Tensor, ids_keep: Tensor | None, decode: bool) -> tuple[Tensor, list[Tensor]]:
-        """The third embedding [B, K, D] and, to `decode`, the first two stages' outputs, each [B, K, D]."""
+    def _levels(self, images: Tensor, ids_keep: Tensor | None, decode: bool) -> tuple[Tensor, list[Tensor]]:
+        """The third embedding [B, K, D] and, to `decode`, the outputs of levels 1 and 2, each [B, K, D]."""
         if ids_keep is None:
-            return self._stages_dense(images, None, decode)
+            return self._levels_dense(images, None, decode)
         if self.sparse:
-            return self._stages_sparse(images, ids_keep, decode)
-        x, outputs = self._stages_dense(images, ids_keep, decode)
+            return self._levels_sparse(images, ids_keep, decode)
+        x, outputs = self._levels_dense(images, ids_keep, decode)
         return gather_tokens(x, ids_keep), [gather_tokens(output, ids_keep) for output in outputs]
 
-    def _stages_sparse(self, images: Tensor, ids_keep: Tensor, decode: bool) -> tuple[Tensor, list[Tensor]]:
+    def _levels_sparse(self, images: Tensor, ids_keep: Tensor, decode: bool) -> tuple[Tensor, list[Tensor]]:
         h, w = self.grid
         cells = gather_tokens(patchify(images, self.patch_size), ids_keep)  # [B, K, p*p*3]: masked pixels end here
         x, outputs = cells.view(*cells.shape[:2], -1, 3), []  # [B, K, p*p, 3]
-        for stage, factor in (("1", 4), ("2", 2)):
-            x = getattr(self, f"patch_embed{stage}").forward_cells(x)  # [B, K, f*f, C]
+        for level, factor in ((1, 4), (2, 2)):
+            x = getattr(self, f"patch_embed{level}").forward_cells(x)  # [B, K, f*f, C]
             pixels, size = visible_pixels(ids_keep, self.grid, factor), (h * factor, w * factor)
-            for block in getattr(self, f"blocks{stage}"):
+            for block in getattr(self, f"blocks{level}"):
                 x = apply(block.forward_cells, x, pixels, size, checkpointing=self.gradient_checkpointing)
             if decode:
-                outputs.append(conv_in_cells(x, getattr(self, f"stage{stage}_output_decode")).squeeze(2))
+                outputs.append(conv_in_cells(x, getattr(self, f"stage{level}_output_decode")).squeeze(2))
         return self.patch_embed3.forward_cells(x).squeeze(2), outputs
 
-    def _stages_dense(self, images: Tensor, ids_keep: Tensor | None, decode: bool) -> tuple[Tensor, list[Tensor]]:
+    def _levels_dense(self, images: Tensor, ids_keep: Tensor | None, decode: bool) -> tuple[Tensor, list[Tensor]]:
         x, outputs = images, []
-        for stage, factor in (("1", 4), ("2", 2)):
+        for level, factor in ((1, 4), (2, 2)):
             mask = None if ids_keep is None else visible_map(ids_keep, self.grid, factor)
-            x = self._stage_dense(stage, x, mask)
+            x = self._level_dense(level, x, mask)
             if decode:
-                outputs.append(_tokens(getattr(self, f"stage{stage}_output_decode")(x)))
+                outputs.append(_tokens(getattr(self, f"stage{level}_output_decode")(x)))
         return _tokens(self.patch_embed3(x)), outputs
 
-    def _stage_dense(self, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
-        """One convolution stage on whole maps: [B, C, s*H, s*W] to [B, C', H, W]."""
-        x = getattr(self, f"patch_embed{stage}")(x)
-        for block in getattr(self, f"blocks{stage}"):
+    def _level_dense(self, level: int, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One convolution level on whole maps: [B, C, s*H, s*W] to [B, C', H, W]."""
+        x = getattr(self, f"patch_embed{level}")(x)
+        for block in getattr(self, f"blocks{level}"):
             x = apply(block, x, mask, checkpointing=self.gradient_checkpointing)
         return x
 

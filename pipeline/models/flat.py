@@ -1,8 +1,8 @@
 """State dicts under the reference code's flat names, from modules that are composed of parts.
 
-A model that holds `self.encoder` and `self.decoder` would save `encoder.blocks.0…`, where public checkpoints say
-`blocks.0…`. `flatten_parts(model, "encoder", "decoder")` drops those parts' names on the way out and finds them again
-on the way in. Only state dicts are renamed: `named_parameters()` still tells which part a parameter belongs to.
+A model that holds `self.encoder` and `self.decoder` would save `encoder.blocks.0…`, where public checkpoints have
+`blocks.0…`. `flatten_parts(model, "encoder", "decoder")` drops the names of these parts on saving and adds them on
+loading. Only state dicts are renamed: `named_parameters()` keeps the parts' names.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
@@ -22,8 +22,8 @@ def flatten_parts(model: nn.Module, *parts: str) -> None:
 
 def _shorten(_: nn.Module, state: MutableMapping[str, Any], prefix: str, __: object, *, parts: tuple[str, ...]) -> None:
     for key in list(state):
-        part, dot, rest = key.removeprefix(prefix).partition(".")
-        state[prefix + rest if dot and part in parts and key.startswith(prefix) else key] = state.pop(key)
+        part, dot, name = key.removeprefix(prefix).partition(".")
+        state[prefix + name if dot and part in parts and key.startswith(prefix) else key] = state.pop(key)
 
 
 def _lengthen(

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from pipeline.models.masking import restore
 from pipeline.models.patches import sincos_positions
+from pipeline.models.sizes import Size
 from pipeline.models.vit import LayerNorm, initialise, run_blocks, transformer
 
 
@@ -13,36 +14,22 @@ class Decoder(nn.Module):
     """A narrow transformer over all cells; its parts carry the names that MAE's and ConvMAE's checkpoints use.
 
     Args:
-        encoder_dim: width of the encoder's latent.
-        grid: (h, w) cells.
-        patch_size: pixels of a cell's side, for `decoder_pred`.
         prefix: tokens before the patches in the latent (1: CLS, 0: none).
         pixels: False leaves `decoder_pred` out, where no pixels are predicted.
     """
 
-    def __init__(
-        self,
-        *,
-        encoder_dim: int,
-        grid: tuple[int, int],
-        patch_size: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        prefix: int,
-        pixels: bool = True,
-        gradient_checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, size: Size, *, prefix: int, pixels: bool = True, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        self.length, self.prefix, self.dim = grid[0] * grid[1], prefix, dim
+        dim = size.decoder_dim
+        self.length, self.prefix, self.dim = size.grid[0] * size.grid[1], prefix, dim
         self.gradient_checkpointing = gradient_checkpointing
-        self.decoder_embed = nn.Linear(encoder_dim, dim)
+        self.decoder_embed = nn.Linear(size.dim[-1], dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(dim, grid, prefix), requires_grad=False)
-        self.decoder_blocks = transformer(dim, num_heads, [0.0] * depth)
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(dim, size.grid, prefix), requires_grad=False)
+        self.decoder_blocks = transformer(dim, size.decoder_heads, [0.0] * size.decoder_depth)
         self.decoder_norm = LayerNorm(dim)
         if pixels:
-            self.decoder_pred = nn.Linear(dim, patch_size**2 * 3)
+            self.decoder_pred = nn.Linear(dim, size.patch_size**2 * 3)
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
 

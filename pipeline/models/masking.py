@@ -1,7 +1,7 @@
 """Gathering and scattering tokens by the ids of the visible cells, on the device and with static shapes.
 
 A grid of h × w cells is numbered row by row; `ids_keep` [B, K] int64 names the visible ones, each at most once and in
-any order. Masks are *drawn* in the data loader; here they are only applied.
+any order. The data loader samples masks; here they are only applied.
 """
 
 import torch
@@ -12,7 +12,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """Rows of `tokens` [B, L, D] at `ids` [B, K] int64, as [B, K, D]."""
     batch, length, dim = tokens.shape
     rows = ids + length * torch.arange(batch, device=ids.device).unsqueeze(1)
-    # Whole rows of one table: on a CPU two to four times as fast as `gather`, forward and backward.
+    # Complete rows of one table: on a CPU two to four times as fast as `gather`, forward and backward.
     return tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*ids.shape, dim)
 
 

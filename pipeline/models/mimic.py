@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,19 @@ from torch.nn import functional as F
 from pipeline.errors import ConfigError
 from pipeline.models.vit import initialise
 
-FUSIONS = ("fused", "each", "last")
-TARGET_NORMS = ("layernorm", "channel", "none")
-LOSSES = ("smooth_l1", "mse", "cosine")
-HEADS = ("linear", "mlp")
+Fusion = Literal["fused", "each", "last"]
+TargetNorm = Literal["layernorm", "channel", "none"]
+MimicLoss = Literal["smooth_l1", "mse", "cosine"]
+MimicHead = Literal["linear", "mlp"]
+MIMIC_WEIGHT = 10.0  # measured: docs/results.md. At 1 the pixel loss outweighs the mimic loss
 
 
 class Mimic(nn.Module):
     """The head, the target normalisation and the loss for one teacher.
 
-    Tokens of S sources (encoder blocks, or the decoder) are LayerNormed without parameters, since the head follows.
-    With fusion "fused" their learned average, in favour of the last at first, makes one prediction; with "each", every
-    source has a head and a loss of its own; "last" is one source.
+    Tokens come from S sources: encoder blocks, or the decoder. They are LayerNormed without parameters, since the head
+    follows. Fusion "fused" makes one prediction from their learned average, in which the last source starts with three
+    quarters of the weight. "each" gives every source a head and a loss of its own. "last" has one source.
 
     Args:
         teacher: name, for messages.
@@ -41,23 +43,22 @@ class Mimic(nn.Module):
         dim: int,
         width: int,
         sources: int = 1,
-        fusion: str = "last",
-        target_norm: str = "layernorm",
+        fusion: Fusion = "last",
+        target_norm: TargetNorm = "layernorm",
         standardise: bool = False,
-        loss: str = "smooth_l1",
-        head: str = "linear",
+        loss: MimicLoss = "smooth_l1",
+        head: MimicHead = "linear",
     ) -> None:
         super().__init__()
         self.teacher, self.fusion, self.loss = teacher, fusion, loss
         self.target_norm, self.standardise = target_norm, standardise
         if fusion == "fused" and sources > 1:
-            # The last source starts with three quarters of the weight.
             self.fusion_logits = nn.Parameter(
                 torch.zeros(sources).index_fill(0, torch.tensor(-1), math.log(3 * (sources - 1)))
             )
         self.heads = nn.ModuleList(_head(head, dim, width) for _ in range(sources if fusion == "each" else 1))
         initialise(self)
-        # Not in the checkpoint: they belong to the targets, and whoever brings targets brings them again.
+        # Not in the checkpoint: they belong to the targets, and whoever brings targets sets them again.
         self.register_buffer("channel_mean", torch.zeros(width), persistent=False)
         self.register_buffer("channel_std", torch.ones(width), persistent=False)
         self.has_stats = False

@@ -4,8 +4,8 @@
     losses = student(images, ids_keep, {"clip_vitb16": targets})
     losses["loss"].backward()
 
-The two losses sit on different tokens and at different depths: the visible tokens' features right after the encoder,
-the masked cells' pixels after the decoder. `objective` moves or removes one of them, for comparison:
+The two losses are on different tokens and at different depths: the features of the visible tokens after the encoder,
+and the pixels of the masked cells after the decoder. `objective` moves or removes one of them, for comparison:
 
 | objective       | pixels of masked cells | teacher's tokens, predicted from           | target rows |
 |-----------------|------------------------|--------------------------------------------|-------------|
@@ -16,7 +16,7 @@ the masked cells' pixels after the decoder. `objective` moves or removes one of 
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,15 @@ from pipeline.models.vit import ViT
 
 
 class Objective(NamedTuple):
-    """What is predicted and from where: `mimics` is "encoder", "decoder" or "" for nothing."""
+    """What is predicted, and from where. `mimics` is "encoder", "decoder" or "" for nothing."""
 
     pixels: bool
     mimics: str
     target_rows: str
 
 
-OBJECTIVES = {
+ObjectiveName = Literal["mr_mae", "mae", "feature_decoder", "joint_decoder"]
+OBJECTIVES: dict[str, Objective] = {
     "mr_mae": Objective(pixels=True, mimics="encoder", target_rows="visible"),
     "mae": Objective(pixels=True, mimics="", target_rows="none"),
     "feature_decoder": Objective(pixels=False, mimics="decoder", target_rows="masked"),
@@ -50,11 +51,13 @@ OBJECTIVES = {
 class Student(nn.Module):
     """Encoder, decoder and one `Mimic` for each teacher; built by `build_student`.
 
+    `grid` is (h, w) cells. `target_rows` says which cells' teacher tokens `forward` wants: "visible", "masked", "none".
+
     Args:
         mimics: teacher name -> its `Mimic`; empty for the objective "mae".
-        teacher_weights: teacher name -> share of the mimic loss; shares add up to 1.
-        drop_teachers: in training, each sample mimics one teacher alone, drawn by these shares. The others count
-            zero times, so the loss is the same on average and every head takes part in every step, as DDP needs.
+        teacher_shares: teacher name -> share of the mimic loss; shares add up to 1.
+        drop_teachers: in training, each sample mimics one teacher, sampled by these shares. The others have weight
+            zero, so the loss is the same on average and every head takes part in every step, as DDP needs.
         spec: the keyword arguments that rebuild this model.
     """
 
@@ -66,12 +69,12 @@ class Student(nn.Module):
         decoder: Decoder,
         mimics: Mapping[str, Mimic],
         *,
-        objective: str = "mr_mae",
-        norm_pix_loss: bool = True,
-        mimic_weight: float = 1.0,
-        pixel_weight: float = 1.0,
+        objective: str,
+        norm_pix_loss: bool,
+        mimic_weight: float,
+        pixel_weight: float,
         teacher_shares: Mapping[str, float],
-        drop_teachers: bool = False,
+        drop_teachers: bool,
         spec: dict[str, Any],
     ) -> None:
         super().__init__()
@@ -79,22 +82,13 @@ class Student(nn.Module):
         self.mimic = nn.ModuleDict({module_name(teacher): mimic for teacher, mimic in mimics.items()})
         self.teachers = tuple(mimics)
         self.objective = OBJECTIVES[objective]
+        self.grid, self.target_rows = encoder.grid, self.objective.target_rows
         self.norm_pix_loss = norm_pix_loss
         self.mimic_weight, self.pixel_weight = mimic_weight, pixel_weight
         self.register_buffer("shares", torch.tensor([teacher_shares[t] for t in self.teachers]), persistent=False)
         self.drop_teachers = drop_teachers and len(self.teachers) > 1
         self.spec = spec
         flatten_parts(self, "encoder", "decoder")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) cells."""
-        return self.encoder.grid
-
-    @property
-    def target_rows(self) -> str:
-        """Which cells' teacher tokens `forward` wants: "visible", "masked" or "none"."""
-        return self.objective.target_rows
 
     def set_channel_stats(self, teacher: str, mean: Tensor, std: Tensor) -> None:
         """Give a teacher's channel means and deviations [width], which target_norm "channel" needs (and "none" when
@@ -161,7 +155,7 @@ class Student(nn.Module):
         shares = self.shares.unsqueeze(0)  # [1, T]
         if not (self.drop_teachers and self.training):
             return shares
-        below = shares.cumsum(1) - shares  # [1, T] where each teacher's part of [0, 1) begins
+        below = shares.cumsum(1) - shares  # [1, T] the start of each teacher's part of [0, 1)
         chosen = (torch.rand(losses.shape[0], 1, device=losses.device) >= below[:, 1:]).sum(1)  # [B]
         return nn.functional.one_hot(chosen, len(self.teachers)).to(losses.dtype)
 

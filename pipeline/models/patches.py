@@ -47,18 +47,11 @@ def sincos_positions(dim: int, grid: tuple[int, int], prefix: int = 0) -> Tensor
     """Fixed 2-D sine-cosine positions [1, prefix + h*w, dim] float32, zeros for prefix tokens, as in MAE.
 
     Half the channels code the column and half the row; each half is sines, then cosines, at the frequencies
-    10000^(-i / (dim/4)).
+    10000^(-i / (dim/4)), computed in double precision. timm's `build_sincos2d_pos_embed` computes them in float32 and
+    orders the channels in another way.
     """
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     angles = [axis.reshape(-1, 1).double() * omega for axis in (columns, rows)]  # each [L, dim/4]
     table = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
     return F.pad(table.float(), (0, 0, prefix, 0)).unsqueeze(0)
-
-
-def resample_positions(positions: Tensor, source: tuple[int, int], grid: tuple[int, int], prefix: int) -> Tensor:
-    """Bicubic resampling of positions [1, prefix + h*w, D] from the `source` grid to `grid`; prefix rows are kept."""
-    head, table = positions[:, :prefix], positions[:, prefix:]
-    image = table.float().reshape(1, *source, -1).permute(0, 3, 1, 2)  # [1, D, h, w]
-    image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([head, image.flatten(2).transpose(1, 2).to(head.dtype)], dim=1)

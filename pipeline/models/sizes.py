@@ -1,15 +1,39 @@
 """The named sizes, their overrides, and the checks that turn sizes that don't fit into one clear line."""
 
-import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypedDict, Unpack
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, suggest
+
+
+class EncoderSizes(TypedDict, total=False):
+    """What may differ from the named size of an encoder; None, or no entry, is the named number.
+
+    image_size: pixels, one number or (height, width); multiples of `patch_size`. 224 if not given.
+    patch_size: pixels. ConvViT needs a multiple of 4.
+    dim, depth: of the transformer. For ConvViT three numbers, or one for the last level: the first two widths then keep
+        their ratio to it, and the first two depths stay.
+    """
+
+    image_size: int | Sequence[int]
+    patch_size: int | None
+    dim: int | Sequence[int] | None
+    depth: int | Sequence[int] | None
+    num_heads: int | None
+
+
+class StudentSizes(EncoderSizes, total=False):
+    """What may differ from the named size of a student, which has a decoder too."""
+
+    decoder_dim: int | None
+    decoder_depth: int | None
+    decoder_heads: int | None
 
 
 @dataclass(frozen=True)
 class Size:
-    """Widths, depths and heads of an encoder and its decoder; ConvViT's `dim` and `depth` have one entry a stage."""
+    """Widths, depths and heads of an encoder and its decoder; ConvViT's `dim` and `depth` have one entry a level."""
 
     dim: tuple[int, ...]
     depth: tuple[int, ...]
@@ -24,6 +48,11 @@ class Size:
     def is_conv(self) -> bool:
         """Whether this is a ConvViT."""
         return len(self.dim) == 3
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) cells."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
 # ViT-B and -L and ConvViT-B are as published. The decoders of tiny and small are ours: 512 × 8 would cost several times
@@ -40,18 +69,7 @@ SIZES = {
 }
 
 
-def resolve_size(
-    name: str,
-    *,
-    image_size: int | Sequence[int],
-    patch_size: int | None = None,
-    dim: int | Sequence[int] | None = None,
-    depth: int | Sequence[int] | None = None,
-    num_heads: int | None = None,
-    decoder_dim: int | None = None,
-    decoder_depth: int | None = None,
-    decoder_heads: int | None = None,
-) -> Size:
+def resolve_size(name: str, **overrides: Unpack[StudentSizes]) -> Size:
     """The named size with the overrides that aren't None.
 
     Raises:
@@ -59,17 +77,14 @@ def resolve_size(
     """
     check_choice("student", name, SIZES)
     named = SIZES[name]
-    size = replace(
-        named,
-        image_size=_pair(image_size),
-        patch_size=named.patch_size if patch_size is None else patch_size,
-        dim=named.dim if dim is None else _stages("dim", dim, named.dim, keep_ratio=True),
-        depth=named.depth if depth is None else _stages("depth", depth, named.depth, keep_ratio=False),
-        num_heads=named.num_heads if num_heads is None else num_heads,
-        decoder_dim=named.decoder_dim if decoder_dim is None else decoder_dim,
-        decoder_depth=named.decoder_depth if decoder_depth is None else decoder_depth,
-        decoder_heads=named.decoder_heads if decoder_heads is None else decoder_heads,
-    )
+    given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
+    if "image_size" in given:
+        given["image_size"] = _pair(given["image_size"])
+    if "dim" in given:
+        given["dim"] = _per_level("dim", given["dim"], named.dim, keep_ratio=True)
+    if "depth" in given:
+        given["depth"] = _per_level("depth", given["depth"], named.depth, keep_ratio=False)
+    size = replace(named, **given)
     _check(size)
     return size
 
@@ -77,8 +92,7 @@ def resolve_size(
 def check_choice(key: str, value: str, allowed: Collection[str]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
-        near = difflib.get_close_matches(value, allowed, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(allowed)}"
+        hint = suggest(value, allowed, f"use one of {', '.join(allowed)}")
         raise ConfigError(f"{key}={value!r} is unknown: {hint}")
 
 
@@ -89,8 +103,8 @@ def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _stages(key: str, value: int | Sequence[int], named: tuple[int, ...], keep_ratio: bool) -> tuple[int, ...]:
-    """One number is the last stage's; the earlier widths keep their ratio to it, the earlier depths stay."""
+def _per_level(key: str, value: int | Sequence[int], named: tuple[int, ...], keep_ratio: bool) -> tuple[int, ...]:
+    """One number is the last level's; the earlier widths keep their ratio to it, the earlier depths stay."""
     if isinstance(value, int):
         earlier = [n * value // named[-1] for n in named[:-1]] if keep_ratio else named[:-1]
         return (*earlier, value)
@@ -112,7 +126,7 @@ def _check(size: Size) -> None:
     _check_transformer("", size.dim[-1], size.num_heads, size.depth)
     _check_transformer("decoder_", size.decoder_dim, size.decoder_heads, (size.decoder_depth,))
     if min(size.dim) < 1:
-        raise ConfigError(f"dim={list(size.dim)}: every stage needs a positive width")
+        raise ConfigError(f"dim={list(size.dim)}: every level needs a positive width")
 
 
 def _check_transformer(prefix: str, dim: int, heads: int, depth: tuple[int, ...]) -> None:

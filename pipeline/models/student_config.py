@@ -1,10 +1,10 @@
 """The student's part of a config."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from pipeline.config import Config
+from pipeline.models.mimic import MIMIC_WEIGHT, Fusion, MimicHead, MimicLoss, TargetNorm
+from pipeline.models.mr_mae import ObjectiveName
 
 
 class StudentConfig(Config):
@@ -23,17 +23,17 @@ class StudentConfig(Config):
 
 
 class MimicConfig(Config):
-    """What the student learns from: MR-MAE's two losses and the variants that the ablation compares."""
+    """The objective: MR-MAE's two losses and the variants that the ablation compares."""
 
-    objective: Literal["mr_mae", "mae", "feature_decoder", "joint_decoder"] = "mr_mae"
+    objective: ObjectiveName = "mr_mae"
     norm_pix_loss: bool = True  # reconstruct each patch normalised by its own mean and deviation
-    fusion: Literal["fused", "each", "last"] = "fused"  # which blocks the mimic loss reaches, and how
+    fusion: Fusion = "fused"  # which blocks the mimic loss reaches, and how
     fusion_blocks: list[int] | None = None  # default: four, evenly spread
-    target_norm: Literal["layernorm", "channel", "none"] = "layernorm"
-    mimic_loss: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
-    mimic_head: Literal["linear", "mlp"] = "linear"
-    mimic_weight: float = Field(10.0, ge=0)  # ten: measured, docs/results.md; at one the pixels drown it
+    target_norm: TargetNorm = "layernorm"
+    mimic_loss: MimicLoss = "smooth_l1"
+    mimic_head: MimicHead = "linear"
+    mimic_weight: float = Field(MIMIC_WEIGHT, ge=0)
     pixel_weight: float = Field(1.0, ge=0)
     teacher_weights: dict[str, float] | None = None  # by teacher name; default 1 each
     standardise_teachers: bool = True  # False: the naive joining that the paper found worse
-    drop_teachers: bool = False  # train each sample on one teacher, drawn at random
+    drop_teachers: bool = False  # train each sample on one teacher, sampled at random

@@ -4,8 +4,8 @@ Parameter names are those of facebookresearch/mae, so its checkpoints load as th
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block
@@ -14,32 +14,22 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.masking import gather_tokens
 from pipeline.models.patches import as_map, conv_in_cells, patchify, sincos_positions
+from pipeline.models.sizes import Size
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-@dataclass
-class EncoderOutput:
-    """What an encoder gives for K visible cells (all L of them without a mask), in `ids_keep` order.
+class EncoderOutput(NamedTuple):
+    """What an encoder gives for K visible cells (all L of them without a mask), in `ids_keep` order."""
 
-    Attributes:
-        tokens: [B, K, D] patch tokens, normed: what mimicking, k-NN and probes mean by "the features".
-        cls: [B, D] the normed CLS token; None where the encoder has none.
-        hidden: one [B, K, D] for each block in `taps`: its patch tokens as they left it, not normed.
-        latent: [B, prefix + K, D] what the decoder reads.
-    """
-
-    tokens: Tensor
-    cls: Tensor | None
-    hidden: list[Tensor]
-    latent: Tensor
+    latent: Tensor  # [B, prefix + K, D], normed: what the decoder reads
+    hidden: list[Tensor]  # one [B, K, D] for each block in `taps`: its patch tokens as they left it, not normed
 
 
 class ViT(nn.Module):
     """MAE's encoder: linear patch embedding, CLS token, fixed 2-D sine-cosine positions, pre-norm blocks.
 
     Args:
-        image_size: (height, width) in pixels, multiples of `patch_size`.
         taps: blocks whose outputs `EncoderOutput.hidden` carries.
         final_norm: False leaves `norm` out, for a classifier that norms after pooling.
     """
@@ -49,25 +39,21 @@ class ViT(nn.Module):
 
     def __init__(
         self,
+        size: Size,
         *,
-        image_size: tuple[int, int],
-        patch_size: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
         drop_path: float = 0.0,
         taps: tuple[int, ...] = (),
         final_norm: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.image_size, self.patch_size, self.dim, self.taps = image_size, patch_size, dim, taps
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.gradient_checkpointing = gradient_checkpointing
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.image_size, self.patch_size, self.grid, self.dim = size.image_size, size.patch_size, size.grid, size.dim[0]
+        self.taps, self.gradient_checkpointing = taps, gradient_checkpointing
+        dim = self.dim
+        self.patch_embed = PatchEmbed(size.patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid, prefix=1), requires_grad=False)
-        self.blocks = transformer(dim, num_heads, drop_rates(drop_path, depth))
+        self.blocks = transformer(dim, size.num_heads, drop_rates(drop_path, size.depth[0]))
         self.norm = LayerNorm(dim) if final_norm else nn.Identity()
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -76,8 +62,7 @@ class ViT(nn.Module):
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
         """Encode images [B, 3, H, W] normalised float, at the cells `ids_keep` [B, K] int64 or at all of them."""
         x, hidden = self.forward_blocks(images, ids_keep)
-        latent = self.norm(x)  # [B, 1+K, D]
-        return EncoderOutput(tokens=latent[:, 1:], cls=latent[:, 0], hidden=hidden, latent=latent)
+        return EncoderOutput(latent=self.norm(x), hidden=hidden)
 
     def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """The last block's output [B, 1+K, D], not normed, and the tapped blocks' patch tokens."""
@@ -94,7 +79,7 @@ class ViT(nn.Module):
 
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Every patch token of unmasked images [B, 3, H, W], through `norm`: [B, L, D]."""
-        return self.forward(images).tokens
+        return self.forward(images).latent[:, 1:]
 
     @property
     def map_dims(self) -> tuple[int, ...]:
@@ -119,7 +104,10 @@ class PatchEmbed(nn.Module):
 
 
 def drop_rates(last: float, depth: int) -> list[float]:
-    """Stochastic depth that grows linearly from 0 at the first block to `last` at the last."""
+    """Stochastic depth that grows linearly from 0 at the first block to `last` at the last.
+
+    In double precision: timm's `calculate_drop_path_rates` rounds to float32, which changes the last bits of a run.
+    """
     return [last * block / max(depth - 1, 1) for block in range(depth)]
 
 
@@ -143,7 +131,7 @@ def run_blocks(
 
 
 def apply(block: Callable[..., Tensor], *inputs: object, checkpointing: bool) -> Tensor:
-    """Run a block, keeping only its inputs for the backward pass where that is asked for and there will be one."""
+    """Run a block. With `checkpointing`, only its inputs are kept for the backward pass, which runs it again."""
     if checkpointing and torch.is_grad_enabled():
         output: Tensor = checkpoint(block, *inputs, use_reentrant=False)
         return output

@@ -1,38 +1,38 @@
 """Weights in and out of a model: our own folders, public checkpoints, other grids, students turned into classifiers.
 
-Nothing is loaded in silence: `load_weights` raises, or returns a report of what came from where.
+`load_weights` raises, or returns a report of what it loaded and what it did not.
 """
 
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.models.build import build_classifier, build_student
 from pipeline.models.classifier import Classifier
 from pipeline.models.mr_mae import Student
-from pipeline.models.patches import resample_positions
 from pipeline.tensor_files import save_tensors
-from pipeline.weights import load_tensors, read_state
+from pipeline.weights import load_tensors, misfit, read_state
 
-# What belongs to a task and not to the encoder, by the first part of its flat name.
+# Parts of a task and not of the encoder, by the first part of the flat name.
 TASK_PARTS = frozenset(
     {"decoder_embed", "mask_token", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred"}
     | {"mimic", "fc_norm", "head"}
 )
-# What the encoder has for its decoder alone, so that a classifier may be built without it.
+# Parts of the encoder that only the decoder reads; a classifier may be built without them.
 FOR_DECODER = frozenset({"norm", "stage1_output_decode", "stage2_output_decode"})
 
 
 @dataclass
 class LoadReport:
-    """Names in the model and the file, by what became of them.
+    """Names in the model and in the file, by what was done with them.
 
     Attributes:
         loaded: taken from the file.
@@ -41,17 +41,17 @@ class LoadReport:
         dropped: in the file, without a place in the model.
     """
 
-    loaded: list[str] = field(default_factory=list)
-    resampled: list[str] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
+    loaded: list[str]
+    resampled: list[str]
+    fresh: list[str]
+    dropped: list[str]
 
     def __str__(self) -> str:
-        said = [f"{len(self.loaded)} tensors loaded"]
+        texts = [f"{len(self.loaded)} tensors loaded"]
         for label, names in (("resampled", self.resampled), ("fresh", self.fresh), ("dropped", self.dropped)):
             parts = Counter(_part(name) for name in names)
-            said += [f"{label}: " + ", ".join(f"{part} ({count})" for part, count in parts.items())] if parts else []
-        return "; ".join(said)
+            texts += [f"{label}: " + ", ".join(f"{part} ({count})" for part, count in parts.items())] if parts else []
+        return "; ".join(texts)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -76,7 +76,7 @@ def save_weights(model: Student | Classifier, folder: Path) -> None:
 
 
 def model_record(model: Student | Classifier) -> dict[str, Any]:
-    """What `model.json` says: the model's kind and the keyword arguments that rebuild it."""
+    """The content of `model.json`: the model's kind and the keyword arguments that rebuild it."""
     return {"kind": "classifier" if isinstance(model, Classifier) else "student", **model.spec}
 
 
@@ -112,84 +112,57 @@ def load_model(path: Path) -> Student | Classifier:
     return model
 
 
-def load_weights(
-    model: Student | Classifier,
-    state: Mapping[str, Tensor],
-    *,
-    strict: bool = True,
-    source_grid: tuple[int, int] | None = None,
-) -> LoadReport:
-    """Load a state dict; positions of another grid are resampled (bicubic).
+def load_weights(model: Student | Classifier, state: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
+    """Load a state dict. Positions of another square grid are resampled, bicubic.
 
     Strict: every tensor of the model is in `state` with its shape, and nothing else is.
 
     Not strict, to start one kind of model from another: every tensor of the model's *encoder* must be there with its
-    shape. Task parts (decoder, mimic heads, `fc_norm`, `head`) are loaded where both have them in one shape; else the
-    model's stay fresh and the file's are dropped. So are a student's `norm` and stage-1/2 outputs, if the model has
-    none; a model that has them wants them. Anything else is an error.
-
-    Args:
-        source_grid: (h, w) of the file's positions; taken as square unless given.
+    shape. Task parts (decoder, mimic heads, `fc_norm`, `head`) are loaded where both have them in one shape. Otherwise
+    the model's stay fresh and the file's are dropped. A student's `norm` and the outputs of ConvViT's levels are
+    dropped too, if the model has none; a model that has them needs them. Anything else is an error.
 
     Raises:
         CheckpointError: naming what is missing, extra, or of another shape; the model is then as it was.
     """
-    own = model.state_dict()
-    report, fitting = LoadReport(), dict[str, Tensor]()
-    for key, value in state.items():
-        fitted = _fit_positions(model, key, value, own, source_grid)
-        if fitted is not value:
-            report.resampled.append(key)
-        if key in own and own[key].shape == fitted.shape:
-            fitting[key] = fitted
-    report.loaded = list(fitting)
-    report.fresh = [key for key in own if key not in fitting]
-    report.dropped = [key for key in state if key not in fitting]
-    _check(report, own, state, strict)
-    model.load_state_dict({**own, **fitting})
-    return report
+    expected = model.state_dict()
+    fitted = {key: _fit_positions(model, key, value, expected) for key, value in state.items()}
+    loaded = {key: value for key, value in fitted.items() if key in expected and value.shape == expected[key].shape}
+
+    def optional(key: str) -> bool:
+        return not strict and (_part(key) in TASK_PARTS or (_part(key) in FOR_DECODER and key not in expected))
+
+    problem = misfit(
+        {key: value for key, value in expected.items() if not optional(key)},
+        {key: value for key, value in fitted.items() if not optional(key)},
+    )
+    if problem:
+        remedy = "check name and sizes, or load it as init" if strict else "check the student's name and sizes"
+        raise CheckpointError(f"the weights don't fit this model ({problem}): {remedy}")
+    model.load_state_dict({**expected, **loaded})
+    return LoadReport(
+        loaded=list(loaded),
+        resampled=[key for key in state if fitted[key] is not state[key]],
+        fresh=[key for key in expected if key not in loaded],
+        dropped=[key for key in state if key not in loaded],
+    )
 
 
-def _check(report: LoadReport, own: Mapping[str, Tensor], state: Mapping[str, Tensor], strict: bool) -> None:
-    def needed(key: str) -> bool:
-        return strict or _part(key) not in TASK_PARTS
-
-    def droppable(key: str) -> bool:
-        return not strict and (_part(key) in TASK_PARTS or (_part(key) in FOR_DECODER and key not in own))
-
-    reshaped = [key for key in report.fresh if key in state and needed(key)]
-    missing = [key for key in report.fresh if key not in state and needed(key)]
-    extra = [key for key in report.dropped if key not in own and not droppable(key)]
-    shapes = [f"{key} {list(state[key].shape)} for {list(own[key].shape)}" for key in reshaped]
-    problems = [("missing", missing), ("extra", extra), ("of another shape", shapes)]
-    if any(names for _, names in problems):
-        told = "; ".join(f"{label}: {_summary(names)}" for label, names in problems if names)
-        remedy = "check the student's name and sizes" if not strict else "check name and sizes, or load it as init"
-        raise CheckpointError(f"the weights don't fit this model ({told}): {remedy}")
-
-
-def _fit_positions(
-    model: Student | Classifier, key: str, value: Tensor, own: Mapping[str, Tensor], source: tuple[int, int] | None
-) -> Tensor:
+def _fit_positions(model: Student | Classifier, key: str, value: Tensor, expected: Mapping[str, Tensor]) -> Tensor:
     """Positions resampled to the model's grid if that is all that differs; any other tensor as it is."""
-    if key not in ("pos_embed", "decoder_pos_embed") or key not in own or value.ndim != 3:
-        return value
-    if value.shape == own[key].shape and source in (None, model.encoder.grid):
+    if key not in ("pos_embed", "decoder_pos_embed") or key not in expected or value.ndim != 3:
         return value
     prefix = model.encoder.num_prefix_tokens
     cells = value.shape[1] - prefix
-    grid = source or (isqrt(max(cells, 0)), isqrt(max(cells, 0)))
-    if value.shape[2] != own[key].shape[2] or cells < 1 or grid[0] * grid[1] != cells:
+    side = isqrt(max(cells, 0))
+    if value.shape == expected[key].shape or value.shape[2] != expected[key].shape[2] or not cells == side**2 > 0:
         return value
-    return resample_positions(value, grid, model.encoder.grid, prefix)
+    resampled: Tensor = resample_abs_pos_embed(value, list(model.encoder.grid), [side, side], prefix, antialias=False)
+    return resampled
 
 
 def _part(key: str) -> str:
     return key.partition(".")[0]
-
-
-def _summary(names: list[str], shown: int = 6) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _read_spec(file: Path) -> dict[str, Any]:

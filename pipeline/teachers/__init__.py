@@ -2,14 +2,13 @@
 
 from pipeline.teachers.mrmae import PatchEncoder
 from pipeline.teachers.registry import TEACHERS, Entry, TeacherRow, build_teacher, list_teachers
+from pipeline.teachers.sharing import run_teachers, share_backbones
 from pipeline.teachers.teacher import (
     Backbone,
     Teacher,
     TeacherOutput,
     TokenChoice,
-    look_together,
     resize_views,
-    share_backbones,
 )
 
 __all__ = [
@@ -23,7 +22,7 @@ __all__ = [
     "TokenChoice",
     "build_teacher",
     "list_teachers",
-    "look_together",
     "resize_views",
+    "run_teachers",
     "share_backbones",
 ]

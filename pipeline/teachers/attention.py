@@ -1,7 +1,7 @@
 """One row of an attention map: softmax(q·kᵀ/√d) for the class query alone (Vaswani et al., arXiv 1706.03762, eq. 1).
 
-The full [heads, N, N] map of a batch is what makes attention dear; focus needs one query's row of it. Queries and keys
-are projected as the block does it, in the block's own precision; logits and softmax are fp32 whatever the autocast.
+Focus needs one query's row, so the full [heads, N, N] map of a batch is never computed. Queries and keys are projected
+as the block does it, in the block's own precision. Logits and softmax are always fp32, under autocast too.
 
 Shapes: B images, H heads, d channels a head, N = P + L tokens (P prefix: class and registers, L patches), Q queries.
 """
@@ -28,8 +28,8 @@ def class_row(attn: Any, x: Tensor) -> Tensor:
     Returns:
         [B,H,N] fp32, every head's row sums to 1.
     """
-    query, key = _fused_qk(attn, x[:, :1], x)
-    return _softmax_rows(query, key, attn.scale)[:, :, 0]
+    query, key = _project(x[:, :1], x, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+    return _softmax_rows(attn.q_norm(query), attn.k_norm(key), attn.scale)[:, :, 0]
 
 
 def mean_row(attn: Any, x: Tensor, num_prefix: int) -> Tensor:
@@ -37,10 +37,12 @@ def mean_row(attn: Any, x: Tensor, num_prefix: int) -> Tensor:
 
     For students without a class token. Computed a few queries at a time; the map itself is never held.
     """
-    query, key = _fused_qk(attn, x[:, num_prefix:], x)
+    query, key = _project(x[:, num_prefix:], x, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+    query, key = attn.q_norm(query), attn.k_norm(key)
     chunks = torch.split(query, QUERY_CHUNK, dim=2)
     total = sum((_softmax_rows(chunk, key, attn.scale).sum(dim=2) for chunk in chunks), start=key.new_zeros(()).float())
-    return total / query.shape[2]
+    mean: Tensor = total / query.shape[2]
+    return mean
 
 
 def rotary_class_row(attn: Any, x: Tensor, rope: Tensor | None) -> Tensor:
@@ -62,22 +64,17 @@ def rotary_class_row(attn: Any, x: Tensor, rope: Tensor | None) -> Tensor:
     return _softmax_rows(query, key, attn.scale)[:, :, 0]
 
 
-def multihead_class_row(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """Row of the first token in torch's `MultiheadAttention`, as OpenAI's CLIP uses it, [B,H,N] fp32."""
-    weight_q, weight_k, _ = attn.in_proj_weight.chunk(3)
-    bias_q, bias_k, _ = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
-    query = _split_heads(F.linear(x[:, :1], weight_q, bias_q), attn.num_heads)
-    key = _split_heads(F.linear(x, weight_k, bias_k), attn.num_heads)
-    return _softmax_rows(query, key, attn.head_dim**-0.5)[:, :, 0]
+def clip_class_row(attn: Any, x: Tensor) -> Tensor:
+    """Row of the first token in a CLIP tower's attention, [B,H,N] fp32.
 
-
-def normed_class_row(attn: Any, x: Tensor) -> Tensor:
-    """Row of the first token in open_clip's own `Attention` with normed queries and keys, [B,H,N] fp32."""
-    weight_q, weight_k, _ = attn.in_proj_weight.chunk(3)
-    bias_q, bias_k, _ = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
-    query = attn.ln_q(_split_heads(F.linear(x[:, :1], weight_q, bias_q), attn.num_heads))
-    key = attn.ln_k(_split_heads(F.linear(x, weight_k, bias_k), attn.num_heads))
-    return _softmax_rows(query, key, attn.scale)[:, :, 0]
+    Args:
+        attn: torch's `MultiheadAttention`, as in OpenAI's CLIP, or open_clip's `Attention`, which also norms q and k.
+        x: [B,N,D], as in `class_row`.
+    """
+    query, key = _project(x[:, :1], x, attn.in_proj_weight, attn.in_proj_bias, attn.num_heads)
+    if isinstance(attn, nn.MultiheadAttention):
+        return _softmax_rows(query, key, attn.head_dim**-0.5)[:, :, 0]
+    return _softmax_rows(attn.ln_q(query), attn.ln_k(key), attn.scale)[:, :, 0]
 
 
 def pooling_row(pool: Any, tokens: Tensor) -> Tensor:
@@ -103,13 +100,12 @@ def patches_only(rows: Tensor, num_prefix: int) -> Tensor:
     return mean / mean.sum(dim=-1, keepdim=True)
 
 
-def _fused_qk(attn: Any, queries: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Project query tokens [B,Q,D] and all keys [B,N,D] with a fused qkv layer, normed: [B,H,Q,d] and [B,H,N,d]."""
-    weight_q, weight_k, _ = attn.qkv.weight.chunk(3)
-    bias_q, bias_k, _ = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
-    query = attn.q_norm(_split_heads(F.linear(queries, weight_q, bias_q), attn.num_heads))
-    key = attn.k_norm(_split_heads(F.linear(x, weight_k, bias_k), attn.num_heads))
-    return query, key
+def _project(queries: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Query tokens [B,Q,D] and all keys [B,N,D] through a joined qkv layer: [B,H,Q,d] and [B,H,N,d]."""
+    weight_q, weight_k, _ = weight.chunk(3)
+    bias_q, bias_k, _ = (None,) * 3 if bias is None else bias.chunk(3)
+    query = _split_heads(F.linear(queries, weight_q, bias_q), num_heads)
+    return query, _split_heads(F.linear(x, weight_k, bias_k), num_heads)
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -120,6 +116,5 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 def _softmax_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """[B,H,Q,d], [B,H,N,d] → [B,H,Q,N] fp32; autocast would run this product in bf16, so it is switched off."""
     # The meta device, on which a network is traced before its weights are fetched, knows no autocast.
-    full = nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False)
-    with full:
+    with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
         return (query.float() * scale @ key.float().transpose(-2, -1)).softmax(dim=-1)

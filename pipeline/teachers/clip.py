@@ -1,6 +1,5 @@
-"""CLIP's vision towers from open_clip as teachers; towers that open_clip takes from timm go the way of timm_vit."""
+"""CLIP's vision towers from open_clip as teachers. Towers that open_clip takes from timm become a `TimmBackbone`."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ from open_clip.transformer import (
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from pipeline.errors import TeacherError
-from pipeline.teachers.attention import multihead_class_row, normed_class_row
+from pipeline.errors import TeacherError, suggest
+from pipeline.teachers.attention import clip_class_row
 from pipeline.teachers.teacher import Trace, vit_macs
 from pipeline.teachers.timm_vit import TimmBackbone, fit_size, random_model
 from pipeline.teachers.weights import fetching, load_strictly, read_weights
 
-# open_clip builds both towers together; this is the smallest text tower it makes, and it is thrown away.
+# open_clip builds both towers together. This is the smallest text tower that it makes; it is discarded.
 TINY_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
-# What open_clip takes for an architecture without any tag.
+# open_clip's normalisation of an architecture without any tag.
 _DEFAULTS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
 
 
@@ -34,9 +33,9 @@ class ClipBackbone(nn.Module):
     """open_clip's own `VisionTransformer`: one class token, no registers.
 
     Args:
-        visual: the vision tower; its position embeddings are resampled here when `image_size` isn't its own.
+        visual: the vision tower; its position embeddings are resampled here if `image_size` differs from its own.
         name: for messages.
-        image_size: pixels a side; None takes the tower's own.
+        image_size: pixels a side; None for the tower's own.
         mean, std: of its training pixels.
     """
 
@@ -58,7 +57,7 @@ class ClipBackbone(nn.Module):
         self.dim: int = visual.transformer.width
         self.depth = len(blocks)
         self.num_heads: int = blocks[-1].attn.num_heads
-        # With an attention pool the norm and the projection lie behind the pooling and fit no single token.
+        # With an attention pool the norm and the projection come after the pooling and fit no single token.
         pooled = visual.attn_pool is not None
         self.final_norm: nn.Module = visual.attn_pool.ln_k if pooled else visual.ln_post
         self.projected_dim: int | None = None if pooled or visual.proj is None else visual.proj.shape[1]
@@ -93,18 +92,15 @@ class ClipBackbone(nn.Module):
 
     def _row(self, last_input: Tensor) -> Tensor:
         block = self.model.transformer.resblocks[-1]
-        x = block.ln_1(last_input)
-        if isinstance(block.attn, nn.MultiheadAttention):
-            return multihead_class_row(block.attn, x)
-        return normed_class_row(block.attn, x)
+        return clip_class_row(block.attn, block.ln_1(last_input))
 
 
 def build_open_clip(name: str, weights: str | None, image_size: int | None) -> tuple[ClipBackbone | TimmBackbone, str]:
-    """Build `open_clip:<arch>:<tag>` and say what its weights are called.
+    """Build `open_clip:<arch>:<tag>`; also return the name of its weights.
 
     Args:
-        name: architecture and tag; the tag also says whether QuickGELU is used and how pixels are normalised, so it is
-            needed with local and random weights, too, unless all tags of the architecture agree or it has none.
+        name: architecture and tag. The tag also decides the activation and the normalisation of pixels, so local and
+            random weights need it too, unless all tags of the architecture agree or it has none.
         weights: None for the tag's download, "random", or a local file with `visual.*` tensors, or the tower's alone.
         image_size: pixels a side, None for the architecture's own.
 
@@ -142,27 +138,26 @@ def _wrap(
 
 
 def _known_config(architecture: str, tag: str, local: bool) -> dict[str, Any]:
-    """open_clip's entry for the tag's weights: where they are, mean and std, QuickGELU or not.
+    """open_clip's entry for the tag's weights: their address, mean and std, QuickGELU or not.
 
-    `local` weights need no tag where it decides nothing: all of the architecture's agree, or there is none.
+    `local` weights need no tag if all tags of the architecture agree, or if it has none.
     """
     if architecture not in open_clip.list_models():
-        near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists what there is"
+        hint = suggest(architecture, open_clip.list_models(), "open_clip.list_models() lists what there is")
         raise TeacherError(f"open_clip has no architecture '{architecture}': {hint}")
     config: dict[str, Any] = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     if not config:
-        known = open_clip.list_pretrained_tags_by_model(architecture)
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
         if not tag and local:
-            configs = [open_clip.get_pretrained_cfg(architecture, other) for other in known] or [_DEFAULTS]
+            configs = [open_clip.get_pretrained_cfg(architecture, other) for other in tags] or [_DEFAULTS]
             if len({(tuple(c["mean"]), tuple(c["std"]), bool(c.get("quick_gelu"))) for c in configs}) == 1:
                 return dict(configs[0])
-        if not known:
+        if not tags:
             raise TeacherError(
                 f"open_clip has no weights of {architecture}: give open_clip:{architecture} and teacher.weights=FILE"
             )
-        tags = ", ".join(f"{architecture}:{other}" for other in known)
-        raise TeacherError(f"open_clip has no weights '{tag}' of {architecture}: choose open_clip:<one of {tags}>")
+        names = ", ".join(f"{architecture}:{other}" for other in tags)
+        raise TeacherError(f"open_clip has no weights '{tag}' of {architecture}: choose open_clip:<one of {names}>")
     return config
 
 
@@ -195,11 +190,11 @@ def _resample_positions(visual: Any, size: int) -> tuple[int, int]:
 
 
 def _can_focus(visual: Any) -> bool:
-    """The class token's row means something only where the model pools by it, and where its formula is known here."""
+    """Whether the class token's row can be used: the model pools by it, and its attention is one computed here."""
     if visual.attn_pool is None and visual.pool_type != "tok":
         return False
     block = visual.transformer.resblocks[-1]
     if type(block) is ResidualAttentionBlock:
         return True
-    known = type(block) is CustomResidualAttentionBlock and type(block.attn) is Attention
-    return known and block.attn.logit_scale is None
+    custom = type(block) is CustomResidualAttentionBlock and type(block.attn) is Attention
+    return custom and block.attn.logit_scale is None

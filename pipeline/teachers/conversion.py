@@ -1,7 +1,7 @@
-"""A file in a model's original naming → timm's, by timm's own filters but without what they forgive.
+"""A file in a model's original naming → timm's, by timm's own filters but more strictly.
 
-timm resamples patch kernels and positions in silence, and leaves away what has no place. Here another patch size and a
-tensor that says something but is left away are refused, and positions of another grid are announced.
+timm resamples patch kernels and positions without a word, and drops tensors that have no place. Here another patch size
+is refused, and so is a file that would lose a non-zero tensor. Resampled positions are logged.
 """
 
 import importlib
@@ -26,7 +26,7 @@ Filter = Callable[[State], State]
 
 _KERNELS = re.compile(r"(^|\.)(patch_embed\.proj|patch_embed\.projection|conv1|patchifier\.proj)\.weight$")
 _TOWERS = ("visual.", "vision_encoder.", "beit3.")
-# Left away by right: heads, parts for pre-training alone, other towers' branches, and tables that the model computes.
+# May be dropped: heads, parts for pre-training alone, other towers' branches, and tables that the model computes.
 _BESIDE = re.compile(
     r"(^|[._])(head|head_dist|lm_head|mask_token|decoder\w*|projectors|local_cls_norm|pre_logits|text_embed|B"
     r"|bias_mask|rope\w*|periods|relative_position_index)([._]|$)"
@@ -34,7 +34,7 @@ _BESIDE = re.compile(
 
 
 class Converted(NamedTuple):
-    """What fits the model, and as the file has them the tensors that were resampled for that."""
+    """A state that fits the model, and the tensors that were resampled for it, as the file has them."""
 
     state: State
     native: State
@@ -46,7 +46,7 @@ def to_timm(state: Mapping[str, Tensor], model: Any, name: str, source: str) -> 
     Args:
         state: as the file has it.
         model: the timm model that it is for; not changed.
-        name: its name in timm.
+        name: the model's name in timm.
         source: the file, for messages.
 
     Raises:
@@ -62,18 +62,18 @@ def to_timm(state: Mapping[str, Tensor], model: Any, name: str, source: str) -> 
     convert = _filter_of(name)
     _check_losses(state, convert, source)
     converted = convert(dict(state))
-    own = model.state_dict()
+    expected = model.state_dict()
     heads = _heads(name)
     converted = {
         key: value
         for key, value in converted.items()
-        if key in own or not (key.partition(".")[0] in heads or key.startswith("decoder"))
+        if key in expected or not (key.partition(".")[0] in heads or key.startswith("decoder"))
     }
     return _fit_positions(converted, state, model, source)
 
 
 def _filter_of(name: str) -> Filter:
-    """timm's filter for this model, on a stand-in without positions, so that these stay as the file has them."""
+    """timm's filter for this model. It is given a stand-in without positions, so that it doesn't resample them."""
     with torch.device("meta"):
         stand_in: Any = timm.create_model(name, num_classes=0)
     stand_in.pos_embed = None
@@ -85,7 +85,7 @@ def _filter_of(name: str) -> Filter:
 
 
 def _heads(name: str) -> set[str]:
-    """First parts of the names of what only classifies or projects."""
+    """First parts of the names of heads that only classify or project."""
     config: Any = timm.get_pretrained_cfg(name)
     classifier = config.classifier or ()
     return {"head", "head_dist", "mask_token", *((classifier,) if isinstance(classifier, str) else classifier)}
@@ -94,7 +94,7 @@ def _heads(name: str) -> set[str]:
 def _check_patch(state: Mapping[str, Tensor], model: Any, name: str, source: str) -> None:
     kernel = getattr(getattr(model.patch_embed, "proj", None), "weight", None)
     if kernel is None or kernel.ndim != 4 or kernel.shape[1] != 3:
-        return  # a convolutional stem: compared by shapes when it is loaded
+        return  # a convolutional stem: its shapes are compared when it is loaded
     for key, value in state.items():
         if _KERNELS.search(key) and value.ndim in (2, 4) and value[0].numel() != kernel[0].numel():
             side = isqrt(value[0].numel() // 3)
@@ -105,7 +105,7 @@ def _check_patch(state: Mapping[str, Tensor], model: Any, name: str, source: str
 
 
 def _settle_biases(state: Mapping[str, Tensor], model: Any, name: str, source: str) -> State:
-    """DINOv3's biases of queries, keys and values, in the one form that timm has a place for.
+    """DINOv3's biases of queries, keys and values, in the form that timm has a place for.
 
     Meta's file keeps a mask beside each, which is zero for the keys. timm has one model without any biases and one
     (`_qkvb`) with those of queries and values.
@@ -134,7 +134,7 @@ def _settle_biases(state: Mapping[str, Tensor], model: Any, name: str, source: s
 
 
 def _check_losses(state: State, convert: Filter, source: str) -> None:
-    """Refuse a conversion that leaves away what isn't zero and belongs to the network that is asked for."""
+    """Refuse a conversion that drops a non-zero tensor of the network that is asked for."""
     used = _used(state, convert)
     tower = next((prefix for prefix in _TOWERS if used and all(key.startswith(prefix) for key in used)), "")
     lost = [
@@ -150,7 +150,7 @@ def _check_losses(state: State, convert: Filter, source: str) -> None:
 
 
 def _used(state: State, convert: Filter) -> set[str]:
-    """Names of the tensors that reach the converted state: autograd follows them on the meta device, at no cost."""
+    """Names of the tensors that reach the converted state; autograd on the meta device tells, at no cost."""
     leaves = {
         key: torch.empty(value.shape, device="meta", requires_grad=True)
         for key, value in state.items()
@@ -164,13 +164,13 @@ def _used(state: State, convert: Filter) -> set[str]:
 
 
 def _fit_positions(converted: State, state: State, model: Any, source: str) -> Converted:
-    """Bring positions of another square grid to the model's own, as timm does (bicubic, antialiased), and say so."""
+    """Resample positions of another square grid to the model's, as timm does (bicubic, antialiased), and log it."""
     native = {key: state[key] for key in converted if key in state and state[key].shape != converted[key].shape}
-    own, positions = getattr(model, "pos_embed", None), converted.get("pos_embed")
-    if own is not None and positions is not None and positions.shape != own.shape:
+    expected, positions = getattr(model, "pos_embed", None), converted.get("pos_embed")
+    if expected is not None and positions is not None and positions.shape != expected.shape:
         prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
         side = isqrt(max(0, positions.shape[1] - prefix)) if positions.ndim == 3 else 0
-        if side and side * side == positions.shape[1] - prefix and positions.shape[2] == own.shape[2]:
+        if side and side * side == positions.shape[1] - prefix and positions.shape[2] == expected.shape[2]:
             native["pos_embed"] = positions
             grid = list(model.patch_embed.grid_size)
             resampled = resample_abs_pos_embed(positions, grid, [side, side], prefix)

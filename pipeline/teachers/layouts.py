@@ -1,6 +1,6 @@
 """Layouts of Hugging Face's transformers → those of the models' own releases, which timm and open_clip read.
 
-    state = from_transformers(state, "model.safetensors")  # as it is, where it is of no such layout
+    state = from_transformers(state, "model.safetensors")  # unchanged if it has no such layout
 
 Five families: CLIP (`CLIPVisionModel`, `CLIPModel`), SigLIP and SigLIP 2 (`SiglipVisionModel`, `SiglipModel`), DINOv2
 (`Dinov2Model`, with registers too) and DINOv3 (`DINOv3ViTModel`). Tensors are renamed, and queries, keys and values
@@ -65,7 +65,7 @@ _DINOV3: Renames = (
     (r"layer\.(\d+)\.mlp\.gate_proj\.", r"blocks.\1.mlp.w1."),
     (r"layer\.(\d+)\.", r"blocks.\1."),
 )
-# Buffers, and the other tower's and the contrastive loss's tensors.
+# Tensors of the text tower and of the contrastive loss.
 _BESIDE = ("text_model.", "text_projection.", "logit_scale", "logit_bias")
 _TOP = re.compile(r"^(vision_model|dinov2(_with_registers)?|dinov3_vit|model)\.")
 _BUFFERS = ("position_ids", "inv_freq")
@@ -73,10 +73,10 @@ _OTHERS = re.compile(r"(^|\.)(embeddings\.patch_embeddings?\.|encoder\.layers?\.
 
 
 def from_transformers(state: Mapping[str, Tensor], source: str) -> State:
-    """A state dict of transformers' layout in that of the model's own release; any other as it is.
+    """A state dict in the layout of the model's own release; one that is in none of transformers' is unchanged.
 
     Raises:
-        TeacherError: a layout of transformers for which there is no conversion here.
+        TeacherError: a layout of transformers without a conversion here.
     """
     beside = {key: value for key, value in state.items() if not key.startswith(_BESIDE)}
     tower = {_TOP.sub("", key): value for key, value in beside.items() if not key.endswith(_BUFFERS)}
@@ -100,7 +100,7 @@ def _clip(state: State) -> State:
 
 
 def _siglip(state: State) -> State:
-    """→ timm's names; the pooling head's joined query, key and value fall into the query's and the other two."""
+    """→ timm's names. The pooling head's joined query, key and value are split into the query and the other two."""
     tower = _rename(_join(state, "q_proj", "k_proj", "v_proj"), _SIGLIP)
     tower["pos_embed"] = tower["pos_embed"][None]  # [L,D] → [1,L,D]
     for part in ("weight", "bias"):
@@ -111,14 +111,14 @@ def _siglip(state: State) -> State:
 
 
 def _dinov2(state: State) -> State:
-    """→ Meta's names. Their mask token is how timm knows the layout, so there is always one."""
+    """→ Meta's names. timm knows the layout by its mask token, so there is always one."""
     tower = _rename(_join(_without_heads(state), "query", "key", "value"), _DINOV2)
     tower.setdefault("mask_token", torch.zeros_like(tower["cls_token"][0]))
     return tower
 
 
 def _dinov3(state: State) -> State:
-    """→ Meta's names. Keys have no bias in transformers: zeros, as Meta's mask makes of them."""
+    """→ Meta's names. Keys have no bias in transformers; in Meta's file a mask makes theirs zero."""
     tower = _rename(_join(_without_heads(state), "q_proj", "k_proj", "v_proj"), _DINOV3)
     gated = any(".mlp.w1." in key for key in tower)
     up, down = ("w2", "w3") if gated else ("fc1", "fc2")
@@ -126,7 +126,7 @@ def _dinov3(state: State) -> State:
     return {re.sub(r"(?<=\.mlp\.)\w+_proj", lambda match: names[match[0]], key): tower[key] for key in tower}
 
 
-# By a tensor that only this family has.
+# Each family by a tensor that only it has.
 _FAMILIES: dict[str, Callable[[State], State]] = {
     "embeddings.class_embedding": _clip,
     "embeddings.patch_embedding.weight": _siglip,
@@ -152,7 +152,7 @@ def _join(state: State, q: str, k: str, v: str) -> State:
 
 
 def _rename(state: State, renames: Renames) -> State:
-    """The first pattern that fits the beginning of a name says the new beginning."""
+    """Replace the beginning of each name by the first pattern that matches it."""
 
     def new(key: str) -> str:
         for pattern, replacement in renames:

@@ -1,6 +1,6 @@
 """A student or classifier of this project as the next one's teacher: `mrmae:<checkpoint>`.
 
-The stage that builds the teacher loads the checkpoint and hands the module over, so this wing imports no other.
+The caller loads the checkpoint and passes the module, so this wing imports no other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import TeacherError
+from pipeline.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.teachers.attention import class_row, mean_row
 from pipeline.teachers.teacher import Trace
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PatchEncoder(Protocol):
@@ -27,7 +25,7 @@ class PatchEncoder(Protocol):
 
     blocks: Sequence[nn.Module]  # transformer blocks over the patch tokens; the last one's `.attn` is timm's Attention
     num_prefix_tokens: int
-    # Whose attention is the focus: the class token's, the mean over the patches', or nobody's.
+    # The query whose attention row is the focus: the class token, the mean over the patches, or none.
     attention_query: Literal["cls", "mean", "none"]
     grid: tuple[int, int]
     dim: int
@@ -39,7 +37,7 @@ class PatchEncoder(Protocol):
 
 
 class MrmaeBackbone(nn.Module):
-    """Listens at the blocks of a `PatchEncoder` while it runs once.
+    """A `PatchEncoder` behind the `Backbone` protocol; hooks collect what its blocks compute.
 
     Args:
         module: a `PatchEncoder` that is an `nn.Module`.
@@ -69,32 +67,30 @@ class MrmaeBackbone(nn.Module):
 
     def trace(self, x: Tensor, layers: int) -> Trace:
         """See `Backbone.trace`."""
-        with _listen(self.model.blocks[-layers:], self.model.blocks[-1]) as heard:
+        last = self.model.blocks[-1]
+        with _capture(self.model.blocks[-layers:], last) as (outputs, attention_inputs):
             final = self.model.forward_tokens(x)
-        blocks = tuple(heard.outputs)
-        rows = self._row(heard.attention_input) if self.has_attention else None
-        return Trace(blocks, rows, final)
+        rows = None
+        if self.has_attention and self.model.attention_query == "cls":
+            rows = class_row(last.attn, attention_inputs[0])
+        elif self.has_attention:
+            rows = mean_row(last.attn, attention_inputs[0], self.num_prefix)
+        return Trace(tuple(outputs), rows, final)
 
     def macs(self) -> int:
-        """See `Backbone.macs`. Counted on one black image, since the stages before the blocks may be anything."""
+        """See `Backbone.macs`. Counted on one black image, since what comes before the blocks may be anything."""
         pixels = torch.zeros(1, 3, self.image_size, self.image_size, device=next(self.model.parameters()).device)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.model.forward_tokens(pixels)
         return int(counter.get_total_flops()) // 2
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """Only asked for means over several blocks, which these encoders norm nowhere."""
+        """Only needed for means over several blocks, and these encoders have no norm for each block."""
         raise TeacherError("a mrmae: teacher norms its last block alone: set teacher.layers=1, or teacher.tokens=block")
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Never asked for: `projected_dim` is None."""
+        """Never called: `projected_dim` is None."""
         return tokens
-
-    def _row(self, attention_input: Tensor) -> Tensor:
-        attn = self.model.blocks[-1].attn
-        if self.model.attention_query == "cls":
-            return class_row(attn, attention_input)
-        return mean_row(attn, attention_input, self.num_prefix)
 
 
 def _side(image_size: int | Sequence[int], name: str) -> int:
@@ -104,39 +100,26 @@ def _side(image_size: int | Sequence[int], name: str) -> int:
     return height
 
 
-class _Heard:
-    """What hooks caught during one forward."""
-
-    def __init__(self) -> None:
-        self.outputs: list[Tensor] = []
-        self.attention_input = torch.empty(0)
-
-    def keep_output(self, _module: nn.Module, _args: object, output: Tensor) -> None:
-        self.outputs.append(output)
-
-    def keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.attention_input = args[0]
-
-
 @contextmanager
-def _listen(blocks: Sequence[nn.Module], last: Any) -> Iterator[_Heard]:
-    """Catch the outputs of `blocks`, in order, and what enters the last block's attention."""
-    heard = _Heard()
-    handles = [block.register_forward_hook(heard.keep_output) for block in blocks]
+def _capture(blocks: Sequence[nn.Module], last: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Collect the outputs of `blocks`, in order, and what enters the last block's attention."""
+    outputs: list[Tensor] = []
+    inputs: list[Tensor] = []
+    handles = [block.register_forward_hook(lambda _module, _args, output: outputs.append(output)) for block in blocks]
     if hasattr(last, "attn"):
-        handles.append(last.attn.register_forward_pre_hook(heard.keep_input))
+        handles.append(last.attn.register_forward_pre_hook(lambda _module, args: inputs.append(args[0])))
     try:
-        yield heard
+        yield outputs, inputs
     finally:
         for handle in handles:
             handle.remove()
 
 
 def build_mrmae(checkpoint: str, module: nn.Module | None, image_size: int | None) -> tuple[MrmaeBackbone, str]:
-    """Wrap a module that a stage built from `checkpoint`, and say what its weights are called: the file's name.
+    """Wrap a module that the caller loaded from `checkpoint`; also return the name of its weights, the file's.
 
     Raises:
-        TeacherError: no module was handed over, or it lacks what a `PatchEncoder` has.
+        TeacherError: no module was given, or it lacks what a `PatchEncoder` has.
     """
     name = f"mrmae:{checkpoint}"
     if module is None:

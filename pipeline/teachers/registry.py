@@ -1,6 +1,6 @@
 """Every teacher by name. A new one is one entry of `TEACHERS`; anything else goes by a prefix. See docs/teachers.md."""
 
-import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeline.errors import TeacherError
+from pipeline.errors import PipelineError, TeacherError, suggest
 from pipeline.teachers.clip import build_open_clip
 from pipeline.teachers.mrmae import build_mrmae
-from pipeline.teachers.teacher import Backbone, Teacher, TokenChoice, rehearse
+from pipeline.teachers.teacher import Backbone, Teacher, TokenChoice
 from pipeline.teachers.timm_vit import build_timm
 
 
@@ -21,7 +21,7 @@ class Entry:
 
     Attributes:
         spec: `timm:<name>` or `open_clip:<arch>:<tag>`.
-        image_size: pixels a side, None for the model's own. 196 makes 14-pixel patches a 14×14 grid, the students'.
+        image_size: pixels a side, None for the model's own. At 196, 14-pixel patches make the students' 14×14 grid.
         about: one line for `mrmae teachers`.
     """
 
@@ -64,18 +64,18 @@ def build_teacher(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
 ) -> Teacher:
-    """Build a frozen teacher. Before its weights are read or fetched, its network has run once, without memory.
+    """Build a frozen teacher. Before its weights are read or fetched, its network runs once on the meta device.
 
     Args:
         spec: a name in `TEACHERS`, `timm:<name>`, `open_clip:<arch>:<tag>` or `mrmae:<checkpoint>`.
         weights: None downloads from the hub, a path reads a local file, "random" seeds fresh ones for tests.
         image_size: input pixels a side; position embeddings are resampled. None for the entry's or model's own.
         tokens: "norm" (last block after the final norm), "block" (raw), "projected" (normed, then projected).
-        layers: mean of the last so many blocks.
+        layers: mean of this many last blocks.
         module: the loaded encoder of a `mrmae:` teacher, a `PatchEncoder`.
-        device: where it lives; views must come from there.
+        device: of the weights and the views.
         dtype: autocast precision of the forward: torch.float32, or torch.bfloat16 on CUDA.
-        compile: use torch.compile, which costs a minute once and fuses the rest.
+        compile: use torch.compile, which costs a minute once and is faster after.
 
     Raises:
         TeacherError: unknown spec, weights that can't be had or don't fit, a choice that the model doesn't offer, a
@@ -84,21 +84,49 @@ def build_teacher(
     source = None if weights is None else str(Path(weights).expanduser())
     name = spec if spec in TEACHERS else _short_name(spec)
 
-    def build(weights: str | None, **how: Any) -> Teacher:
+    def build(weights: str | None, **options: Any) -> Teacher:
         backbone, label = _build_backbone(spec, weights, image_size, module)
-        return Teacher(backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, **how)
+        return Teacher(backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, **options)
 
     if module is None and not spec.startswith("mrmae:"):
         with torch.device("meta"):
-            rehearse(name, lambda: build("random"))
+            _dry_run(name, lambda: build("random"))
     teacher = build(source, dtype=dtype, compile=compile)
     if module is not None:
-        rehearse(name, lambda: teacher)
+        _dry_run(name, lambda: teacher)
     return teacher.to(device)
 
 
+def _dry_run(name: str, build: Callable[[], Teacher]) -> None:
+    """Build a teacher and run it on one black view, to refuse a network that can't run before its weights are fetched.
+
+    On the meta device this takes no memory and little time; it finds wrong shapes and missing members.
+
+    Raises:
+        TeacherError: the build or the forward fails, or gives other shapes than the teacher states.
+    """
+    try:
+        teacher = build()
+        size = teacher.image_size
+        tokens, attention, _ = teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=teacher.device))
+    except PipelineError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().partition("\n")[0] or "no reason given")[:120]
+        raise TeacherError(
+            f"teacher '{name}' can't be run ({type(error).__name__}: {reason}): choose another model, or another "
+            "image_size"
+        ) from error
+    length = teacher.grid[0] * teacher.grid[1]
+    if tokens.shape != (1, length, teacher.dim) or (attention is not None and attention.shape != (1, length)):
+        raise TeacherError(
+            f"teacher '{name}' gives tokens {list(tokens.shape[1:])} and not one of {teacher.dim} channels for "
+            f"each of {length} patches: choose a plain ViT"
+        )
+
+
 def list_teachers() -> list[TeacherRow]:
-    """What each named teacher costs. Built without memory or weights (torch's meta device), in about a second."""
+    """What each named teacher costs. Built on the meta device, without memory or weights, in about a second."""
     rows = []
     for name, entry in TEACHERS.items():
         with torch.device("meta"):
@@ -114,7 +142,7 @@ def list_teachers() -> list[TeacherRow]:
 def _build_backbone(
     spec: str, weights: str | None, image_size: int | None, module: nn.Module | None
 ) -> tuple[Backbone, str]:
-    """The network behind a spec, and what its weights are called."""
+    """The network behind a spec, and the name of its weights."""
     entry = TEACHERS.get(spec)
     if entry is not None:
         return _build_backbone(entry.spec, weights, image_size or entry.image_size, module)
@@ -127,8 +155,7 @@ def _build_backbone(
         if weights is not None:
             raise TeacherError(f"teacher '{spec}' has its weights in its checkpoint: leave teacher.weights out")
         return build_mrmae(name, module, image_size)
-    near = difflib.get_close_matches(spec, TEACHERS, n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else f"choose {', '.join(TEACHERS)}, or {', '.join(PREFIXES)}"
+    hint = suggest(spec, TEACHERS, f"choose {', '.join(TEACHERS)}, or {', '.join(PREFIXES)}")
     raise TeacherError(f"unknown teacher '{spec}': {hint}")
 
 

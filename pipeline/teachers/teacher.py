@@ -1,22 +1,22 @@
-"""A teacher: uint8 views in; patch tokens, and the row of attention that focus samples by, out.
+"""A teacher: uint8 views in, patch tokens and the attention row that focus samples by out.
 
     teacher = build_teacher("dino_vitb16")
     tokens, attention, _ = teacher(views)  # uint8 [B,3,S,S] -> fp32 [B,L,D], [B,L]
 
-One walk: `prepare` (pixels, resized and normalised for this very network) → `trace` (the one forward) → `read`
-(which tokens, which row). What differs between libraries is a `Backbone`; there is one a file beside this one.
+The steps are `prepare` (pixels, resized and normalised for this network), `trace` (the forward) and `read` (the tokens
+and the row that were asked for). What differs between libraries is a `Backbone`, each in a file of its own.
 """
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import PipelineError, TeacherError
+from pipeline.errors import TeacherError
 from pipeline.teachers.attention import patches_only
 from pipeline.weights import state_digest
 
@@ -25,23 +25,23 @@ RESIZE_FILTER = "bicubic, antialiased, clamped to 0..255, not rounded"
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says about a batch; L patches lie in row-major order of the grid."""
+    """A teacher's output for a batch. The L patches are in row-major order of the grid."""
 
     tokens: Tensor  # [B,L,D] fp32
-    attention: Tensor | None  # [B,L] fp32, rows sum to 1; None where the model has nothing to focus by
-    attention_heads: Tensor | None = None  # [B,H,L] fp32, each head's own share of the patches; only on request
+    attention: Tensor | None  # [B,L] fp32, rows sum to 1; None if the model has no row to focus by
+    attention_heads: Tensor | None = None  # [B,H,L] fp32, the row of each head, not renormalised; only on request
 
 
 class Trace(NamedTuple):
-    """What one forward leaves to be read, prefix tokens included."""
+    """What one forward computed, prefix tokens included."""
 
     blocks: tuple[Tensor, ...]  # outputs of the last k blocks, oldest first, each [B,P+L,D]
     rows: Tensor | None  # [B,H,P+L] fp32, the attention row of every head
-    final: Tensor | None = None  # [B,L,D], the last block normed, from a network that hands that out itself
+    final: Tensor | None = None  # [B,L,D], the last block normed, if the network computes that itself
 
 
 class Backbone(Protocol):
-    """A ViT of whatever library, behind the few things that a teacher needs of it. All of them are `nn.Module`s."""
+    """What a teacher needs of a ViT, whatever its library. All backbones are `nn.Module`s."""
 
     model: nn.Module
     library: str  # the package it comes from, for the fingerprint
@@ -79,16 +79,22 @@ class Backbone(Protocol):
 
 
 class Teacher(nn.Module):
-    """A frozen ViT that is shown uint8 views; always in eval mode, never with gradients.
+    """A frozen ViT on uint8 views; always in eval mode, never with gradients.
 
     Args:
         backbone: the network.
-        spec: how the user named it; `name` is its short form for tables and file names.
-        weights: what the weights are called: a file's name, a hub id or "random".
-        tokens: which tokens are read: last block after the final norm, the raw block, or after the projection.
-        layers: the mean of the last so many blocks, each normed (and projected) by itself.
+        spec: the name that the user gave; `name` is its short form for tables and file names.
+        weights: the name of the weights: a file's name, a hub id or "random".
+        tokens: "norm" is the last block after the final norm, "block" the raw block, "projected" the projection.
+        layers: read the mean of this many last blocks, each normed (and projected) by itself.
         dtype: autocast precision of the forward; the weights, the attention row and the outputs stay fp32.
         compile: let torch.compile take the forward.
+
+    Attributes:
+        grid: patches, rows × columns; L is their product.
+        dim: D, channels of a token as it is read.
+        image_size: pixels a side of the network's input; views of another size are resized to it.
+        has_attention: whether there is a row to focus by. Without one, pre-train with `focus: random`.
 
     Raises:
         TeacherError: `tokens` or `layers` ask for what this model doesn't have.
@@ -113,6 +119,8 @@ class Teacher(nn.Module):
         super().__init__()
         _check_choice(backbone, name, tokens, layers)
         self.backbone = backbone
+        self.grid, self.image_size, self.has_attention = backbone.grid, backbone.image_size, backbone.has_attention
+        self.dim = (backbone.projected_dim if tokens == "projected" else None) or backbone.dim
         self.spec, self.name, self.weights = spec, name, weights
         self.tokens, self.layers, self.dtype = tokens, layers, dtype
         self.register_buffer("pixel_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
@@ -129,39 +137,8 @@ class Teacher(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it lives, and where it expects its views."""
+        """The device of its weights, on which it takes its views."""
         return self.pixel_mean.device
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches, rows × columns; L is their product."""
-        return self.backbone.grid
-
-    @property
-    def dim(self) -> int:
-        """D, channels of a token as it is read."""
-        projected = self.backbone.projected_dim
-        return projected if self.tokens == "projected" and projected is not None else self.backbone.dim
-
-    @property
-    def image_size(self) -> int:
-        """Pixels a side that the network itself sees; views of another size are resized to it."""
-        return self.backbone.image_size
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of its training pixels in 0..1, one a channel."""
-        return self.backbone.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of its training pixels in 0..1, one a channel."""
-        return self.backbone.std
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether there is a row to focus by. If not, pre-train with `focus: random`."""
-        return self.backbone.has_attention
 
     @property
     def gmacs(self) -> float:
@@ -182,7 +159,7 @@ class Teacher(nn.Module):
         return (resize_views(views, self.image_size) - self.pixel_mean) / self.pixel_std
 
     def trace(self, views: Tensor, layers: int | None = None) -> Trace:
-        """The forward, run once; `read` picks from it. `layers` defaults to what this teacher reads."""
+        """Run the forward, for `read`. Keeps the last `layers` blocks; by default as many as this teacher reads."""
         reduced = self.dtype != torch.float32
         autocast = torch.autocast(views.device.type, self.dtype) if reduced else nullcontext()
         with torch.no_grad():
@@ -191,20 +168,20 @@ class Teacher(nn.Module):
                 return self._trace(pixels, layers or self.layers)
 
     def read(self, trace: Trace, heads: bool = False) -> TeacherOutput:
-        """Pick tokens and attention from a forward of these very weights. No gradients."""
+        """Tokens and attention from a forward of the same weights. No gradients."""
         prefix = self.backbone.num_prefix
         with torch.no_grad():
             if trace.final is not None and self.tokens == "norm" and self.layers == 1:
                 tokens = trace.final.float()
             else:
-                read = [self._choose(block[:, prefix:].float()) for block in trace.blocks[-self.layers :]]
-                tokens = read[0] if len(read) == 1 else torch.stack(read).mean(dim=0)
+                chosen = [self._choose(block[:, prefix:].float()) for block in trace.blocks[-self.layers :]]
+                tokens = chosen[0] if len(chosen) == 1 else torch.stack(chosen).mean(dim=0)
             if trace.rows is None:
                 return TeacherOutput(tokens, None)
             return TeacherOutput(tokens, patches_only(trace.rows, prefix), trace.rows[:, :, prefix:] if heads else None)
 
     def forward(self, views: Tensor, heads: bool = False) -> TeacherOutput:
-        """Look at uint8 RGB views [B,3,S,S] on this teacher's device; see `TeacherOutput` for what comes back.
+        """`TeacherOutput` of uint8 RGB views [B,3,S,S] on this teacher's device.
 
         Args:
             views: any S; resized by `resize_views` when it isn't `image_size`.
@@ -216,8 +193,10 @@ class Teacher(nn.Module):
         return self.read(self.trace(views), heads)
 
     def identity(self) -> dict[str, Any]:
-        """All that decides what this teacher says, JSON-able, for a cache's fingerprint."""
+        """All that decides this teacher's outputs, JSON-able, for a cache's fingerprint."""
         backbone = self.backbone
+        distribution = {"timm": "timm", "open_clip": "open_clip_torch"}.get(backbone.library)
+        library = {backbone.library: importlib.metadata.version(distribution)} if distribution else {}
         return {
             "name": self.name,
             "spec": self.spec,
@@ -231,25 +210,26 @@ class Teacher(nn.Module):
             "num_heads": backbone.num_heads,
             "dtype": str(self.dtype).removeprefix("torch."),
             "resize": RESIZE_FILTER,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "libraries": library_versions(backbone.library),
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "libraries": {"torch": str(torch.__version__)} | library,
         } | ({"compile": True} if self.compiled else {})
 
     @property
     def weights_sha256(self) -> str:
-        """Digest of the weights, whatever file they came from; computed once (about 1 s a GB).
+        """Digest of the weights, the same for every file format; computed once (about 1 s a GB).
 
-        Of what was resampled to `image_size` the file's tensors count: a resampling's last bits depend on the CPU.
+        Tensors that were resampled to `image_size` count as the file has them: a resampling's last bits depend on the
+        CPU.
         """
         if self._digest is None:
             self._digest = state_digest({**self.backbone.state_dict(), **self.backbone.native})
         return self._digest
 
     def recognises(self, digest: str) -> bool:
-        """Whether a recorded digest is of these weights; if it is, it is this teacher's from now on.
+        """Whether a recorded digest is of these weights. If it is, this teacher's identity has it from then on.
 
-        Caches of before hold the digest of the resampled tensors, and go on as the caches that they are.
+        Older caches hold the digest of the resampled tensors; they stay valid.
         """
         if self.backbone.native and digest == state_digest(self.backbone.state_dict()):
             self._digest = digest
@@ -264,73 +244,14 @@ class Teacher(nn.Module):
 
 
 def resize_views(views: Tensor, size: int) -> Tensor:
-    """uint8 [B,3,S,S] → fp32 [B,3,size,size] in 0..255, exact where S is `size` already.
+    """uint8 [B,3,S,S] → fp32 [B,3,size,size] in 0..255; exact if S is `size`.
 
-    Otherwise antialiased bicubic, clamped because bicubic overshoots. The cache's fingerprint names this filter.
+    Otherwise antialiased bicubic, clamped because bicubic overshoots. `RESIZE_FILTER` names it in the fingerprint.
     """
     pixels = views.float()
     if views.shape[-2:] == (size, size):
         return pixels
     return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-
-
-def rehearse(name: str, build: Callable[[], Teacher]) -> None:
-    """Build a teacher and run it on one black view, so that one that can't speak is refused before its weights come.
-
-    On the meta device this takes no memory and little time, and finds what shapes and missing members can tell.
-
-    Raises:
-        TeacherError: the build or the forward fails, or gives other shapes than the teacher states.
-    """
-    try:
-        teacher = build()
-        size = teacher.image_size
-        tokens, attention, _ = teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=teacher.device))
-    except PipelineError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().partition("\n")[0] or "no reason given")[:120]
-        raise TeacherError(
-            f"teacher '{name}' can't be run ({type(error).__name__}: {reason}): choose another model, or another "
-            "image_size"
-        ) from error
-    length = teacher.grid[0] * teacher.grid[1]
-    if tokens.shape != (1, length, teacher.dim) or (attention is not None and attention.shape != (1, length)):
-        raise TeacherError(
-            f"teacher '{name}' gives tokens {list(tokens.shape[1:])} and not one of {teacher.dim} channels for "
-            f"each of {length} patches: choose a plain ViT"
-        )
-
-
-def look_together(teachers: Sequence[Teacher], views: Tensor, heads: bool = False) -> list[TeacherOutput]:
-    """Run several teachers on one batch; those that hold one backbone (see `share_backbones`) share its forward.
-
-    Each output equals, bit for bit, what the teacher would say alone.
-    """
-    traces: dict[tuple[int, torch.dtype], Trace] = {}
-    outputs = []
-    for teacher in teachers:
-        key = (id(teacher.backbone), teacher.dtype)
-        if key not in traces:
-            same = [t.layers for t in teachers if (id(t.backbone), t.dtype) == key]
-            traces[key] = teacher.trace(views, max(same))
-        outputs.append(teacher.read(traces[key], heads))
-    return outputs
-
-
-def share_backbones(teachers: Sequence[Teacher]) -> int:
-    """Let teachers of one network, weights and input hold one backbone; return how many forwards remain for a batch.
-
-    Frees the copies: two token choices of one ViT then cost one forward and one set of weights. Equal weights are not
-    enough: another activation, as CLIP's QuickGELU, has no parameters, so the specs must be equal too.
-    """
-    first: dict[tuple[object, ...], Teacher] = {}
-    for teacher in teachers:
-        how = (teacher.spec, teacher.weights_sha256, teacher.compiled, teacher.device)
-        key = (*how, teacher.image_size, teacher.mean, teacher.std)
-        original = first.setdefault(key, teacher)
-        teacher.backbone, teacher._trace = original.backbone, original._trace
-    return len({(id(teacher.backbone), teacher.dtype) for teacher in teachers})
 
 
 def vit_macs(
@@ -347,18 +268,9 @@ def vit_macs(
     return total
 
 
-def library_versions(library: str) -> dict[str, str]:
-    """Versions of torch and of the package that the network comes from."""
-    versions: dict[str, str] = {"torch": str(torch.__version__)}
-    distribution = {"timm": "timm", "open_clip": "open_clip_torch"}.get(library)
-    if distribution is not None:
-        versions[library] = importlib.metadata.version(distribution)
-    return versions
-
-
 def _check_choice(backbone: Backbone, name: str, tokens: str, layers: int) -> None:
-    if tokens not in ("norm", "block", "projected"):
-        raise TeacherError(f"teacher.tokens={tokens!r}: choose norm, block or projected")
+    if tokens not in get_args(TokenChoice):
+        raise TeacherError(f"teacher.tokens={tokens!r}: choose {', '.join(get_args(TokenChoice))}")
     if tokens == "projected" and backbone.projected_dim is None:
         raise TeacherError(f"teacher '{name}' has no projection: choose teacher.tokens=norm or block")
     if not 1 <= layers <= backbone.depth:

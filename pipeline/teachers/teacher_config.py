@@ -1,10 +1,9 @@
 """The teacher's part of a config."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from pipeline.config import Config
+from pipeline.teachers.teacher import TokenChoice
 
 
 class TeacherConfig(Config):
@@ -12,7 +11,7 @@ class TeacherConfig(Config):
 
     spec: str = Field(min_length=1)  # see `mrmae teachers`: dino_vitb16, clip_vitb16, timm:NAME, mrmae:RUN, ...
     weights: str | None = None  # a local weights file, of any ending; "random" for tests; default: the hub
-    image_size: int | None = Field(None, ge=8, le=4096)  # what the teacher sees, pixels; default: its own
-    tokens: Literal["norm", "block", "projected"] = "norm"
-    layers: int = Field(1, ge=1)  # mean of the last so many blocks
+    image_size: int | None = Field(None, ge=8, le=4096)  # of the teacher's input, pixels; default: its own
+    tokens: TokenChoice = "norm"
+    layers: int = Field(1, ge=1)  # mean of this many last blocks
     compile: bool = False  # torch.compile the forward: a minute at the start, faster after

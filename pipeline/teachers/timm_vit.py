@@ -1,6 +1,5 @@
 """ViTs of timm as teachers: DINO v1 to v3, SigLIP, supervised ones; with class and register tokens, any patch size."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pipeline.errors import TeacherError
+from pipeline.errors import TeacherError, suggest
 from pipeline.teachers.attention import class_row, pooling_row, rotary_class_row
 from pipeline.teachers.conversion import to_timm
 from pipeline.teachers.teacher import Trace, vit_macs
@@ -26,11 +25,11 @@ class TimmBackbone(nn.Module):
     """A timm ViT whose blocks all work on one grid of patch tokens.
 
     Args:
-        model: the network; its position embeddings are resampled here when `image_size` isn't its own.
+        model: the network; its position embeddings are resampled here if `image_size` differs from its own.
         name: for messages.
-        image_size: pixels a side; None takes the model's own.
+        image_size: pixels a side; None for the model's own.
         mean, std: of its training pixels.
-        projection: a head that maps single normed tokens, when there is one.
+        projection: a head that maps single normed tokens, if there is one.
 
     Raises:
         TeacherError: no plain ViT, or a size that its patches don't divide.
@@ -96,7 +95,7 @@ class TimmBackbone(nn.Module):
 
 
 def build_timm(name: str, weights: str | None, image_size: int | None) -> tuple[TimmBackbone, str]:
-    """Build `timm:<name>` and say what its weights are called.
+    """Build `timm:<name>`; also return the name of its weights.
 
     Args:
         name: a timm model, with the tag of its weights after a dot.
@@ -127,14 +126,14 @@ def build_timm(name: str, weights: str | None, image_size: int | None) -> tuple[
 
 
 def random_model(build: Callable[[], Any]) -> Any:
-    """Build with the library's own initialisation from a fixed seed; the caller's generator is left as it was."""
+    """Build with the library's own initialisation from a fixed seed; the caller's random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build()
 
 
 def fit_size(name: str, asked: int | None, native: tuple[int, int], patch: tuple[int, int]) -> int:
-    """The input size in pixels: what is asked, else the model's own if that is square; patches must divide it."""
+    """The input size in pixels: `asked`, or the model's own if that is square; patches must divide it."""
     if asked is None and native[0] != native[1]:
         raise TeacherError(f"teacher '{name}' sees {native[0]}x{native[1]} and views are square: give image_size")
     size = native[0] if asked is None else asked
@@ -144,17 +143,16 @@ def fit_size(name: str, asked: int | None, native: tuple[int, int], patch: tuple
 
 
 def final_norm(model: Any) -> nn.Module:
-    """The norm after the last block. Mean-pooled models keep it behind the pooling; it is taken from there."""
+    """The norm after the last block; in mean-pooled models it is the one after the pooling."""
     norm: nn.Module = model.norm
     return model.fc_norm if isinstance(norm, nn.Identity) and hasattr(model, "fc_norm") else norm
 
 
 def _known_config(name: str) -> Any:
-    """timm's entry for `name`, which says where its weights are and how its pixels were normalised."""
+    """timm's entry for `name`: the address of its weights and the normalisation of its pixels."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture) or (tag and name not in timm.list_pretrained(f"{architecture}.*")):
-        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists what there is"
+        hint = suggest(name, timm.list_models(pretrained=True), "timm.list_models('*vit*') lists what there is")
         raise TeacherError(f"timm has no model '{name}': {hint}")
     config: Any = timm.get_pretrained_cfg(name)
     quick = f"{architecture.replace('_clip_', '_clip_quickgelu_')}.{config.tag}"
@@ -167,7 +165,7 @@ def _known_config(name: str) -> Any:
 
 
 def _load_local(name: str, file: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The model without its classifier, from a file, and the tensors as the file has them that were resampled."""
+    """The model without its classifier, from a file; and the tensors that were resampled, as the file has them."""
     state = read_weights(file)
     model = timm.create_model(name, num_classes=0)
     converted = to_timm(state, model, name, str(file))
@@ -181,15 +179,15 @@ def _native_size(model: Any) -> tuple[int, int]:
 
 
 def _check_plain(model: Any, name: str) -> None:
-    """A plain ViT keeps one grid and one width through all blocks; anything else has no token a patch."""
+    """A plain ViT keeps one grid and one width through all blocks; other models have no token for each patch."""
     lacking = [attribute for attribute in NEEDED if not hasattr(model, attribute)]
-    stages = {(info["num_chs"], info["reduction"]) for info in getattr(model, "feature_info", ())}
-    if lacking or len(stages) != 1 or not hasattr(model.patch_embed, "grid_size"):
+    grids = {(info["num_chs"], info["reduction"]) for info in getattr(model, "feature_info", ())}
+    if lacking or len(grids) != 1 or not hasattr(model.patch_embed, "grid_size"):
         raise TeacherError(f"teacher '{name}' is no plain ViT with patch tokens: choose a vit_*, deit_*, eva_* model")
 
 
 def _join(output: Any) -> Tensor:
-    """timm hands out patches and prefix apart; the attention row needs them as the block had them."""
+    """Prefix and patches as the block had them, for the attention row; timm returns them apart."""
     if isinstance(output, Tensor):
         return output
     patches, prefix = output
@@ -200,7 +198,7 @@ Row = Callable[[Any, tuple[Tensor, ...]], Tensor]
 
 
 def _choose_row(model: Any) -> Row | None:
-    """Which query says where this model looks: the class token's, else that of its pooling head, else none."""
+    """The query of the focus row: the class token, or that of the pooling head, or none."""
     block = model.blocks[-1]
     if getattr(model, "cls_token", None) is not None and len(model.blocks) > 1:
         return KNOWN_ROWS.get((type(block), type(getattr(block, "attn", None))))
@@ -218,7 +216,7 @@ def _rotary_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
 
 
 def _pooling_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
-    """The row over all tokens, or with zero columns for a prefix that isn't pooled. timm's Eva always pools it."""
+    """The row over all tokens; a prefix that isn't pooled gets zero columns. timm's Eva always pools it."""
     prefix = model.num_prefix_tokens
     if getattr(model, "pool_include_prefix", True):
         return pooling_row(model.attn_pool, model.norm(blocks[-1]))

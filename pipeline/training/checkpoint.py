@@ -16,7 +16,6 @@ sound folder is never written again, and `best` is a link because replacing a li
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from torch import nn
 
 from pipeline.config import Config, save_config
 from pipeline.errors import CheckpointError, StorageError
+from pipeline.files import sync, whole_folder, write_text
 from pipeline.tensor_files import save_tensors
 
 log = logging.getLogger(__name__)
@@ -77,30 +77,22 @@ def save_checkpoint(
     """
     if _is_sound(path):
         return
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_tensors(model.state_dict(), partial / "model.safetensors")
-        if trained is not None:
-            save_tensors(trained.state_dict(), partial / "trained.safetensors")
-        (partial / "model.json").write_text(json.dumps(spec, indent=1), encoding="utf-8")
-        if config is not None:
-            save_config(config, partial / "config.yaml")
-        if optimizer_state is not None:
-            torch.save(optimizer_state, partial / "optimizer.pt")
-        files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
-        record = {"step": step, "identity": dict(identity), "metrics": dict(metrics)}
-        record |= {"meter": dict(meter or {}), "files": files}
-        (partial / _RECORD).write_text(json.dumps({**record, "digest": _digest(record)}, indent=1), encoding="utf-8")
-        for file in partial.iterdir():
-            _fsync(file)
-        _fsync(partial)
-        shutil.rmtree(path, ignore_errors=True)  # torn: a sound one would have stayed
-        partial.rename(path)
-        _fsync(path.parent)
+        with whole_folder(path, durable=True) as partial:
+            save_tensors(model.state_dict(), partial / "model.safetensors")
+            if trained is not None:
+                save_tensors(trained.state_dict(), partial / "trained.safetensors")
+            write_text(partial / "model.json", json.dumps(spec, indent=1))
+            if config is not None:
+                save_config(config, partial / "config.yaml")
+            if optimizer_state is not None:
+                torch.save(optimizer_state, partial / "optimizer.pt")
+            files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
+            record = {"step": step, "identity": dict(identity), "metrics": dict(metrics)}
+            record |= {"meter": dict(meter or {}), "files": files}
+            write_text(partial / _RECORD, json.dumps({**record, "digest": _digest(record)}, indent=1))
+            shutil.rmtree(path, ignore_errors=True)  # torn: a sound one would have stayed
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name of its own in each library
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"can't write checkpoint {path}: {error}; free some space or choose another output"
         ) from error
@@ -230,7 +222,7 @@ def make_best(path: Path) -> None:
         if best.is_dir() and not best.is_symlink():  # a folder, as runs of old have it
             shutil.rmtree(best)
         link.replace(best)
-        _fsync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise CheckpointError(f"can't link {best} to {path.name}: {error}; choose another output") from error
     for former in path.parent.glob("best-*"):
@@ -281,11 +273,3 @@ def _is_sound(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.files import write_text
 
 
 class MetricsWriter:
@@ -29,17 +30,17 @@ class MetricsWriter:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}): take the bad line out to go on") from error
         if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")  # a kill here must not cost the rows so far
-            _append(partial, former, "w")
-            partial.replace(path)
+            write_text(path, _text(former), durable=True)  # a kill here must not cost the rows so far
         self.latest = {key: value for row in former for key, value in row.items() if key != "step"}
         # A row of losses has a learning rate; one without it is what an evaluation found.
         self._evaluated = {row["step"] for row in former if "lr" not in row}
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:
-            _append(self._path, [{"step": step, **values}], "a")
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_text([{"step": step, **values}]))
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint counts on the rows before it
 
     def was_evaluated(self, step: int) -> bool:
         """Whether the run so far holds an evaluation at this step."""
@@ -138,8 +139,5 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _append(path: Path, rows: list[dict[str, Any]], mode: str) -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())  # a checkpoint counts on the rows before it
+def _text(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -22,7 +22,8 @@ from accelerate.utils import gather_object
 from pydantic import Field
 
 from pipeline.config import Config, PathField, save_config
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.files import write_text
 from pipeline.processes import open_accelerator, processes, without_cuda
 from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
@@ -52,29 +53,36 @@ class RunConfig(Config):
 
 
 def plan_steps(config: RunConfig, images: int, per_image: int = 1) -> StepPlan:
-    """How `images` an epoch fall into steps, as this process sees it; `per_image` masks are trained of each.
+    """Divide `images` an epoch into global batches; the remainder goes unseen that epoch.
+
+    Args:
+        per_image: masks that are trained of each image; batch_size counts masks.
 
     Raises:
-        TrainingError: as `StepPlan.of`.
+        TrainingError: the batch doesn't divide, or an epoch holds less than one batch.
     """
-    state = processes()
-    return StepPlan.of(
-        images,
-        batch_size=config.batch_size,
-        accum_iter=config.accum_iter,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        per_image=per_image,
-        processes=state.num_processes,
-        rank=state.process_index,
-    )
+    state, batch_size = processes(), config.batch_size
+    unit = state.num_processes * config.accum_iter * per_image
+    if batch_size % unit:
+        raise TrainingError(
+            f"batch_size={batch_size} is no multiple of {unit} ({state.num_processes} processes x "
+            f"accum_iter={config.accum_iter} x {per_image} masks a sample): choose for instance "
+            f"{max(unit, batch_size // unit * unit)}"
+        )
+    steps = images // (batch_size // per_image)
+    if not steps:
+        raise TrainingError(
+            f"batch_size={batch_size} asks for more than the {images} images of an epoch: lower batch_size"
+        )
+    total = min(config.epochs * steps, config.max_steps or config.epochs * steps)
+    return StepPlan(steps, total, batch_size, config.accum_iter, state.num_processes, state.process_index, per_image)
 
 
 class Run:
     """Opens the output folder, finds where to go on, and holds accelerate's view of the processes.
 
     Args:
-        identity: JSON-able; what must not change between stop and resume.
+        identity: JSON-able; what must not change between stop and resume. Seed and batch size are added.
         may_change: keys of it that cost a warning alone, since the run can go on, though not as it would have;
             precision and compile, which it adds, are such keys.
 
@@ -87,7 +95,8 @@ class Run:
     def __init__(self, config: RunConfig, identity: dict[str, Any], may_change: Collection[str] = ()) -> None:
         mixed_precision = _precision(config.precision)
         numbers = {"precision": mixed_precision.replace("no", "fp32"), "compile": config.compile}
-        self.config, self.identity = config, identity | numbers
+        self.config = config
+        self.identity = {"seed": config.seed, "batch_size": config.batch_size} | identity | numbers
         self.folder = Path(config.output)
         self.checkpoints = self.folder / "checkpoints"
         if config.wandb and importlib.util.find_spec("wandb") is None:
@@ -167,11 +176,11 @@ class Run:
 
     def _agree(self) -> None:
         """Processes that went on from different steps, or with different samples, would train apart in silence."""
-        mine = {"step": self.start_step, **self.identity}
-        everyone = gather_object([json.dumps(mine, sort_keys=True)])
-        if len(set(everyone)) > 1:
-            views = [json.loads(each) for each in everyone]
-            key = next(key for key in mine if any(view[key] != mine[key] for view in views))
+        identity = {"step": self.start_step, **self.identity}
+        answers = gather_object([json.dumps(identity, sort_keys=True)])
+        if len(set(answers)) > 1:
+            views = [json.loads(answer) for answer in answers]
+            key = next(key for key in identity if any(view[key] != identity[key] for view in views))
             raise CheckpointError(
                 f"the processes disagree on {key} ({', '.join(sorted({str(view[key]) for view in views}))}): output, "
                 "cache and data must be the same for all of them, on a disk that they share or as equal copies"
@@ -179,10 +188,7 @@ class Run:
 
     def _open_folder(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / ".config.yaml.partial"
-            save_config(self.config, partial)
-            partial.replace(self.folder / "config.yaml")
+            save_config(self.config, self.folder / "config.yaml")
         except OSError as error:
             raise ConfigError(f"output={self.folder} can't be written: {error.strerror or error}") from error
 
@@ -209,9 +215,7 @@ class Run:
 def _wandb_id(file: Path) -> str:
     """The id that this run has had from its first start on."""
     if not file.exists():
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(uuid.uuid4().hex, encoding="utf-8")
-        partial.replace(file)
+        write_text(file, uuid.uuid4().hex)
     return file.read_text(encoding="utf-8").strip()
 
 

@@ -18,6 +18,7 @@ from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import open_cache
 from pipeline.data.images import open_images
 from pipeline.data.views import ViewConfig
+from pipeline.evaluation.features import FeatureSets
 from pipeline.evaluation.knn import knn_classify
 from pipeline.processes import float32_products
 from pipeline.teachers.teacher_config import TeacherConfig
@@ -147,7 +148,7 @@ def test_extraction_is_that_of_a_cpu(image_tree: Path, precision: str) -> None:
     for device, kind in ((torch.device("cpu"), torch.float32), (DEVICE, dtype)):
         extractor = Extractor(source, views, [load_teacher(choice, device, kind)], 8, 0, "zarr")
         batch = next(iter(extractor._render_batches(range(8), views)))
-        (out,) = extractor._look(batch)
+        (out,) = extractor._forward(batch)
         found.append((out.tokens.float().cpu(), out.attention.float().cpu()))  # type: ignore[union-attr]
     (tokens, attention), (others, elsewhere) = found
     cosine = F.cosine_similarity(tokens, others, dim=-1)
@@ -196,10 +197,11 @@ def test_neighbours_are_compared_in_fp32_whatever_the_run_computes_in() -> None:
     train = centre + 1e-2 * torch.randn(512, 384, generator=generator)
     labels = torch.randint(0, 16, (512,), generator=generator)
     test = train + 1e-4 * torch.randn(512, 384, generator=generator)
-    exact = knn_classify(train, labels, test, labels, 1, device="cpu")
+    sets = FeatureSets(train, labels, test, labels, 16)
+    exact = knn_classify(sets, 1, device="cpu")
     assert exact["top1"] == 1
     with float32_products("high"), torch.autocast(DEVICE.type, torch.bfloat16):
-        assert knn_classify(train, labels, test, labels, 1, device=DEVICE) == exact
+        assert knn_classify(sets, 1, device=DEVICE) == exact
         assert torch.get_float32_matmul_precision() == "high"
 
 

@@ -16,9 +16,9 @@ def test_every_student_is_measured() -> None:
     figures = run(BenchmarkDetectorConfig.model_validate(config))
     json.dumps(figures)
     for name in names:
-        one = figures["students"][name]
-        assert 0 < one["gmacs_an_image"]["encoder"] < one["gmacs_an_image"]["all"]
-        assert one["step_s_range"][0] <= one["step_s"] <= one["step_s_range"][1]
+        student = figures["students"][name]
+        assert 0 < student["gmacs_an_image"]["encoder"] < student["gmacs_an_image"]["all"]
+        assert student["step_s_range"][0] <= student["step_s"] <= student["step_s_range"][1]
 
 
 def test_the_encoders_cost_is_known() -> None:
@@ -26,12 +26,12 @@ def test_the_encoders_cost_is_known() -> None:
     config = {
         "students": ["mrmae_vit_tiny_patch16"],
         "image_size": 224,
-        "rounds": 1,
+        "rounds": 0,
         "device": "cpu",
         "detector": SMALL,
     }
-    one = run(BenchmarkDetectorConfig.model_validate(config))["students"]["mrmae_vit_tiny_patch16"]
-    assert one["gmacs_an_image"]["encoder"] == pytest.approx(1.25, abs=0.1)
+    student = run(BenchmarkDetectorConfig.model_validate(config))["students"]["mrmae_vit_tiny_patch16"]
+    assert student["gmacs_an_image"]["encoder"] == pytest.approx(1.25, abs=0.1)
 
 
 def test_an_unknown_student_is_named() -> None:

@@ -1,12 +1,12 @@
 from benchmarks.extract import BenchmarkExtractConfig, run
 from pipeline.config import load_config
-from tests.test_stages.conftest import TEACHER
+from tests.test_benchmarks.conftest import VIT_TI
 
 
 def test_figures_are_there_and_make_sense() -> None:
     config = {
-        "teacher": TEACHER, "views": {"image_size": 64}, "images": 16, "batch_size": 8, "rounds": 2, "workers": 0,
-        "free_views": 48,
+        "teacher": VIT_TI, "views": {"image_size": 64}, "images": 16, "batch_size": 8, "rounds": 2, "workers": 0,
+        "free_views": 48, "threads": 1,
     }  # fmt: skip
     figures = run(BenchmarkExtractConfig.model_validate(config))
     low, high = figures["stage"]["range"]

@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 
 from benchmarks import gpu as benchmark_gpu
 from benchmarks.gpu import BenchmarkGpuConfig, run
+from benchmarks.harness import Bench
+from benchmarks.parts import Part
 from tests.test_stages.conftest import MICRO, TEACHER
 
 CONVVIT = {
@@ -39,59 +42,61 @@ def config(**changes: Any) -> BenchmarkGpuConfig:
 
 
 def test_every_part_is_measured_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="stages"):
+    with caplog.at_level(logging.INFO, logger="benchmarks"):
         figures = run(config(patience=99))
     json.dumps(figures)
-    names = [f"extract {TEACHER['spec']}", f"steps {MICRO['name']} eager", f"steps {CONVVIT['name']} eager"]
+    names = ["images", f"extract {TEACHER['spec']}", f"steps {MICRO['name']} eager", f"steps {CONVVIT['name']} eager"]
     names.append("sparse mrmae_convvit_small_patch16 eager")
     assert set(figures["parts"]) == set(names), figures["failed"]
     assert figures["skipped"] == []
     assert figures["failed"] == {}
     for name in names:
         assert f"{name}: " in caplog.text
-    extract = figures["parts"][names[0]]
-    assert extract["views"] == 30  # three shards of ten: whole ones alone
+    assert figures["parts"]["images"]["drawn"] == 16
+    extract = figures["parts"][names[1]]
+    assert extract["views"] == 16  # the least: in 0.01 s the bare forward would do one
     assert min(extract[f"{what}_views_per_s"] for what in ("bare", "stage", "steady")) > 0
-    for name in names[1:3]:
+    for name in names[2:4]:
         assert set(figures["parts"][name]["images_per_s"]) == {"mae", "cached", "online"}
         assert min(figures["parts"][name]["loader_images_per_s"].values()) > 0
-    assert figures["parts"][names[3]]["step"]["speedup"] > 0
+    assert figures["parts"][names[4]]["step"]["speedup"] > 0
 
 
-def test_the_order_is_that_of_importance_and_compiled_parts_are_in_it() -> None:
-    class Bench:
-        config = BenchmarkGpuConfig()
-        extract = steps = sparse = dict
-
-    names = [part.name for part in benchmark_gpu._parts(Bench())]  # type: ignore[arg-type]
-    assert names[:3] == [
+def test_the_order_is_that_of_importance_and_compiled_parts_are_in_it(tmp_path: Path) -> None:
+    bench = Bench(torch.device("cpu"), torch.float32, tmp_path)
+    names = [part.name for part in benchmark_gpu.list_parts(BenchmarkGpuConfig(), bench)]
+    assert names[:4] == [
+        "images",
         "extract clip_vitb16",
         "steps mrmae_vit_base_patch16 eager",
         "steps mrmae_vit_base_patch16 compiled",
     ]
-    assert len(names) == 2 + 3 * 2 + 2
+    assert len(names) == 1 + 2 + 3 * 2 + 2
 
 
-def parts(monkeypatch: pytest.MonkeyPatch, **jobs: Any) -> None:
-    monkeypatch.setattr(
-        benchmark_gpu, "_parts", lambda _: [benchmark_gpu._Part(n, 1.0, job) for n, job in jobs.items()]
-    )
+def measure(monkeypatch: pytest.MonkeyPatch, jobs: dict[str, Callable[[], dict[str, Any]]], **changes: Any) -> Any:
+    """What `benchmark gpu` returns where these are its parts, each of one second."""
+    parts = [Part(name, 1.0, job) for name, job in jobs.items()]
+    monkeypatch.setattr(benchmark_gpu, "list_parts", lambda config, bench: parts)
+    return run(config(**changes))
 
 
 def test_what_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts(monkeypatch, one=dict, two=dict)
-    assert run(config(minutes=0.05))["skipped"] == ["one", "two"]
+    assert measure(monkeypatch, {"one": dict, "two": dict}, minutes=0.05)["skipped"] == ["one", "two"]
 
 
 def test_a_part_that_fails_or_takes_too_long_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> dict[str, Any]:
         raise MemoryError("the card is full\nof tensors")
 
-    parts(monkeypatch, full=full, slow=lambda: time.sleep(60), good=lambda: {"rate": 7})
+    def slow() -> dict[str, Any]:
+        time.sleep(60)
+        return {}
+
     began = time.monotonic()
-    figures = run(config())
+    figures = measure(monkeypatch, {"full": full, "slow": slow, "good": lambda: {"rate": 7}}, patience=1)
     assert time.monotonic() - began < 30
-    assert figures["failed"] == {"full": "MemoryError: the card is full", "slow": "stopped after 3 s"}
+    assert figures["failed"] == {"full": "MemoryError: the card is full", "slow": "stopped after 1 s"}
     assert figures["parts"]["good"]["rate"] == 7
 
 
@@ -102,8 +107,7 @@ def test_a_signal_ends_the_rest_and_the_figures_so_far_are_there(monkeypatch: py
         return {}
 
     former = signal.getsignal(signal.SIGTERM)
-    parts(monkeypatch, good=lambda: {"rate": 7}, struck=struck, never=dict)
-    figures = run(config())
+    figures = measure(monkeypatch, {"good": lambda: {"rate": 7}, "struck": struck, "never": dict})
     assert figures["stopped"] == "SIGTERM"
     assert set(figures["parts"]) == {"good"}
     assert signal.getsignal(signal.SIGTERM) is former

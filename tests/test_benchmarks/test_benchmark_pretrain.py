@@ -1,12 +1,21 @@
 import pytest
 
 from benchmarks.pretrain import BenchmarkPretrainConfig, run
-from tests.test_stages.conftest import MICRO, TEACHER
+from tests.test_benchmarks.conftest import VIT_TI
+from tests.test_stages.conftest import MICRO
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
 def test_figures_are_there_and_make_sense(store: str) -> None:
-    config = {"student": MICRO, "teachers": [TEACHER], "images": 16, "batch_size": 8, "rounds": 3, "store": store}
+    config = {
+        "student": MICRO,
+        "teachers": [VIT_TI],
+        "images": 16,
+        "batch_size": 8,
+        "rounds": 3,
+        "store": store,
+        "threads": 1,
+    }
     figures = run(BenchmarkPretrainConfig.model_validate(config))
     lanes = figures["teachers"]["0"]
     assert set(lanes["images_per_s"]) == {"mae", "cached", "online"}

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 
 
 def config(**options: Any) -> BenchmarkStudentConfig:
-    small = {"image_size": 32, "batch_size": 2, "rounds": 2, "threads": 1, "device": "cpu", "peak_memory": False}
+    small = {"image_size": 32, "batch_size": 2, "rounds": 1, "threads": 1, "device": "cpu", "peak_memory": False}
     return BenchmarkStudentConfig(**{**small, **options})
 
 
@@ -26,7 +26,7 @@ def test_convvit_is_compared_and_vit_is_timed() -> None:
 
 
 def test_peak_memory_is_of_a_fresh_process() -> None:
-    figures = run(config(students=["mrmae_vit_tiny_patch16"], rounds=1, peak_memory=True))
+    figures = run(config(students=["mrmae_vit_tiny_patch16"], peak_memory=True))
     peak = figures["students"]["mrmae_vit_tiny_patch16"]["eager"]["step"]["visible"]["peak_memory_mib"]
     assert 100 < peak < 4000
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DynamoBackend
 
 from pipeline.errors import ConfigError
-from pipeline.processes import open_accelerator, processes, without_cuda
+from pipeline.processes import open_accelerator, processes, share_of, without_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +57,12 @@ def test_a_launcher_for_cpus_is_heard_by_all(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
     with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU=perhaps in the environment is neither true nor false"):
         processes()
+
+
+def test_samples_are_shared_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for rank in range(3):
+        state = SimpleNamespace(process_index=rank, num_processes=3)
+        monkeypatch.setattr("pipeline.processes.processes", lambda state=state: state)
+        shares.append(list(share_of(5)))
+    assert shares == [[0, 3], [1, 4], [2]]

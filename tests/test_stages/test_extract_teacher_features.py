@@ -19,7 +19,7 @@ from pipeline.assembly.caches import views_of
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.samples import PretrainDataset
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import BLOSC, CacheWriter, ShardData, open_cache, read_header
+from pipeline.cache import CacheWriter, ShardData, open_cache, read_header
 from pipeline.data import rendering
 from pipeline.data import views as view_module
 from pipeline.data.decoding import decode
@@ -65,7 +65,7 @@ def test_targets_are_the_teachers_tokens_of_the_very_pixels_that_training_will_s
             assert cosine.min() > 0.999
             assert out.attention is not None
             assert np.abs(out.attention[0].numpy() - record.attention).max() < 1e-3
-            assert reader.key(index) == images.key(index)
+            assert record.key == images.key(index)
 
 
 def test_a_sound_cache_verifies_at_every_level(cache: Path) -> None:
@@ -364,22 +364,6 @@ def test_repair_takes_the_batches_of_extraction(
     assert content(path) == whole
 
 
-def test_compressed_tokens_are_a_key_of_extraction(make_cache: Make, tmp_path: Path) -> None:
-    plain = open_cache(make_cache("plain", cache__quantiser="float16"))
-    packed = open_cache(make_cache("packed", cache__quantiser="float16", cache__compression="blosc"))
-    assert packed.header.compression == BLOSC
-    for index in (0, 9, 23):
-        np.testing.assert_array_equal(packed.read(index, 1).tokens, plain.read(index, 1).tokens)
-    assert verify_cache.run(verify_cache.VerifyConfig(path=packed.path)).sound
-
-
-@pytest.mark.parametrize("keys", [{"cache__quantiser": "int8"}, {"cache__store": "webdataset"}])
-def test_other_tokens_do_not_compress(image_tree: Path, tmp_path: Path, keys: dict[str, str]) -> None:
-    keys = {"cache__quantiser": "float16", "cache__compression": "blosc"} | keys
-    with pytest.raises(ValueError, match="compression is for float16 and float32 in the zarr store"):
-        extract_config(image_tree, tmp_path, **keys)
-
-
 def several(images: Path, cache: Path, teachers: dict[str, dict[str, Any]], **changes: Any) -> ExtractConfig:
     """`extract_config` with `teachers` in place of the one teacher."""
     single = extract_config(images, cache, **changes)
@@ -459,12 +443,12 @@ def test_non_finite_tokens_stop_the_run_and_name_the_place(
 ) -> None:
     config = extract_config(image_tree, tmp_path / "cache")
     extract_teacher_features.run(config, init_only=True)
-    look = extraction.look_together
+    look = extraction.run_teachers
 
     def broken(*arguments: Any) -> Any:
         return [out._replace(tokens=out.tokens.index_fill(1, torch.tensor([3]), np.nan)) for out in look(*arguments)]
 
-    monkeypatch.setattr(extraction, "look_together", broken)
+    monkeypatch.setattr(extraction, "run_teachers", broken)
     with pytest.raises(TeacherError, match=r"tokens near class0/00\.jpg that are not finite"):
         extract_teacher_features.run(config)
     assert open_cache(tmp_path / "cache").missing_shards() == [0, 1, 2]
@@ -474,8 +458,8 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
     image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the disk does, at most two shards are being written while another is being filled."""
-    taught, written, ahead = [0], [0], []
-    write, finish = CacheWriter.write_shard, extraction._Filling.finish
+    started, written, ahead = [0], [0], []
+    write, finish = CacheWriter.write_shard, extraction.ShardInProgress.finish
 
     def slowly(self: CacheWriter, shard: int, data: ShardData) -> None:
         time.sleep(0.2)
@@ -483,14 +467,14 @@ def test_a_slow_disk_slows_extraction_and_fills_no_memory(
         written[0] += 1
 
     def finishing(self: Any, times: dict[str, float]) -> ShardData:
-        taught[0] += 1
-        ahead.append(taught[0] - written[0])
+        started[0] += 1
+        ahead.append(started[0] - written[0])
         return finish(self, times)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(CacheWriter, "write_shard", slowly)
-    monkeypatch.setattr(extraction._Filling, "finish", finishing)
+    monkeypatch.setattr(extraction.ShardInProgress, "finish", finishing)
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", cache__samples_per_shard=2))
-    assert taught == written == [12]
+    assert started == written == [12]
     assert max(ahead) == 3
 
 
@@ -568,23 +552,23 @@ def test_a_full_disk_ends_the_run_with_the_next_batch(
     """Not with the end of the shard that is being filled; and what was written is taken up again."""
     config = extract_config(image_tree, tmp_path / "cache", batch_size=2)
     extract_teacher_features.run(config, init_only=True)
-    taught, failed, teach = [0], threading.Event(), Extractor.teach
+    started, failed, start = [0], threading.Event(), Extractor.start
 
     def full(*_: Any) -> None:
         failed.set()
         raise CacheError("the disk is full")
 
-    def teaching(self: Extractor, *arguments: Any) -> Any:
-        if taught[0] == 10:  # two batches into the second shard
+    def starting(self: Extractor, *arguments: Any) -> Any:
+        if started[0] == 10:  # two batches into the second shard
             assert failed.wait(30)
-        taught[0] += 1
-        return teach(self, *arguments)
+        started[0] += 1
+        return start(self, *arguments)
 
     monkeypatch.setattr(CacheWriter, "write_shard", full)
-    monkeypatch.setattr(Extractor, "teach", teaching)
+    monkeypatch.setattr(Extractor, "start", starting)
     with pytest.raises(CacheError, match="the disk is full"):
         extract_teacher_features.run(config)
-    assert taught[0] < 16
+    assert started[0] < 16
     monkeypatch.undo()
     assert open_cache(tmp_path / "cache").missing_shards() == [0, 1, 2]
     extract_teacher_features.run(config)

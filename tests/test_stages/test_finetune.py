@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import cli
 from pipeline.config import load_config
-from pipeline.data.labelled import evaluation_batches, open_labelled
+from pipeline.data.labelled import LabelledDataset, open_labelled
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import topk_accuracy
 from pipeline.evaluation.records import read_records
@@ -54,7 +54,7 @@ def test_several_are_averaged_at_the_logits(colours: Path, classifiers: list[Pat
     found = finetune.evaluate(evaluation(colours, *classifiers))
     models = [load_model(resolve_checkpoint(path)).eval() for path in classifiers]
     val = open_labelled("val.path", DataConfig(**sets(colours)["val"]))
-    batch = next(evaluation_batches(val, 64, 0.875, 0))
+    batch = LabelledDataset(val, 64).__getitems__([(0, index) for index in range(len(val))])
     with torch.inference_mode():
         logits = [model(normalise(batch.images)) for model in models]
     assert {key: found[key] for key in ("top1", "top5")} == topk_accuracy(sum(logits) / 2, batch.labels)

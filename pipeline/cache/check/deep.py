@@ -43,21 +43,21 @@ class Reextract(Protocol):
     def __call__(self, indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]: ...
 
 
-def compare(path: Path, header: CacheHeader, report: Report, reextract: Reextract, samples: int, seed: int) -> None:
+def compare(path: Path, header: CacheHeader, report: Report, reextract: Reextract, samples: int) -> None:
     """Compare `samples` random records with the live teacher; adds findings and the figures of all of them."""
     try:
         reader = open_cache(path)
     except CacheDamage:
         return  # a commit record is damaged, as a finding says already
-    random, live = np.random.default_rng(seed), reader.live_indices()
+    random, live = np.random.default_rng(0), reader.live_indices()
     if len(live) == 0:
         return
     indices = np.sort(random.choice(live, min(samples, len(live)), replace=False)).tolist()
     views = random.integers(header.views, size=len(indices)).tolist()
     cosines, errors = [], []
     for start in range(0, len(indices), _BATCH):
-        some, of = indices[start : start + _BATCH], views[start : start + _BATCH]
-        for index, view, fresh in zip(some, of, reextract(some, of), strict=True):
+        batch, batch_views = indices[start : start + _BATCH], views[start : start + _BATCH]
+        for index, view, fresh in zip(batch, batch_views, reextract(batch, batch_views), strict=True):
             record = _read(reader, index, view)
             if record is None:
                 continue

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.cache.check.report import Finding, Report
+from pipeline.cache.check.report import Report
 from pipeline.cache.format.commits import commit_path, committed_shards, read_commit
 from pipeline.cache.format.header import CacheHeader, read_header
 from pipeline.cache.format.records import ShardData
-from pipeline.cache.writer import open_writer, store_of
+from pipeline.cache.stores import store_of
+from pipeline.cache.writer import open_writer
 from pipeline.errors import CacheDamage, CacheError
 
 ExtractShard = Callable[[int], ShardData]
@@ -17,11 +18,10 @@ ExtractShard = Callable[[int], ShardData]
 
 @dataclass(slots=True)
 class Repair:
-    """What was mended, and what couldn't be."""
+    """What was written again."""
 
     shards: list[int] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
-    beyond: list[Finding] = field(default_factory=list)  # the header or the images: extract into a new folder
 
 
 def revivable(path: Path, report: Report, can_be_read: Callable[[int], bool]) -> list[int]:
@@ -49,7 +49,7 @@ def repair(path: Path, report: Report, extract_shard: ExtractShard, also: Iterab
     """
     writer = open_writer(path)
     store = store_of(path, writer.header)
-    done = Repair(beyond=report.beyond_repair())
+    done = Repair()
     for file in report.rebuilt_files():
         store.rebuild(file)
         done.files.append(file)
@@ -64,12 +64,12 @@ def repair(path: Path, report: Report, extract_shard: ExtractShard, also: Iterab
 
 
 def _check_lost(path: Path, header: CacheHeader, shard: int, data: ShardData) -> None:
-    """A repair gives no sample up: its record may be the sound one beside a damaged one."""
+    """Refuse a repair that would lose a sample: its record may be a sound one beside a damaged one."""
     try:
-        known = {stone.index for stone in read_commit(path, header, shard).tombstones}
+        former = {stone.index for stone in read_commit(path, header, shard).tombstones}
     except CacheDamage:
-        return  # nobody knows what it held
-    lost = sorted(data.tombstones.keys() - known)
+        return  # what it held is unknown
+    lost = sorted(data.tombstones.keys() - former)
     if lost:
         raise CacheError(
             f"shard {shard} stays as it is: {len(lost)} of its images can't be read any more (sample {lost[0]}: "

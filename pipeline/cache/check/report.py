@@ -9,7 +9,7 @@ _REBUILT = "uncovered"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong, and where.
+    """One fault, and where it is.
 
     Kinds: `header`, `dataset`, `source` (an image is gone, or another), `changed` (an image), `missing` (shard),
     `commit`, `file`, `record`, `values`, `deep` (the teacher says otherwise), `uncovered` (a file that is made again
@@ -45,7 +45,7 @@ class Report:
         self.findings.append(Finding(kind, message, **place))
 
     def note(self, kind: str, message: str, **place: Any) -> None:
-        """Record something odd that is no damage."""
+        """Record what is unexpected and no damage."""
         self.notes.append(Finding(kind, message, **place))
 
     def merge(self, part: "Report") -> None:
@@ -63,10 +63,6 @@ class Report:
         """Files to make again from others, those of damaged shards left out."""
         damaged = set(self.damaged_shards())
         return [f.file for f in self.findings if f.kind == _REBUILT and f.file is not None and f.shard not in damaged]
-
-    def beyond_repair(self) -> list[Finding]:
-        """What no extraction mends: another header, other images."""
-        return [f for f in self.findings if f.kind not in _REPAIRED_BY_EXTRACTION | {_REBUILT}]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "sound": self.sound}

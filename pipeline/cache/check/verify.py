@@ -9,31 +9,26 @@ The teacher and the images are handed in; this wing imports neither.
 """
 
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal, Protocol
 
 from pipeline.cache.check.deep import Reextract, compare
 from pipeline.cache.check.report import Report
-from pipeline.cache.check.walk import Walker
-from pipeline.cache.files import PARTIAL, FileEntry, file_of, hash_file
-from pipeline.cache.format.commits import FOLDER, Commit, commit_path, read_commit
+from pipeline.cache.check.values import ViewContent
+from pipeline.cache.files import FileEntry, file_of, hash_file
+from pipeline.cache.format.commits import Commit, commit_file, commit_path, read_commit
 from pipeline.cache.format.header import FILE, CacheHeader, read_header
-from pipeline.cache.format.records import Scan, Seal, Store, Walk
-from pipeline.cache.writer import store_of
+from pipeline.cache.format.records import Seal
+from pipeline.cache.stores import store_of
 from pipeline.errors import CacheDamage, PipelineError, StorageError
-from pipeline.files import hash_source
+from pipeline.files import PARTIAL, hash_source
 
 Level = Literal["quick", "full", "deep"]
-_SUM_TOLERANCE = 5e-3  # of attention over tokens: float16 rounds each of them
 _COUNTS = ("committed", "records", "bytes", "tombstones")  # added up over shards
 _NAMED = 10  # damaged samples of one view that get a finding of their own
 
@@ -62,7 +57,6 @@ def verify(
     source: Source | None = None,
     reextract: Reextract | None = None,
     samples: int = 64,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     threads: int = 1,
 ) -> Report:
@@ -72,7 +66,7 @@ def verify(
         source: the images; compares the dataset's digest at any level, keys and image hashes from `full` on.
         reextract: the live teacher; needed by `deep`, which asks it about `samples` random records.
         progress: called with (shards done, shards).
-        threads: shards that are checked at once; from `full` on each has a second thread, which reads tokens ahead.
+        threads: shards that are checked at once; from `full` on each takes a second thread, which hashes its files.
 
     Raises:
         CacheError: there is no cache at `path`, or a file of it may not be read.
@@ -96,13 +90,13 @@ def verify(
             progress(shard + 1, header.shards)
     foreign = any(finding.kind == "dataset" for finding in report.findings)
     if level == "deep" and reextract is not None and not foreign:  # of other images a teacher says other things
-        compare(path, header, report, reextract, samples, seed)
+        compare(path, header, report, reextract, samples)
     report.seconds = time.monotonic() - started
     return report
 
 
 def _in_order(check: Callable[[int], Report], shards: int, threads: int) -> Iterator[Report]:
-    """What `check` finds in each shard, the first first, while a few more are under way."""
+    """What `check` finds in each shard, in their order, while it is at work on the next ones."""
     if threads == 1:
         yield from map(check, range(shards))
         return
@@ -120,12 +114,11 @@ def _in_order(check: Callable[[int], Report], shards: int, threads: int) -> Iter
 
 
 class _Verifier:
-    """Checks a cache, shard by shard; a thread holds the small arrays of one view of one shard, and a few blocks."""
+    """Checks a cache, shard by shard; a thread holds one record and the small arrays of one view of one shard."""
 
     def __init__(self, path: Path, header: CacheHeader, source: Source | None, full: bool) -> None:
         self._path, self._header, self._source, self._full = path, header, source, full
-        self._store: Store = store_of(path, header)
-        self._seal, self._own = Seal(header.fingerprint), threading.local()
+        self._store, self._seal = store_of(path, header), Seal(header.fingerprint)
 
     def check_cache(self, report: Report) -> None:
         """What concerns no shard: metadata files, the dataset as a whole, files that don't belong here."""
@@ -147,11 +140,11 @@ class _Verifier:
         self._source = None  # joining keys one by one would only repeat it
 
     def _check_strays(self, report: Report) -> None:
-        known = {f for shard in range(self._header.shards) for f in self._store.files(shard)}
-        known |= {f"{FOLDER}/{commit_path(self._path, shard).name}" for shard in range(self._header.shards)} | {FILE}
-        known |= {f for shard in (None, *range(self._header.shards)) for f in self._store.derived(shard)}
+        shards = range(self._header.shards)
+        expected = {FILE, *map(commit_file, shards), *(file for shard in shards for file in self._store.files(shard))}
+        expected |= {file for shard in (None, *shards) for file in self._store.derived(shard)}
         for name in _files(self._path):
-            if name in known:
+            if name in expected:
                 continue
             if name.endswith(PARTIAL):
                 report.note("partial", f"{name} is what a killed writer left, or one is at work; harmless", file=name)
@@ -167,14 +160,14 @@ class _Verifier:
         try:
             commit = read_commit(self._path, self._header, shard)
         except CacheDamage as error:
-            report.add("commit", str(error), shard=shard, file=f"{FOLDER}/{commit_path(self._path, shard).name}")
+            report.add("commit", str(error), shard=shard, file=commit_file(shard))
             return report
         size = sum(entry.bytes for entry in commit.files.values())
         report.counts.update(committed=1, tombstones=len(commit.tombstones), bytes=size, records=0)
         broken = self._check_sizes(shard, commit, report)
         stale = self._check_sidecars(shard, report, thorough=False)
         if self._full:
-            self._check_records(shard, commit, report, broken, stale)
+            self._check_content(shard, commit, report, broken, stale)
         return report
 
     def _check_sizes(self, shard: int, commit: Commit, report: Report) -> set[str]:
@@ -203,73 +196,89 @@ class _Verifier:
             report.add("uncovered", f"shard {shard}: {file} {problem}", shard=shard, file=file)
         return bool(problems)
 
-    def _check_records(self, shard: int, commit: Commit, report: Report, broken: set[str], stale: bool) -> None:
-        walk = Walk(self._seal, self._walker())
-        for view in range(self._header.views):
-            part = self._check_view(shard, view, commit, walk, stale)
-            if not part.sound and not stale and self._check_sidecars(shard, report, thorough=True):
-                part = self._check_view(shard, view, commit, walk, fresh=True)
-            report.merge(part)
-        self._check_hashes(shard, commit, report, broken, walk.seen)
+    def _check_content(self, shard: int, commit: Commit, report: Report, broken: set[str], stale: bool) -> None:
+        """Hash every file, in a second thread, and read every record as training does."""
+        with ThreadPoolExecutor(1) as second:
+            files = {file: entry for file, entry in commit.files.items() if file not in broken}
+            hashing = second.submit(self._check_hashes, shard, files)
+            for view in range(self._header.views):
+                part = self._check_view(shard, view, commit, stale)
+                if not part.sound and not stale and self._check_sidecars(shard, report, thorough=True):
+                    part = self._check_view(shard, view, commit, fresh=True)
+                report.merge(part)
+            report.merge(hashing.result())
 
-    def _walker(self) -> Walker:
-        """This thread's; its memory serves one shard after the other."""
-        if not hasattr(self._own, "walker"):
-            self._own.walker = Walker()
-        walker: Walker = self._own.walker
-        return walker
-
-    def _check_hashes(
-        self, shard: int, commit: Commit, report: Report, broken: set[str], seen: dict[str, FileEntry]
-    ) -> None:
-        for file, entry in commit.files.items():
-            if file in broken:
-                continue
+    def _check_hashes(self, shard: int, files: Mapping[str, FileEntry]) -> Report:
+        report = Report(path=str(self._path), level="")
+        for file, entry in files.items():
             problem = "is not what was written (its xxh3-128 differs)"
             try:
-                if (seen[file] if file in seen else hash_file(file_of(self._path, file))) == entry:
+                if hash_file(file_of(self._path, file)) == entry:
                     continue
             except CacheDamage as error:
                 problem = f"can't be checked: {error}"
             report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
+        return report
 
-    def _check_view(self, shard: int, view: int, commit: Commit, walk: Walk, fresh: bool) -> Report:
-        """Each damaged record of one view, values that can't be, and images that are not those it was made of."""
+    def _check_view(self, shard: int, view: int, commit: Commit, fresh: bool) -> Report:
+        """Each damaged record of one view, values that can't be, and images that are not those it was made of.
+
+        `fresh` reads none of the files that no commit covers.
+        """
         part = Report(path=str(self._path), level="")
-        span = self._header.shard_range(shard)
+        span, content, damaged = self._header.shard_range(shard), ViewContent(), dict[int, str]()
         dead = {stone.index for stone in commit.tombstones}
-        rows = [row for row, index in enumerate(span) if index not in dead]
         try:
-            scan = self._store.scan(shard, view, rows, walk, fresh)
+            shared, table = self._store.table(shard, None), self._store.table(shard, view, fresh)
+            opened = self._store.open_view(shard, view, shared, table)
         except CacheDamage as error:
             part.add("file", f"shard {shard}, view {view}: {error}", shard=shard, view=view)
             return part
-        part.counts["records"] = len(scan.rows)
-        for row, problem in islice(scan.damaged.items(), _NAMED):
-            message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
-            part.add("record", message, shard=shard, sample=span[row], view=view)
-        if len(scan.damaged) > _NAMED:
-            message = f"shard {shard}, view {view}: {len(scan.damaged) - _NAMED} more damaged samples"
-            part.add("record", message, shard=shard, view=view)
-        for row, problem in _impossible(scan):
-            message = f"shard {shard}, sample {span[row]}, view {view}: {problem}"
-            part.add("values", message, shard=shard, sample=span[row], view=view)
+        for row, index in enumerate(span):
+            if index in dead:
+                continue
+            try:
+                record = opened.read(row, keep=False)
+                if self._seal(index, view, record) == record.crc32c:
+                    content.add(row, record)
+                else:
+                    damaged[row] = "its checksum differs"
+            except CacheDamage as error:
+                damaged[row] = str(error)
+        part.counts["records"] = len(content.rows)
+        self._add_samples(part, "record", shard, view, damaged)
+        for problem, rows in content.impossible():
+            self._add_samples(part, "values", shard, view, dict.fromkeys(rows.tolist(), problem))
         if self._source is not None and view == 0:
-            problems = self._join(self._source, scan, span)
-            for kind, index, problem in islice(problems, _NAMED):
-                part.add(kind, f"shard {shard}, sample {index}: {problem}", shard=shard, sample=index)
-            rest = [kind for kind, _, _ in problems]
-            for kind in sorted(set(rest)):
-                part.add(kind, f"shard {shard}: {rest.count(kind)} more images like these", shard=shard)
+            self._check_images(self._source, content, shard, part)
         return part
 
-    def _join(self, source: Source, scan: Scan, span: range) -> Iterator[tuple[str, int, str]]:
-        """Hold sound records against the images that they were made of: (kind of finding, sample, problem).
+    def _add_samples(self, part: Report, kind: str, shard: int, view: int, problems: Mapping[int, str]) -> None:
+        """Add a finding for each of the first samples, and one for all others; `problems`: row → what is wrong."""
+        first = self._header.shard_range(shard).start
+        for row, problem in islice(problems.items(), _NAMED):
+            message = f"shard {shard}, sample {first + row}, view {view}: {problem}"
+            part.add(kind, message, shard=shard, sample=first + row, view=view)
+        if len(problems) > _NAMED:
+            message = f"shard {shard}, view {view}: {len(problems) - _NAMED} more damaged samples"
+            part.add(kind, message, shard=shard, view=view)
+
+    def _check_images(self, source: Source, content: ViewContent, shard: int, part: Report) -> None:
+        problems = self._compare_images(source, content, self._header.shard_range(shard))
+        for kind, index, problem in islice(problems, _NAMED):
+            part.add(kind, f"shard {shard}, sample {index}: {problem}", shard=shard, sample=index)
+        further = [kind for kind, _, _ in problems]
+        for kind in sorted(set(further)):
+            part.add(kind, f"shard {shard}: {further.count(kind)} more images like these", shard=shard)
+
+    def _compare_images(self, source: Source, content: ViewContent, span: range) -> Iterator[tuple[str, int, str]]:
+        """Compare sound records with the images that they were made of: (kind of finding, sample, problem).
 
         Raises:
             StorageError: the disk doesn't answer, which says nothing about the cache.
         """
-        for row, name, source_hash in zip(scan.rows, scan.keys, scan.tails["source_hash"].tolist(), strict=True):
+        hashes = content.tails["source_hash"].tolist()
+        for row, name, source_hash in zip(content.rows, content.keys, hashes, strict=True):
             index, key = span[row], name.decode()
             if source.key(index) != key:
                 yield "source", index, f"the cache was made of '{key}', the dataset now has '{source.key(index)}' there"
@@ -288,39 +297,3 @@ def _files(root: Path) -> Iterator[str]:
     for folder, _, names in os.walk(root):
         prefix = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
         yield from (prefix + name for name in names)
-
-
-def _impossible(scan: Scan) -> Iterator[tuple[int, str]]:
-    """(row, what can't be) of records whose checksum is right and whose content isn't; the first few of a kind."""
-    wrong: dict[str, Any] = {}
-    if scan.infinite:
-        wrong["tokens are not finite"] = np.isin(scan.rows, scan.infinite)
-    if scan.scale is not None:
-        # As integers, float16 from the smallest above 0 to the largest are 1 to 0x7BFF.
-        wrong["scales are not finite and positive"] = (scan.scale.view(np.uint16) - np.uint16(1)).max(1) >= 0x7BFF
-    if scan.attention is not None:
-        # As integers, float16 up to 0x8000 are those that are not negative.
-        positive = scan.attention.view(np.uint16).max(-1) <= 0x8000
-        sums = _sums(scan.attention)
-        good = positive & (sums <= 1 + _SUM_TOLERANCE)
-        if sums.ndim > 1:
-            # A head's row is as the teacher has it, less what it gives to prefix tokens; not all give them everything.
-            wrong["a head's attention sums to more than 1, or all heads' to 0"] = ~good.all(1) | (sums.max(1) <= 0)
-        else:
-            wrong["attention does not sum to 1"] = ~(good & (sums >= 1 - _SUM_TOLERANCE))
-    box, hflip = scan.tails["box"], scan.tails["hflip"]
-    wrong["the box is empty or outside the image"] = (box[:, :2] < 0).any(1) | (box[:, 2:] < 1).any(1)
-    wrong["hflip is neither 0 nor 1"] = hflip > 1
-    for problem, rows in wrong.items():
-        yield from ((scan.rows[at], problem) for at in np.flatnonzero(rows)[:_NAMED].tolist())
-
-
-def _sums(halves: NDArray[np.float16]) -> NDArray[Any]:
-    """Sums of the absolute values over the last axis, float32; at least 65536 where something is not finite.
-
-    A float16's bits but the sign, 13 places to the left, are the float32 that is 2^112 times smaller: faster
-    than numpy's own sum.
-    """
-    shifted = (halves.view(np.uint16) & np.uint16(0x7FFF)).astype(np.uint32) << np.uint32(13)
-    sums: NDArray[Any] = (shifted.view(np.float32) @ np.ones(halves.shape[-1], np.float32)) * np.float32(2.0**112)
-    return sums

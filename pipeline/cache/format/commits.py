@@ -1,4 +1,4 @@
-"""commits/000017.json: the last file of a finished shard, and the only one that says it is finished.
+"""commits/000017.json: the last file of a finished shard, and the only one that says that it is finished.
 
 One line of canonical JSON: the shard's number, its sample count, each file's length and xxh3-128, the tombstones, and
 the sha256 of all of that. Readers and resume trust nothing else: a missing zarr chunk would read as zeros, a tar that
@@ -12,9 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.cache.files import FileEntry, read_whole, sync_folder, write_file
+from pipeline.cache.files import FileEntry, read_whole, write_file
 from pipeline.cache.format.header import CacheHeader, canonical
 from pipeline.errors import CacheDamage
+from pipeline.files import sync
 
 FOLDER = "commits"
 
@@ -61,15 +62,20 @@ class Commit(BaseModel):
         return commit
 
 
+def commit_file(shard: int) -> str:
+    """The path of a commit record, relative to the cache's folder."""
+    return f"{FOLDER}/{shard:06d}.json"
+
+
 def commit_path(root: Path, shard: int) -> Path:
-    return root / FOLDER / f"{shard:06d}.json"
+    return root / commit_file(shard)
 
 
 def write_commit(root: Path, commit: Commit) -> None:
     """Declare a shard finished. Its files must be durable by now."""
     path = commit_path(root, commit.shard)
     write_file(path, [commit.to_bytes()])
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def read_commit(root: Path, header: CacheHeader, shard: int) -> Commit:
@@ -100,7 +106,7 @@ def read_commit(root: Path, header: CacheHeader, shard: int) -> Commit:
 
 
 def committed_shards(root: Path, header: CacheHeader) -> list[int]:
-    """Shards that have a commit record, unread, in order; names that fit no shard are left to verify."""
+    """The shards that have a commit record, ascending; the records are not read. Other files are left to `verify`."""
     folder = root / FOLDER
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return [shard for shard in range(header.shards) if f"{shard:06d}.json" in names]

@@ -60,7 +60,7 @@ class FidelityFigures(BaseModel):
 
 
 class _Sums(NamedTuple):
-    """What a meter has seen, on the device where it saw it: nothing here waits for an accelerator."""
+    """What a meter has summed up, on the device of the tokens: nothing here waits for an accelerator."""
 
     shift: Tensor  # float64 [D], near the mean, so that squares don't cancel
     channels: Tensor  # float64 [3, D]: shifted tokens, their squares, squared errors
@@ -89,16 +89,16 @@ class Fidelity:
             self._add(_measure(exact.float(), stored.float(), self._sums), exact.shape[0])
 
     def merge(self, other: "Fidelity") -> None:
-        """Add what another meter, of the same device, saw."""
+        """Add the sums of another meter, which must be on the same device."""
         if other._sums is not None:
             self._add(other._sums, other._tokens)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "Fidelity":
         """The same meter with its tensors moved, for instance to the host."""
-        there = Fidelity()
-        there._tokens = self._tokens
-        there._sums = None if self._sums is None else _Sums(*(move(values) for values in self._sums))
-        return there
+        moved = Fidelity()
+        moved._tokens = self._tokens
+        moved._sums = None if self._sums is None else _Sums(*(move(values) for values in self._sums))
+        return moved
 
     def _add(self, new: _Sums, count: int) -> None:
         self._tokens += count

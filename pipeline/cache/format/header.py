@@ -17,7 +17,8 @@ from pipeline.cache.format.quantiser import Quantiser
 from pipeline.errors import CacheDamage, CacheError
 
 FILE = "cache.json"
-BLOSC = {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 1}  # bytes of a kind side by side, then zstd
+StoreName = Literal["zarr", "webdataset"]
+AttentionKind = Literal["mean", "heads", "none"]
 
 
 def canonical(value: Any) -> bytes:
@@ -64,20 +65,20 @@ class CacheHeader(_Section):
 
     `teacher` is the teacher's own description; `grid` [h, w] and `dim` of it fix the shapes: L = h·w tokens of D = dim.
     `quantiser` is `Quantiser.to_json()`, with `calibration` beside it if wanted; `{"name": "int8"}` alone states a wish
-    (see `match_cache`) and can't be created. `compression` is a numcodecs config (`{"id": "blosc", ...}`) or None.
+    (see `match_header`) and can't be created. `compression` stays in the file's form: earlier versions knew Blosc.
     """
 
     format: Literal["mrmae-cache"] = "mrmae-cache"
     version: Literal[1] = 1
-    store: Literal["zarr", "webdataset"]
+    store: StoreName
     dataset: DatasetSection
     teacher: JsonDict
     preprocessing: JsonDict
     view_policy: ViewSection = Field(alias="views")
     quantiser_state: JsonDict = Field(alias="quantiser")
-    attention: Literal["mean", "heads", "none"] = "mean"
+    attention: AttentionKind = "mean"
     heads: int = Field(default=0, ge=0)
-    compression: JsonDict | None = None
+    compression: None = None
     samples_per_shard: int = Field(ge=1)
 
     @model_validator(mode="after")
@@ -91,15 +92,7 @@ class CacheHeader(_Section):
             raise ValueError("attention per head needs heads >= 1")
         if len(self.quantiser.mean) not in (0, dim):
             raise ValueError(f"quantiser.mean has {len(self.quantiser.mean)} channels, teacher.dim is {dim}")
-        if self.compression is not None:
-            self._check_compression(self.compression)
         return self
-
-    def _check_compression(self, compression: dict[str, Any]) -> None:
-        if compression.get("id") != "blosc":
-            raise ValueError("compression.id must be 'blosc'")
-        if self.store != "zarr" or self.quantiser.name == "int8":
-            raise ValueError("compression is for float16 and float32 tokens in the zarr store; leave it out")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -168,6 +161,7 @@ class CacheHeader(_Section):
 
         Raises:
             CacheDamage: not JSON, not of this format, or edited: the fingerprint or the byte form differs.
+            CacheError: its tokens are compressed.
         """
         remedy = "restore cache.json from a backup, or extract into a new folder"
         try:
@@ -180,6 +174,11 @@ class CacheHeader(_Section):
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
+            if key == "compression":
+                raise CacheError(
+                    f"{where}: this cache is compressed with Blosc, which only earlier versions of mrmae read: "
+                    "extract again into a new folder, or use an earlier version"
+                ) from error
             raise CacheDamage(f"{where}: {key}: {problem['msg']}; {remedy}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CacheDamage(f"{where} is no cache.json of version 1; {remedy}") from error
@@ -211,11 +210,11 @@ def match_header(path: Path, found: CacheHeader, wanted: CacheHeader) -> None:
     ignored = ["dataset.source"]
     if not wanted.quantiser.calibrated:
         ignored += [f"quantiser.{key}" for key in found.quantiser_state if key != "name"]
-    there, here = dict(_flat(found._fields())), dict(_flat(wanted._fields()))
-    for key in [*here, *(key for key in there if key not in here)]:
-        if there.get(key) != here.get(key) and not any(key == i or key.startswith(f"{i}.") for i in ignored):
+    present, wish = dict(_flat(found._fields())), dict(_flat(wanted._fields()))
+    for key in [*wish, *(key for key in present if key not in wish)]:
+        if present.get(key) != wish.get(key) and not any(key == i or key.startswith(f"{i}.") for i in ignored):
             raise CacheError(
-                f"{path} holds another cache: {key} is {_short(there.get(key))} there, {_short(here.get(key))} here; "
+                f"{path} holds another cache: {key} is {_short(present.get(key))} there, {_short(wish.get(key))} here; "
                 "choose another folder, or remove that one"
             )
 

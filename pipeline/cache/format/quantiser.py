@@ -4,7 +4,7 @@ int8 standardises each channel with statistics of a few images, because channel 
 of sixty, and then scales each token symmetrically to ±127 with one float16 scale. It runs where the tokens are.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import CacheError
 
-NAMES = ("int8", "float16", "float32")
+QuantiserName = Literal["int8", "float16", "float32"]
 STD_FLOOR = 1e-2  # × the median deviation: a channel that is constant in calibration may move later
 SCALE_FLOOR = 2.0**-14  # the smallest normal float16: a zero token keeps a scale that divides
 LEVELS = 127
@@ -28,8 +28,9 @@ class Quantiser:
     """
 
     def __init__(self, name: str, mean: NDArray[np.float32] | None = None, std: NDArray[np.float32] | None = None):
-        if name not in NAMES:
-            raise CacheError(f"quantiser '{name}' is not one of {', '.join(NAMES)} (int4 loses too much: cosine 0.93)")
+        names = get_args(QuantiserName)
+        if name not in names:
+            raise CacheError(f"quantiser '{name}' is not one of {', '.join(names)} (int4 loses too much: cosine 0.93)")
         empty = np.empty(0, np.float32)
         self.name = name
         self.mean = empty if mean is None else np.asarray(mean, np.float32)
@@ -69,25 +70,19 @@ class Quantiser:
     def has_scale(self) -> bool:
         return self.name == "int8"
 
-    def quantise(self, tokens: Tensor, check: bool = True) -> tuple[Tensor, Tensor | None]:
+    def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens float [..., L, D] → (stored [..., L, D], scale float16 [..., L] or None), on the same device.
 
-        Args:
-            check: wait for the device and look whether all is finite. Without it bad tokens show as non-finite scales
-                or, where there is no scale, as non-finite stored tokens.
-
-        Raises:
-            CacheError: with `check`, tokens that are not finite, or too large to store.
+        Nothing here waits for an accelerator. Tokens that are not finite, or too large to store, give a scale that is
+        not finite; where there is no scale, a stored token that is not finite.
         """
-        finite = _finite if check else _as_is
         if self.name == "float32":
-            return finite(tokens.float()), None
+            return tokens.float(), None
         if self.name == "float16":
-            return finite(tokens.half()), None
+            return tokens.half(), None
         mean, std = self._statistics(tokens.device)
         standardised = (tokens.float() - mean) / std
         scale = (standardised.abs().amax(-1) / LEVELS).clamp(min=SCALE_FLOOR).half()
-        finite(scale)
         # Dividing by the rounded scale, which is what the reader multiplies by, keeps the error within half a step.
         stored = (standardised / scale.float().unsqueeze(-1)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
         return stored, scale
@@ -95,7 +90,8 @@ class Quantiser:
     def dequantise(self, stored: Tensor | NDArray[Any], scale: Tensor | NDArray[Any] | None) -> Any:
         """Stored tokens [..., L, D] and scale [..., L] → float32 [..., L, D]: tensors give tensors, arrays arrays."""
         if isinstance(stored, np.ndarray):
-            return self._dequantise_array(stored, scale)
+            tensor_scale = None if scale is None else torch.from_numpy(scale)
+            return self.dequantise(torch.from_numpy(stored), tensor_scale).numpy()
         values = stored.float()
         if self.name != "int8":
             return values
@@ -103,24 +99,12 @@ class Quantiser:
         mean, std = self._statistics(stored.device)
         return values.mul_(scale.float().unsqueeze(-1)).mul_(std).add_(mean)
 
-    def _dequantise_array(self, stored: NDArray[Any], scale: Any) -> NDArray[np.float32]:
-        values = stored.astype(np.float32)
-        if self.name == "int8":
-            self._require_calibration()
-            values *= np.asarray(scale, np.float32)[..., None]
-            values *= self.std
-            values += self.mean
-        return values
-
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        self._require_calibration()
+        if not self.calibrated:
+            raise CacheError("the int8 quantiser has no channel statistics: calibrate it first")
         if device not in self._on:
             self._on[device] = (torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device))
         return self._on[device]
-
-    def _require_calibration(self) -> None:
-        if not self.calibrated:
-            raise CacheError("the int8 quantiser has no channel statistics: calibrate it first")
 
     def to_json(self) -> dict[str, Any]:
         """Exact: every float32 survives as the double that equals it."""
@@ -136,15 +120,3 @@ class Quantiser:
         except (TypeError, ValueError, OverflowError) as error:
             raise CacheError("quantiser: mean and std must be lists of numbers") from error
         return cls(str(state.get("name")), mean, std)
-
-
-def _as_is(values: Tensor) -> Tensor:
-    return values
-
-
-def _finite(values: Tensor) -> Tensor:
-    if not torch.isfinite(values).all():
-        raise CacheError(
-            "the teacher gave tokens that are not finite or too large to store; check its weights, or run it in float32"
-        )
-    return values

@@ -1,7 +1,7 @@
 """What a cache is made of: records, shards of them, and what a store must offer.
 
-A store knows how a shard lies on the disk and nothing else; `CacheWriter` and `CacheReader` add commits, tombstones,
-checks and the LRU of open shards, the same for every store.
+A store knows how a shard lies on the disk. `CacheWriter` and `CacheReader` add commits, tombstones, checks and the LRU
+of open shards, the same for every store.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ import numpy as np
 from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
-from pipeline.cache.check.walk import Walker
 from pipeline.cache.files import FileEntry
 
 TAIL = Struct("<4iBQ")  # box (top, left, height, width), hflip, source hash: as a record's checksum covers them
@@ -25,7 +24,7 @@ _HEAD = Struct("<QI")  # sample index, view
 class ShardData:
     """Every record of one shard: n samples (the shard's range), V views, L tokens, D channels, H heads.
 
-    Rows of tombstones hold anything; the writer zeroes them, so that the files don't depend on it.
+    Rows of tombstones may hold anything: the writer sets them to zero.
     """
 
     tokens: NDArray[Any]  # [n, V, L, D] int8, float16 or float32, as quantised
@@ -75,18 +74,16 @@ class Raw(NamedTuple):
 class Record:
     """One checked view of one sample.
 
-    `tokens` is [L, D] (or [K, D] where rows were asked for), as stored, or float32 when dequantised; `scale` float16
-    [L] (or [K]) or None; `attention` float16 [L] or [H, L], always of all L tokens, or None; `image` the stored JPEG.
+    `tokens` is [L, D] as stored, or float32 when dequantised; `scale` float16 [L] or None; `attention` float16 [L],
+    [H, L] or None; `image` the stored JPEG or None.
     """
 
     __slots__ = ("_key", "_tail", "attention", "image", "index", "scale", "tokens", "view")
 
-    def __init__(self, index: int, view: int, raw: Raw, tokens: NDArray[Any], scale: Any, attention: Any) -> None:
+    def __init__(self, index: int, view: int, raw: Raw, tokens: NDArray[Any]) -> None:
         self.index = index
         self.view = view
-        self.tokens = tokens
-        self.scale: NDArray[np.float16] | None = scale
-        self.attention: NDArray[np.float16] | None = attention
+        self.tokens, self.scale, self.attention = tokens, raw.scale, raw.attention
         self._key, self._tail, self.image = raw.key, raw.tail, raw.image
 
     @property
@@ -112,47 +109,17 @@ class Record:
 class Seal:
     """The crc32c of a record: fingerprint‖index‖view‖key‖box‖hflip‖source_hash‖tokens‖scale‖attention‖image.
 
-    It starts from the cache's fingerprint, so that a swapped or foreign record fails too, not only a damaged one.
+    It starts from the cache's fingerprint: a swapped or foreign record fails too, not only a damaged one.
     """
 
     def __init__(self, fingerprint: str) -> None:
         self._start: int = crc32c(bytes.fromhex(fingerprint))
-
-    def head(self, index: int, view: int, key: bytes, tail: bytes) -> int:
-        """The checksum as far as it goes before the body."""
-        crc: int = crc32c(_HEAD.pack(index, view) + key + tail, self._start)
-        return crc
 
     def __call__(self, index: int, view: int, raw: Raw) -> int:
         crc: int = crc32c(_HEAD.pack(index, view) + raw.key + raw.tail, self._start)
         for part in raw.body:
             crc = crc32c(part, crc)
         return crc
-
-
-@dataclass(slots=True)
-class Walk:
-    """What scans of one shard share."""
-
-    seal: Seal
-    walker: Walker
-    seen: dict[str, FileEntry] = field(default_factory=dict)  # the measures of files that were read whole
-
-
-@dataclass(slots=True)
-class Scan:
-    """What a scan of one view of one shard found: records whose checksum is right, and what is wrong with others.
-
-    `rows` ascending; the arrays run in parallel with it.
-    """
-
-    rows: list[int]
-    keys: list[bytes]  # n, UTF-8
-    tails: NDArray[Any]  # [n] of TAILS
-    scale: NDArray[np.float16] | None  # [n, L]
-    attention: NDArray[np.float16] | None  # [n, L] or [n, H, L]
-    infinite: list[int] = field(default_factory=list)  # rows with tokens that are not finite
-    damaged: dict[int, str] = field(default_factory=dict)  # row → what is wrong with its record
 
 
 class OpenView(Protocol):
@@ -165,15 +132,12 @@ class OpenView(Protocol):
         """
         ...
 
-    def key(self, row: int) -> str:
-        """The sample's key."""
-        ...
-
 
 class Store(Protocol):
     """How shards lie on the disk. Paths in results are relative to the cache's folder, with slashes."""
 
     stores_images: bool
+    entries: frozenset[str]  # the names that `create` makes in the cache's folder
     descriptors: int  # that one open view holds
 
     def create(self) -> None:
@@ -188,10 +152,11 @@ class Store(Protocol):
         """Write a checked shard, each file atomically and durably, and return what `files` names."""
         ...
 
-    def table(self, shard: int, view: int | None) -> bytes:
+    def table(self, shard: int, view: int | None, fresh: bool = False) -> bytes:
         """The small facts that find and check the records of one view of a committed shard, or (None) of all views.
 
-        Read from the disk and checked. Raises CacheDamage.
+        Read from the disk and checked; `fresh` makes them from the data, where a file that no commit covers holds them.
+        Raises CacheDamage.
         """
         ...
 
@@ -199,14 +164,6 @@ class Store(Protocol):
         """Open one view of a committed shard, given its tables (buffers): of all views, and its own.
 
         Raises CacheDamage.
-        """
-        ...
-
-    def scan(self, shard: int, view: int, rows: list[int], walk: Walk, fresh: bool = False) -> Scan:
-        """Read every byte of one view once and check the records of `rows`, ascending.
-
-        Puts the measure of each file that could be read whole into `walk.seen`. `fresh` distrusts sidecars.
-        Raises CacheDamage when nothing of the view can be read.
         """
         ...
 

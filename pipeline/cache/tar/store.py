@@ -14,23 +14,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.files import Descriptor, FileEntry, checksum, file_of, one_line, read_table, sync_folder, write_file
+from pipeline.cache.files import Descriptor, FileEntry, checksum, file_of, one_line, read_table, write_file
 from pipeline.cache.format.header import CacheHeader, canonical
-from pipeline.cache.format.records import TAIL, Raw, Scan, Seal, ShardData, Walk
-from pipeline.cache.tar.scan import scan_tar
+from pipeline.cache.format.records import TAIL, Raw, Seal, ShardData
 from pipeline.cache.tar.view import (
     FIELDS,
     NONE,
     SUFFIXES,
-    Rooms,
     TarView,
     TensorLayout,
+    ThreadBuffer,
     index_of,
     padded,
     trailer,
     within,
 )
 from pipeline.errors import CacheDamage
+from pipeline.files import sync
 
 # A member's header without its name, size and checksum: mtime 0, uid 0, no owner's name, nothing of the machine.
 _BLANK_HEADER = TarInfo("").tobuf(USTAR_FORMAT)
@@ -41,14 +41,15 @@ class WebdatasetStore:
     """See `pipeline.cache.format.records.Store`."""
 
     stores_images = True
+    entries = frozenset({"shards", "index"})
     descriptors = 1
 
     def __init__(self, root: Path, header: CacheHeader) -> None:
         self._root, self._header = root, header
-        self._layout, self._rooms = TensorLayout(header), Rooms(TensorLayout(header))
+        self._layout, self._buffer = TensorLayout(header), ThreadBuffer(TensorLayout(header))
 
     def create(self) -> None:
-        for name in ("shards", "index"):
+        for name in self.entries:
             (self._root / name).mkdir(parents=True, exist_ok=True)
 
     def files(self, shard: int) -> list[str]:
@@ -61,8 +62,8 @@ class WebdatasetStore:
             tar = _tar(span, data, view, seal, self._layout, rows)
             written[tar_name(shard, view)] = write_file(file_of(self._root, tar_name(shard, view)), tar)
             self._write_index(shard, view, rows)
-        sync_folder(self._root / "shards")
-        sync_folder(self._root / "index")
+        sync(self._root / "shards")
+        sync(self._root / "index")
         return written
 
     def _write_index(self, shard: int, view: int, rows: NDArray[np.int64]) -> None:
@@ -82,11 +83,7 @@ class WebdatasetStore:
 
     def open_view(self, shard: int, view: int, shared: Any, table: Any) -> TarView:
         tar = Descriptor(f"{self._root}/{tar_name(shard, view)}")
-        return TarView(tar, table, self._header.shard_range(shard), self._layout, self._rooms)
-
-    def scan(self, shard: int, view: int, rows: list[int], walk: Walk, fresh: bool = False) -> Scan:
-        opened = self.open_view(shard, view, b"", self.table(shard, view, fresh))
-        return scan_tar(opened, view, rows, walk, tar_name(shard, view))
+        return TarView(tar, table, self._header.shard_range(shard), self._layout, self._buffer)
 
     def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
         problems: dict[str, str] = {}
@@ -119,7 +116,7 @@ class WebdatasetStore:
         with one_line(f"{file_of(self._root, file)}: can't be written"):
             tar = Descriptor(file_of(self._root, tar_name(shard, view)))
             self._write_index(shard, view, index_of(tar, self._header.shard_range(shard)))
-            sync_folder(self._root / "index")
+            sync(self._root / "index")
 
 
 def tar_name(shard: int, view: int) -> str:

@@ -53,55 +53,23 @@ class TensorLayout:
         text += b" " * (-len(text) % 8)
         self.head = struct.pack("<Q", len(text)) + text
         self.bytes = len(self.head) + offset
-        self.sealed = self._sealed(offset)
-        # Scale and attention are neighbours, whatever the item size of tokens.
-        self._halves = [name for name in self._starts if name != "tokens"]
-        first = len(self.head) + self._starts[self._halves[0]] if self._halves else 0
-        self.small = first, first + sum(2 * int(np.prod(self._specs[name][1])) for name in self._halves)
         self.facts = padded(self.bytes) + BLOCKSIZE  # from the file's start to the text of the JSON behind it
-        self.floats = header.quantiser.dtype.kind == "f"
-
-    def _sealed(self, total: int) -> list[tuple[int, int]]:
-        """Where a checksum finds tokens‖scale‖attention in the file: neighbours in one piece."""
-        ends = {
-            name: min([start for start in self._starts.values() if start > at], default=total)
-            for name, at in self._starts.items()
-        }
-        spans: list[tuple[int, int]] = []
-        for name in (name for name in ("tokens", "scale", "attention") if name in self._starts):
-            start, stop = len(self.head) + self._starts[name], len(self.head) + ends[name]
-            if spans and spans[-1][1] == start:
-                start = spans.pop()[0]
-            spans.append((start, stop))
-        return spans
+        # A checksum covers tokens, scale, attention in this order. The file has them so, but for tokens of one byte an
+        # item, which it has last.
+        tokens = len(self.head) + self._starts["tokens"]
+        self.sealed = [span for span in ((tokens, self.bytes), (len(self.head), tokens)) if span[0] < span[1]]
 
     def write(self, raw: Raw) -> list[Any]:
         """The parts of a record's safetensors file."""
         arrays = {"tokens": raw.tokens, "scale": raw.scale, "attention": raw.attention}
         return [self.head, *(np.ascontiguousarray(arrays[name]) for name in self._starts)]
 
-    def stack(self, small: NDArray[np.uint8]) -> tuple[Any, Any]:
-        """Scale [n, L] and attention [n, (H,) L] of n records whose `small` bytes [n, bytes] are given."""
-        values, arrays, start = small.view("<f2"), {}, 0
-        for name in self._halves:
-            shape = self._specs[name][1]
-            stop = start + int(np.prod(shape))
-            arrays[name], start = values[:, start:stop].reshape(len(small), *shape), stop
-        return arrays.get("scale"), arrays.get("attention")
-
-    def tensors(self, file: NDArray[np.uint8]) -> tuple[NDArray[Any], Any, Any]:
+    def tensors(self, file: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """Tokens, scale and attention as views of a safetensors file [bytes]."""
-        tokens, *halves = (
-            None
-            if name not in self._specs
-            else np.ndarray(self._specs[name][1], self._specs[name][0], file, self._at(name))
-            for name in ("tokens", "scale", "attention")
-        )
-        assert tokens is not None
-        return tokens, halves[0], halves[1]
-
-    def _at(self, name: str) -> int:
-        return len(self.head) + self._starts[name]
+        return {
+            name: np.ndarray(shape, dtype, file, len(self.head) + self._starts[name])
+            for name, (dtype, shape) in self._specs.items()
+        }
 
 
 def trailer(offset: int) -> int:
@@ -151,77 +119,63 @@ def _parse_header(path: Path, header: bytes, offset: int) -> tuple[str, int]:
     return info.name, info.size
 
 
-class Room:
+class RecordBuffer:
     """Memory for one record: its image's member with both headers around it, and what lies behind."""
 
-    __slots__ = ("attention", "back", "front", "scale", "sealed", "tokens")
+    __slots__ = ("attention", "back", "front", "head", "scale", "sealed", "tokens")
 
     def __init__(self, layout: TensorLayout, front: int = BLOCKSIZE, facts: int = BLOCKSIZE) -> None:
         back = aligned(layout.facts + facts)
         self.front, self.back = aligned(front).data, back.data  # slices of these cost half as much as an array's
+        self.head = self.back[: len(layout.head)]
         self.sealed = [self.back[start:stop] for start, stop in layout.sealed]
-        self.tokens, self.scale, self.attention = layout.tensors(back)
+        arrays = layout.tensors(back)
+        self.tokens, self.scale, self.attention = arrays["tokens"], arrays.get("scale"), arrays.get("attention")
 
 
-class Rooms(threading.local):
-    """One room for each thread, used again for every record that isn't kept: the CPU's cache still holds it."""
+class ThreadBuffer(threading.local):
+    """A buffer for each thread, used again for every record that isn't kept: the CPU's cache still holds it."""
 
     def __init__(self, layout: TensorLayout) -> None:
         self._layout = layout
-        self._own = Room(layout)
+        self._record = RecordBuffer(layout)
 
-    def of(self, front: int, facts: int) -> Room:
-        """A room for so many bytes at least."""
-        if len(self._own.front) < front or len(self._own.back) < self._layout.facts + facts:
-            self._own = Room(self._layout, front + front // 4, 2 * facts)
-        return self._own
+    def record(self, front: int, facts: int) -> RecordBuffer:
+        """A buffer of so many bytes at least."""
+        if len(self._record.front) < front or len(self._record.back) < self._layout.facts + facts:
+            self._record = RecordBuffer(self._layout, front + front // 4, 2 * facts)
+        return self._record
 
 
 class TarView:
     """One tar, open for reading, with its index: the int64 of `within` in a buffer."""
 
-    __slots__ = ("_rooms", "_table", "layout", "span", "tar")
+    __slots__ = ("_buffer", "_layout", "_span", "_table", "_tar")
 
-    def __init__(self, tar: Descriptor, table: Any, span: range, layout: TensorLayout, rooms: Rooms) -> None:
-        self.tar, self._table, self.span, self.layout, self._rooms = tar, table, span, layout, rooms
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """The index [n, 4]."""
-        return np.frombuffer(self._table, np.int64).reshape(-1, FIELDS)
+    def __init__(self, tar: Descriptor, table: Any, span: range, layout: TensorLayout, buffer: ThreadBuffer) -> None:
+        self._tar, self._table, self._span, self._layout, self._buffer = tar, table, span, layout, buffer
 
     def read(self, row: int, keep: bool = True) -> Raw:
         start, jpg, tensors, facts = _ROW.unpack_from(self._table, row * _ROW.size)
         if start < 0:
-            raise CacheDamage(self.absence(row))
-        layout, front = self.layout, 2 * BLOCKSIZE + jpg + -jpg % BLOCKSIZE
+            problem = "ends before or within" if start == _OUTSIDE else "does not hold"
+            raise CacheDamage(f"{self._tar.path.name} {problem} {self._span[row]:09d}")
+        layout, front = self._layout, 2 * BLOCKSIZE + jpg + -jpg % BLOCKSIZE
         if tensors != layout.bytes:
-            raise CacheDamage(self.strange_head(row))
-        room, back = Room(layout, front, facts) if keep else self._rooms.of(front, facts), layout.facts + facts
-        self.tar.read_parts((room.front[:front], room.back[:back]), front + back, start)
-        # The safetensors header is left to verification: nothing is taken from it, and tensors have their checksum.
-        key, tail, crc32c = self.parse_facts(row, room.back[layout.facts : back].tobytes())
-        image = room.front[BLOCKSIZE : BLOCKSIZE + jpg].tobytes()
-        return Raw(key, tail, crc32c, room.tokens, room.scale, room.attention, image, (*room.sealed, image))
+            raise CacheDamage(self._strange_head(row))
+        back = layout.facts + facts
+        buffer = RecordBuffer(layout, front, facts) if keep else self._buffer.record(front, facts)
+        self._tar.read_parts((buffer.front[:front], buffer.back[:back]), front + back, start)
+        if buffer.head.tobytes() != layout.head:
+            raise CacheDamage(self._strange_head(row))
+        key, tail, crc32c = self._parse_facts(row, buffer.back[layout.facts : back].tobytes())
+        image = buffer.front[BLOCKSIZE : BLOCKSIZE + jpg].tobytes()
+        return Raw(key, tail, crc32c, buffer.tokens, buffer.scale, buffer.attention, image, (*buffer.sealed, image))
 
-    def key(self, row: int) -> str:
-        start, jpg, tensors, facts = _ROW.unpack_from(self._table, row * _ROW.size)
-        if start < 0:
-            raise CacheDamage(self.absence(row))
-        content = np.empty(facts, np.uint8)
-        self.tar.read_into(content, start + 3 * BLOCKSIZE + padded(jpg) + padded(tensors))
-        return self.parse_facts(row, content.tobytes())[0].decode()
+    def _strange_head(self, row: int) -> str:
+        return f"{self._tar.path.name}: the safetensors header of {self._span[row]:09d} differs"
 
-    def absence(self, row: int) -> str:
-        """Why the tar can't give this row."""
-        if _ROW.unpack_from(self._table, row * _ROW.size)[0] == _OUTSIDE:
-            return f"{self.tar.path.name} ends before or within {self.span[row]:09d}"
-        return f"{self.tar.path.name} does not hold {self.span[row]:09d}"
-
-    def strange_head(self, row: int) -> str:
-        return f"{self.tar.path.name}: the safetensors header of {self.span[row]:09d} differs"
-
-    def parse_facts(self, row: int, content: bytes) -> tuple[bytes, bytes, int]:
+    def _parse_facts(self, row: int, content: bytes) -> tuple[bytes, bytes, int]:
         """A record's JSON → key, TAIL, crc32c."""
         try:
             facts = from_json(content)  # four times faster than json
@@ -229,7 +183,7 @@ class TarView:
             tail = TAIL.pack(top, left, height, width, facts["hflip"], facts["source_hash"])
             return facts["key"].encode(), tail, int(facts["crc32c"])
         except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
-            raise CacheDamage(f"{self.tar.path.name}: {self.span[row]:09d}.json is not what was written") from error
+            raise CacheDamage(f"{self._tar.path.name}: {self._span[row]:09d}.json is not what was written") from error
 
 
 def within(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:

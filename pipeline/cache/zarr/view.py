@@ -1,18 +1,15 @@
-"""Reading the zarr store's chunk files raw: a chunk is the plain array and its crc32c, so a record is one `pread`."""
+"""Reading the zarr store's chunk files raw: a chunk is the plain array and its crc32c, so `pread` fetches a record."""
 
 import threading
-from collections.abc import Sequence
 from struct import Struct
 from typing import Any
 
-import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.files import CHECKSUM_BYTES, Descriptor, aligned, check_table
+from pipeline.cache.files import Descriptor, aligned
 from pipeline.cache.format.header import CacheHeader
 from pipeline.cache.format.records import TAIL, TAILS, Raw
-from pipeline.errors import CacheDamage
 
 
 def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
@@ -36,8 +33,8 @@ def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tu
 
 def chunk_file(name: str, shard: int, view: int, dimensions: int) -> str:
     """The chunk of one shard and view; arrays of one dimension have no views."""
-    where = [shard, *((view,) if dimensions > 1 else ()), *(0 for _ in range(dimensions - 2))]
-    return f"{name}/c." + ".".join(map(str, where))
+    numbers = [shard, *((view,) if dimensions > 1 else ()), *(0 for _ in range(dimensions - 2))]
+    return f"{name}/c." + ".".join(map(str, numbers))
 
 
 class Layout:
@@ -58,8 +55,8 @@ class Layout:
             self.bytes += size
 
 
-class Room:
-    """Memory for one record, laid out so."""
+class RecordBuffer:
+    """Memory for one record of a layout."""
 
     __slots__ = ("attention", "body", "parts", "scale", "tokens")
 
@@ -73,54 +70,49 @@ class Room:
         self.body = (content,)
 
 
-class Rooms(threading.local):
-    """One room for each thread, used again for every record that isn't kept: the CPU's cache still holds it."""
+class ThreadBuffer(threading.local):
+    """A buffer for each thread, used again for every record that isn't kept: the CPU's cache still holds it."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.own = Room(layout)
+        self.record = RecordBuffer(layout)
 
 
 class ZarrView:
-    """One view of one shard: the large arrays as open files, and where its records stand in the small tables."""
+    """One view of one shard: the large arrays as open files, and the tables with the small ones."""
 
-    __slots__ = ("_entry", "_files", "_rooms", "_shared", "_table")
+    __slots__ = ("_buffer", "_files", "_shared", "_table")
 
-    def __init__(self, files: list[Descriptor], entry: Struct, shared: Any, table: Any, rooms: Rooms) -> None:
-        self._files, self._entry, self._shared, self._table, self._rooms = files, entry, shared, table, rooms
+    def __init__(self, files: list[Descriptor], shared: Any, table: Any, buffer: ThreadBuffer) -> None:
+        self._files, self._shared, self._table, self._buffer = files, shared, table, buffer
 
     def read(self, row: int, keep: bool = True) -> Raw:
-        tail, crc32c, *packed = self._entry.unpack_from(self._table, row * self._entry.size)
-        room = Room(self._rooms.layout) if keep else self._rooms.own
-        parts, files = room.parts, self._files
-        if packed:
-            read_packed(files[0], row, packed, room.tokens)
-            parts, files = parts[1:], files[1:]
-        for file, (part, size) in zip(files, parts, strict=True):
-            file.read_parts(part, size, row * size)
-        return Raw(self._key(row), tail, crc32c, room.tokens, room.scale, room.attention, None, room.body)
-
-    def key(self, row: int) -> str:
-        return self._key(row).decode()
-
-    def _key(self, row: int) -> bytes:
+        tail, crc32c = _ENTRY.unpack_from(self._table, row * _ENTRY.size)
         start, stop = _SPAN.unpack_from(self._shared, row * _START)
-        return bytes(self._shared[start:stop])
+        buffer = RecordBuffer(self._buffer.layout) if keep else self._buffer.record
+        for file, (part, size) in zip(self._files, buffer.parts, strict=True):
+            file.read_parts(part, size, row * size)
+        key = bytes(self._shared[start:stop])
+        return Raw(key, tail, crc32c, buffer.tokens, buffer.scale, buffer.attention, None, buffer.body)
 
 
-# What an open view knows of a record, for one lookup: TAIL, crc32c, and of packed tokens their offset and length.
-ENTRY, PACKED_ENTRY = Struct(f"<{TAIL.size}sI"), Struct(f"<{TAIL.size}sIQQ")
-_ENTRIES: np.dtype[Any] = np.dtype([("tail", TAILS), ("crc32c", "<u4")])
-_PACKED_ENTRIES: np.dtype[Any] = np.dtype([*_ENTRIES.descr, ("place", "<u8", 2)])
+_ENTRY = Struct(f"<{TAIL.size}sI")  # TAIL and crc32c of a record, for one lookup
+_ENTRIES: np.dtype[Any] = np.dtype([("tail", TAILS), ("crc32c", "<u4")])  # the same for numpy
 _SPAN, _START = Struct("<II"), 4  # where a key starts and stops: the next one's start
 
 
-def entry_table(tables: dict[str, bytes], index: NDArray[Any] | None) -> bytes:
-    """The table of one view: an entry for each row, from its small chunks and from the index of packed tokens."""
-    rows = np.empty(len(tables["hflip"]), _ENTRIES if index is None else _PACKED_ENTRIES)
-    rows["tail"], rows["crc32c"] = tails_of(tables), np.frombuffer(tables["crc32c"], "<u4")
-    if index is not None:
-        rows["place"] = index
+def table_sizes(rows: int) -> dict[str, int]:
+    """Bytes of the small chunks that `entry_table` takes, without their checksums."""
+    return {"box": 16 * rows, "hflip": rows, "source_hash": 8 * rows, "crc32c": 4 * rows}
+
+
+def entry_table(chunks: dict[str, bytes]) -> bytes:
+    """The table of one view, an entry for each row, of its small chunks."""
+    rows = np.empty(len(chunks["hflip"]), _ENTRIES)
+    rows["tail"]["box"] = np.frombuffer(chunks["box"], "<i4").reshape(-1, 4)
+    rows["tail"]["hflip"] = np.frombuffer(chunks["hflip"], "u1")
+    rows["tail"]["source_hash"] = np.frombuffer(chunks["source_hash"], "<u8")
+    rows["crc32c"] = np.frombuffer(chunks["crc32c"], "<u4")
     return rows.tobytes()
 
 
@@ -128,63 +120,3 @@ def key_table(keys: list[bytes]) -> bytes:
     """The table that all views of a shard share: where each key starts, where the last one stops, and the keys."""
     starts = np.cumsum([_START * (len(keys) + 1), *map(len, keys)], dtype="<u4")
     return starts.tobytes() + b"".join(keys)
-
-
-_BLOSC = numcodecs.Blosc()  # decodes frames of any settings
-
-
-def packed_index(file: Descriptor, rows: int) -> NDArray[np.uint64]:
-    """Of tokens in zarr's sharding codec: offset and length of each record's frame, [rows, 2].
-
-    Length 0 stands for those that lie outside the file. The file ends with this index and its crc32c.
-    """
-    end = file.size() - rows * 16 - CHECKSUM_BYTES
-    if end < 0:
-        raise CacheDamage(f"{file.path.name} is shorter than its index")
-    index = np.frombuffer(check_table(file.path, file.read_from(end)), "<u8").reshape(rows, 2).copy()
-    offsets, lengths = index.T
-    index[(offsets > end) | (lengths > end - np.minimum(offsets, np.uint64(end))), 1] = 0
-    return index
-
-
-def read_packed(file: Descriptor, row: int, place: Sequence[int], tokens: NDArray[Any]) -> None:
-    """Decompress one record's tokens from its place (offset, length)."""
-    offset, length = place
-    if length == 0:
-        raise CacheDamage(f"{file.path.name}: row {row} lies outside the file")
-    packed = np.empty(length, np.uint8)
-    file.read_into(packed, offset)
-    try:
-        _BLOSC.decode(packed, tokens)
-    except (RuntimeError, ValueError) as error:
-        raise CacheDamage(f"{file.path.name}: row {row} doesn't decompress") from error
-
-
-def table_sizes(rows: int) -> dict[str, int]:
-    """Bytes of the small chunks that go into memory, without their checksums."""
-    return {"box": 16 * rows, "hflip": rows, "source_hash": 8 * rows, "crc32c": 4 * rows}
-
-
-def tails_of(tables: dict[str, bytes]) -> NDArray[Any]:
-    """Box, hflip and source hash of every row, as records' checksums cover them: [S] of TAILS."""
-    tails = np.empty(len(tables["hflip"]), TAILS)
-    tails["box"] = np.frombuffer(tables["box"], "<i4").reshape(-1, 4)
-    tails["hflip"] = np.frombuffer(tables["hflip"], "u1")
-    tails["source_hash"] = np.frombuffer(tables["source_hash"], "<u8")
-    return tails
-
-
-def parse_strings(payload: bytes, count: int, name: str) -> list[bytes]:
-    """The strings of a vlen-utf8 chunk: their count, then (length, bytes) each; numbers are uint32."""
-    # No key holds a NUL, so lengths under 256 show as three of them: splitting there is ten times faster.
-    quick = payload[4:].split(b"\0\0\0")
-    if len(quick) == count + 1 and b"\0\0\0\0" not in payload[4:]:  # four of them: an empty string
-        return [*(part[:-1] for part in quick[1:-1]), quick[-1]]
-    strings, position = [], 4
-    for _ in range(count):
-        start = position + 4
-        position = start + int.from_bytes(payload[position:start], "little")
-        strings.append(payload[start:position])
-    if int.from_bytes(payload[:4], "little") != count or position != len(payload):
-        raise CacheDamage(f"{name} doesn't hold {count} strings")
-    return strings

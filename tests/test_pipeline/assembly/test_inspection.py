@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.assembly.inspection import choose_patches, look, reconstruct
+from pipeline.assembly.inspection import choose_patches, patch_features, reconstruct
 from pipeline.models import Student, build_student, patchify
 from pipeline.teachers import build_teacher
 
@@ -70,7 +70,7 @@ def test_patches_follow_the_attention_or_the_seed() -> None:
 def test_a_student_is_looked_through_like_a_teacher() -> None:
     model = student()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    seen = look(build_teacher("mrmae:x", module=model.encoder), images, "name")
-    assert (seen.tokens.shape, seen.grid, seen.name) == ((2, 16, 48), (4, 4), "name")
-    assert seen.attention is not None
-    torch.testing.assert_close(seen.attention.sum(1), torch.ones(2))
+    features = patch_features(build_teacher("mrmae:x", module=model.encoder), images, "name")
+    assert (features.tokens.shape, features.grid, features.name) == ((2, 16, 48), (4, 4), "name")
+    assert features.attention is not None
+    torch.testing.assert_close(features.attention.sum(1), torch.ones(2))

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_pipeline.cache.samples import KINDS, make_cache, make_header
+from tests.test_pipeline.cache.samples import STORES, make_cache, make_header
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -6,19 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cache import BLOSC, CacheHeader, Quantiser, ShardData, create_cache, open_writer
+from pipeline.cache import CacheHeader, Quantiser, ShardData, create_cache, open_writer
 from pipeline.files import hash_source
 
 STORES = ("zarr", "webdataset")
-KINDS = (*STORES, "packed")  # packed: float tokens, compressed, in the zarr store
 
 
 def make_header(store: str = "zarr", **changes: Any) -> CacheHeader:
     """A cache of 10 samples, 4 a shard, 2 views, 3×2 tokens of 8 channels; keyword arguments replace sections."""
     name = changes.pop("quantiser_name", "int8")
-    if store == "packed":
-        store, name = "zarr", "float32" if name == "float32" else "float16"
-        changes = {"compression": BLOSC} | changes
     dim = changes.pop("dim", 8)
     grid = changes.pop("grid", [3, 2])
     tokens = torch.from_numpy(np.random.default_rng(7).normal(size=(4, 6, dim)).astype(np.float32))

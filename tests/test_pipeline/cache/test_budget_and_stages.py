@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cache as benchmark_cache
-from pipeline.cache import create_cache, open_writer
+from pipeline.cache import budget, create_cache, open_writer
 from pipeline.cache.budget import estimate_bytes, readable, require_room
 from pipeline.errors import CacheDamage, CacheError, ConfigError
 from stages import cache_info, plan
@@ -15,7 +15,9 @@ from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, m
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
-def test_the_estimate_is_what_is_written(tmp_path: Path, store: str, quantiser: str) -> None:
+def test_the_estimate_is_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, quantiser: str
+) -> None:
     header = make_header(
         store,
         quantiser_name=quantiser,
@@ -26,8 +28,9 @@ def test_the_estimate_is_what_is_written(tmp_path: Path, store: str, quantiser: 
     )
     path = make_cache(tmp_path / "cache", header)
     written = sum(f.stat().st_size for f in path.rglob("*") if f.parent.name not in ("cache", "commits", "index"))
+    monkeypatch.setattr(budget, "JPEG_BYTES", 200)
     expected = estimate_bytes(
-        samples=40, views=2, tokens=100, dim=64, store=store, quantiser=quantiser, image_bytes=200
+        samples=40, views=2, tokens=100, dim=64, store=store, quantiser=quantiser, attention="mean", heads=0
     )
     assert written == pytest.approx(expected, rel=0.08, abs=20_000)
 
@@ -69,9 +72,6 @@ def test_plan_names_the_slower_side() -> None:
 def test_plan_of_something_unknown() -> None:
     with pytest.raises(ConfigError, match="choose one of dino_vits16"):
         plan.run(plan.PlanConfig(teacher="gpt"))
-    for keys in ({"quantiser": "int8"}, {"quantiser": "float16", "store": "webdataset"}):
-        with pytest.raises(ValueError, match="compressed=true is for quantiser=float16 or float32 in store=zarr"):
-            plan.PlanConfig.model_validate({"compressed": True, **keys})
 
 
 def test_cache_info(tmp_path: Path, store: str) -> None:
@@ -89,21 +89,8 @@ def test_cache_info(tmp_path: Path, store: str) -> None:
     assert answer["fidelity"]["tokens"] == 48
     assert answer["seconds"] == 3.0
     assert answer["bytes_per_view"] > 100
+    assert answer["reads"] == "one pread and one checksum a record, 48 bytes of tokens"
     json.dumps(answer)
-
-
-def test_cache_info_states_what_compression_costs(tmp_path: Path) -> None:
-    def reads(store: str) -> str:
-        path = make_cache(tmp_path / store, make_header(store, quantiser_name="float16"), {5: "bad"})
-        return str(cache_info.run(cache_info.CacheInfoConfig(path=path))["reads"])
-
-    assert reads("zarr") == "uncompressed: one pread and one checksum a record, 96 bytes of tokens"
-    files = [path.stat().st_size for path in (tmp_path / "zarr" / "tokens").glob("c.*")]
-    assert len(files) == 6
-    packed = reads("packed")
-    size = sum(path.stat().st_size for path in (tmp_path / "packed" / "tokens").glob("c.*"))
-    assert packed.startswith(f"compressed: {round(size / 18)} bytes of tokens a view instead of 96, and every read")
-    assert "six times slower" in packed
 
 
 def test_cache_info_of_damage(cache: Path) -> None:
@@ -125,10 +112,10 @@ def test_benchmark_measures_both_stores_and_given_caches(tmp_path: Path) -> None
         assert [many[lane]["reads_per_record"] for lane in ("2", "5")] == 2 * [3 if store == "zarr" else 1]
         assert many["2"]["over_fewest"] == 1
         assert many["5"]["bytes_per_record"] == pytest.approx(48 if store == "zarr" else 2690, rel=0.1)
-        assert set(answer[store]) == {"read", "read_tight", "npy", "verify", "verify_tight", "write"}
-        assert all(len(figure["ratios"]) >= 2 and figure["ratio"] > 0 for figure in answer[store].values())
+        assert set(answer[store]) == {"read", "read_tight", "npy", "verify", "write"}
+        assert all(0 < figure["range"][0] <= figure["ratio"] for figure in answer[store].values())
     assert list(tmp_path.iterdir()) == []
     given = make_cache(tmp_path / "cache", make_header("zarr"), {5: "bad"})
     answer = benchmark_cache.run(config.model_copy(update={"path": given}))
-    assert set(answer["zarr"]) == {"read", "read_tight", "npy", "verify", "verify_tight"}
+    assert set(answer["zarr"]) == {"read", "read_tight", "npy", "verify"}
     json.dumps(answer)

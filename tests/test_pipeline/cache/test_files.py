@@ -10,22 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import files
-from pipeline.cache.files import Descriptor, Lru, aligned, hash_file, write_file
+from pipeline.cache.files import Descriptor, aligned, hash_file, write_file
 
 QUICKLY = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SIZES = st.lists(st.sampled_from([0, 1, 511, 4096, files.BLOCK // 2, files.BLOCK - 1, files.BLOCK + 3]), max_size=6)
 
 
 @QUICKLY
-@given(sizes=SIZES, slow=st.booleans())
-def test_a_file_is_its_parts_in_order(tmp_path: Path, sizes: list[int], slow: bool) -> None:
-    """Also when the disk takes a part of each write only."""
+@given(sizes=SIZES)
+def test_a_file_is_its_parts_in_order(tmp_path: Path, sizes: list[int]) -> None:
     parts = [np.random.default_rng(at).integers(0, 256, size, np.uint8) for at, size in enumerate(sizes)]
-    write = os.write
-    with pytest.MonkeyPatch.context() as patch:
-        if slow:
-            patch.setattr(os, "write", lambda file, block: write(file, block[: len(block) // 2 + 1]))
-        entry = write_file(tmp_path / "file", iter(parts))
+    entry = write_file(tmp_path / "file", iter(parts))
     content = b"".join(part.tobytes() for part in parts)
     assert (tmp_path / "file").read_bytes() == content
     assert (entry.bytes, entry.xxh3_128) == (len(content), xxhash.xxh3_128_hexdigest(content))
@@ -54,10 +49,3 @@ def test_parts_are_read_one_behind_the_other(tmp_path: Path, monkeypatch: pytest
 def test_memory_starts_at_a_page(size: int) -> None:
     room = aligned(size)
     assert (room.ctypes.data % 4096, len(room)) == (0, size)
-
-
-def test_the_least_recently_used_goes() -> None:
-    made: list[int] = []
-    values = Lru(2, lambda key: made.append(key) or str(key))  # type: ignore[func-returns-value]
-    assert [values(key) for key in (1, 2, 1, 3, 1, 2)] == ["1", "2", "1", "3", "1", "2"]
-    assert made == [1, 2, 3, 2]

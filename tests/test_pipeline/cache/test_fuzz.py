@@ -13,8 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import CacheHeader, Quantiser, ShardData, create_cache, open_cache, open_writer
-from pipeline.cache.check import verify
+from pipeline.cache import CacheHeader, Quantiser, ShardData, create_cache, open_cache, open_writer, verify
 from pipeline.cache.format.commits import Commit
 from pipeline.errors import CacheDamage
 from tests.test_pipeline.cache.samples import STORES, make_cache, make_header

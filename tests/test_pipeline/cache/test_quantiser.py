@@ -90,12 +90,16 @@ def test_all_constant_channels_have_a_deviation_of_one() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("name", ["int8", "float16"])
-def test_tokens_that_are_not_finite_or_too_large_fail(name: str, bad: float) -> None:
+def test_tokens_that_are_not_finite_or_too_large_show(name: str, bad: float) -> None:
+    """Extraction looks for them where the results arrive on the host."""
     values = tokens(0)
     quantiser = Quantiser.calibrate(name, values)
     values[1, 2, 3] = bad
-    with pytest.raises(CacheError, match="not finite or too large"):
-        quantiser.quantise(values)
+    stored, scale = quantiser.quantise(values)
+    finite = torch.isfinite(stored if scale is None else scale)
+    assert not finite[1, 2].all()
+    finite[1, 2] = True
+    assert finite.all()
 
 
 def test_calibration_on_tokens_that_are_not_finite_fails() -> None:

@@ -8,31 +8,15 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline.cache import create_cache
-from pipeline.cache.zarr.chunks import blosc
 from pipeline.cache.zarr.view import array_specs
-from pipeline.errors import CacheError
 from tests.test_pipeline.cache.samples import make_cache, make_header, make_shard
-
-BLOSC = {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 1}
 
 
 @pytest.mark.parametrize("attention", ["mean", "heads", "none"])
-@pytest.mark.parametrize(
-    ("quantiser", "compression"),
-    [
-        ("int8", None),
-        ("float16", None),
-        ("float32", None),
-        ("float16", BLOSC),
-        ("float32", BLOSC | {"cname": "lz4", "shuffle": 2}),
-    ],
-)
-def test_chunks_are_those_of_zarr(
-    tmp_path: Path, quantiser: str, compression: dict[str, Any] | None, attention: str
-) -> None:
+@pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
+def test_chunks_are_those_of_zarr(tmp_path: Path, quantiser: str, attention: str) -> None:
     """10 samples in shards of 4: the last chunk is padded. Sample 5 is a tombstone, its rows zero."""
-    header = make_header(quantiser_name=quantiser, attention=attention, heads=3, compression=compression)
+    header = make_header(quantiser_name=quantiser, attention=attention, heads=3)
     ours = make_cache(tmp_path / "ours", header, {5: "bad"})
     theirs = tmp_path / "theirs"
     shutil.copytree(ours, theirs, ignore=lambda _, names: {name for name in names if name.startswith("c.")})
@@ -52,13 +36,3 @@ def test_chunks_are_those_of_zarr(
         span, data = header.shard_range(shard), make_shard(header, shard, {5: "bad"})
         live = [row for row, index in enumerate(span) if index != 5]
         np.testing.assert_array_equal(arrays["tokens"][span.start : span.stop][live], data.tokens[live])
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"cname": "brotli"}, {"clevel": 99}, {"clevel": "x"}, {"shuffle": 7}, {"shuffle": -1}, {"size": 3}]
-)
-def test_a_codec_that_there_is_not_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(CacheError, match="compression"):
-        blosc(BLOSC | wrong)
-    with pytest.raises(CacheError, match="compression"):
-        create_cache(tmp_path, make_header(quantiser_name="float16", compression=BLOSC | wrong))

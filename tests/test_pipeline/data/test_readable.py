@@ -54,7 +54,7 @@ def test_no_stage_trains_before_it_says_so(tmp_path: Path) -> None:
     plain = {"mimic": {"objective": "mae"}, "views": {"image_size": 64}}
     starts = {
         "val": lambda: finetune.run(finetune_config(tmp_path, tmp_path / "out", student=ENCODER, **sets)),
-        "knn": lambda: knn_callback(KnnCallbackConfig.model_validate(sets), 64, 0, 1, pretrain.torch.device("cpu")),
+        "knn": lambda: knn_callback(KnnCallbackConfig.model_validate(sets), 64),
         "mae": lambda: pretrain.run(pretrain_config(tmp_path / "out", data=sets["val"], student=MICRO, **plain)),
     }
     for start in starts.values():

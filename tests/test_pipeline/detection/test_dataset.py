@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.detection import CocoImages, DetectionDataset, JitterConfig, canvases, evaluation_batches, open_coco
+from pipeline.data.loader import load_in_order
+from pipeline.detection import CocoImages, DetectionDataset, JitterConfig, canvases, open_coco
 from pipeline.errors import DataError
 from tests.coco import HEIGHT, WIDTH, scene_annotations, write_coco
 
@@ -33,17 +34,17 @@ def test_the_same_request_is_the_same_batch(coco: CocoImages) -> None:
     assert not torch.equal(one.images, dataset.__getitems__([(4, 0), (4, 2)]).images)
 
 
-def test_processes_share_the_validation_images_out(coco: CocoImages) -> None:
-    shares = [[i for b in evaluation_batches(coco, 64, 0, rank, 2, batch=1) for i in b.indices] for rank in (0, 1)]
-    assert shares == [[0, 2], [1, 3]]
-    (batch,) = evaluation_batches(coco, 64, 0)
+def test_evaluation_shows_whole_images_in_order(coco: CocoImages) -> None:
+    batches = load_in_order(DetectionDataset(coco, 64), range(1, 4, 2), batch_size=1, workers=0)
+    assert [batch.indices for batch in batches] == [[1], [3]]
+    (batch,) = load_in_order(DetectionDataset(coco, 64), range(4), batch_size=8, workers=0)
     assert batch.original_sizes == [(HEIGHT, WIDTH)] * 4
     assert not batch.targets
 
 
 def test_images_without_annotations(coco: CocoImages) -> None:
     image = Image.open(coco.folder / coco.name(0)).convert("RGB")
-    (annotated,) = evaluation_batches(coco, 64, 0)
+    annotated = DetectionDataset(coco, 64).__getitems__([(0, index) for index in range(4)])
     bare = canvases([image, image.rotate(90, expand=True)], 64)
     assert torch.equal(bare.images[0], annotated.images[0])
     assert bare.sizes == [(43, 64), (64, 43)]

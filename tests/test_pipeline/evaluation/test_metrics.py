@@ -5,16 +5,15 @@ import torch
 
 from pipeline.evaluation import topk_accuracy
 
-LOGITS = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 3.0, 2.0, 1.0], [1.0, 0.0, 3.0, 2.0]])
-
 
 def test_counts_labels_among_the_highest() -> None:
-    result = topk_accuracy(LOGITS, torch.tensor([0, 2, 1]), ks=(1, 2, 4))
-    assert result == pytest.approx({"top1": 1 / 3, "top2": 2 / 3, "top4": 1.0})
+    logits = torch.arange(7.0).expand(5, 7)  # class 6 is the likeliest
+    assert topk_accuracy(logits, torch.tensor([6, 5, 2, 1, 0])) == pytest.approx({"top1": 1 / 5, "top5": 3 / 5})
 
 
-def test_k_beyond_the_classes_counts_all_of_them() -> None:
-    assert topk_accuracy(LOGITS, torch.tensor([3, 0, 1])) == {"top1": 0.0, "top5": 1.0}
+def test_fewer_than_five_classes_all_count() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 3.0, 2.0, 1.0], [1.0, 0.0, 3.0, 2.0]])
+    assert topk_accuracy(logits, torch.tensor([3, 0, 1])) == {"top1": 0.0, "top5": 1.0}
 
 
 def test_many_samples_are_counted_exactly() -> None:
@@ -22,4 +21,4 @@ def test_many_samples_are_counted_exactly() -> None:
     labels = torch.zeros(2**24 + 3, dtype=torch.long)
     labels[0] = 1
     logits = torch.tensor([[1.0, 0.0]]).expand(len(labels), 2)
-    assert topk_accuracy(logits, labels, ks=(1,))["top1"] == (len(labels) - 1) / len(labels)
+    assert topk_accuracy(logits, labels)["top1"] == (len(labels) - 1) / len(labels)

@@ -1,12 +1,13 @@
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.models import Student, build_classifier, build_student
+from pipeline.models import OBJECTIVES, Student, build_classifier, build_student
+from pipeline.models.mr_mae import ObjectiveName
 
 Build = Callable[..., Student]
 
@@ -30,7 +31,7 @@ def test_fusion_takes_four_evenly_spaced_blocks_and_the_last(micro: Build, depth
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"objective": "mrmae"}, "objective='mrmae' is unknown: did you mean 'mr_mae'?"),
+        ({"objective": "mrmae"}, "objective='mrmae' is unknown: did you mean 'mr_mae'"),
         ({"target_norm": "batch"}, "use one of layernorm, channel, none"),
         ({"mimic_loss": "l1"}, "use one of smooth_l1, mse, cosine"),
         ({"mimic_head": "conv"}, "use one of linear, mlp"),
@@ -70,3 +71,7 @@ def test_mae_takes_no_teacher() -> None:
 def test_wrong_classifiers_are_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         build_classifier(**{"name": "mrmae_vit_tiny_patch16", "num_classes": 10, **wrong})
+
+
+def test_a_config_may_name_every_objective() -> None:
+    assert get_args(ObjectiveName) == tuple(OBJECTIVES)

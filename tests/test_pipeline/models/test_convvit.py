@@ -10,16 +10,17 @@ from torch.nn import functional as F
 from pipeline.models import build_student
 from pipeline.models.convvit import ConvViT
 from pipeline.models.masking import gather_tokens
+from pipeline.models.sizes import Size
 
-SIZES: dict[str, Any] = {"patch_size": 8, "dim": (8, 12, 24), "depth": (2, 1, 2), "num_heads": 3}
-
-
-def build(image_size: tuple[int, int] = (24, 40), **options: Any) -> ConvViT:
-    return ConvViT(image_size=image_size, **{**SIZES, **options})
+DEPTH = (2, 1, 2)
 
 
-def masked_stages(state: dict[str, Tensor], images: Tensor, visible: Tensor, factor: int) -> list[Tensor]:
-    """Embedding 3 and the two stage outputs [B, D, h, w], by whole-map convolutions, from the weights alone.
+def build(image_size: tuple[int, int] = (24, 40), patch_size: int = 8, **options: Any) -> ConvViT:
+    return ConvViT(Size((8, 12, 24), DEPTH, 3, 16, 1, 2, image_size, patch_size), **options)
+
+
+def masked_levels(state: dict[str, Tensor], images: Tensor, visible: Tensor, factor: int) -> list[Tensor]:
+    """Embedding 3 and the outputs of levels 1 and 2 [B, D, h, w], by whole-map convolutions, from the weights alone.
 
     `visible` [B, h, w] is 1 or 0; norms over channels at torch's eps 1e-5.
     """
@@ -36,7 +37,7 @@ def masked_stages(state: dict[str, Tensor], images: Tensor, visible: Tensor, fac
     for stage, stride, fine in ((1, factor, 4), (2, 2, 2)):
         x = F.gelu(norm(conv(x, f"patch_embed{stage}.proj", stride=stride), f"patch_embed{stage}.norm"))
         mask = torch.kron(visible, torch.ones(fine, fine)).unsqueeze(1)
-        for block in range(SIZES["depth"][stage - 1]):
+        for block in range(DEPTH[stage - 1]):
             name = f"blocks{stage}.{block}"
             mixed = mask * conv(norm(x, f"{name}.norm1"), f"{name}.conv1")
             x = x + conv(conv(mixed, f"{name}.attn", padding=2, groups=x.shape[1]), f"{name}.conv2")
@@ -50,15 +51,16 @@ def test_the_paths_follow_the_formulas(sparse: bool) -> None:
     encoder, images = build(sparse=sparse), torch.randn(2, 3, 24, 40)
     ids = torch.rand(2, 15).argsort(1)[:, :6]
     visible = torch.zeros(2, 15).scatter(1, ids, 1).view(2, 3, 5)
-    expected = [gather_tokens(x.flatten(2).mT, ids) for x in masked_stages(encoder.state_dict(), images, visible, 2)]
-    x, outputs = encoder._stages(images, ids, decode=True)
+    expected = [gather_tokens(x.flatten(2).mT, ids) for x in masked_levels(encoder.state_dict(), images, visible, 2)]
+    x, outputs = encoder._levels(images, ids, decode=True)
     for got, want in zip([x, *outputs], expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
     output = encoder(images, ids)
     block_output, _ = encoder.forward_blocks(images, ids)
     torch.testing.assert_close(output.latent, encoder.norm(block_output + expected[1] + expected[2]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(output.tokens, F.layer_norm(block_output, (24,)), rtol=0, atol=1e-4)  # no addition
+    tokens = F.layer_norm(encoder.forward_blocks(images)[0], (24,))  # no addition
+    torch.testing.assert_close(encoder.forward_tokens(images), tokens, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("patch_size", [4, 8, 12, 16])
@@ -71,7 +73,7 @@ def test_sparse_equals_dense_on_odd_sizes(patch_size: int, keep: int) -> None:
 
 
 def test_sparse_equals_dense_on_base_at_224() -> None:
-    student = build_student("mrmae_convvit_base_patch16", teachers={"clip": 768}, decoder_depth=1)
+    student = build_student("mrmae_convvit_base_patch16", teachers={"clip": 768}, depth=1, decoder_depth=1)
     images, ids = torch.randn(1, 3, 224, 224), torch.rand(1, 196).argsort(1)[:, :49]
     targets = {"clip": torch.randn(1, 49, 768)}
     assert_equal_paths(student.encoder, student, images, ids, lambda: student(images, ids, targets)["loss"])
@@ -100,22 +102,21 @@ def test_unmasked_equals_all_cells_visible() -> None:
     encoder, images = build(), torch.randn(2, 3, 24, 40)
     everything = torch.arange(15).expand(2, -1)
     torch.testing.assert_close(encoder(images).latent, encoder(images, everything).latent, rtol=0, atol=1e-5)
-    torch.testing.assert_close(encoder.forward_tokens(images), encoder(images).tokens)
 
 
-def test_drop_path_counts_all_three_stages() -> None:
+def test_drop_path_counts_all_three_levels() -> None:
     encoder = build(drop_path=0.4)
     conv = [block.drop_path.drop_prob for block in (*encoder.blocks1, *encoder.blocks2)]
     last = [block.drop_path1.drop_prob for block in encoder.blocks3]
     assert conv + last == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_the_maps_are_the_three_stages_outputs() -> None:
+def test_the_maps_are_the_three_levels_outputs() -> None:
     """The finest two, decoded, are what the dense path adds to the last block's output before its norm."""
     encoder, images = build().eval(), torch.randn(2, 3, 24, 40)
-    one, two, last = encoder.forward_maps(images)
-    assert [m.shape for m in (one, two, last)] == [
+    fine, middle, last = encoder.forward_maps(images)
+    assert [m.shape for m in (fine, middle, last)] == [
         (2, dim, 3 * f, 5 * f) for dim, f in zip(encoder.map_dims, (4, 2, 1), strict=True)
     ]
-    added = encoder.stage1_output_decode(one) + encoder.stage2_output_decode(two) + last
+    added = encoder.stage1_output_decode(fine) + encoder.stage2_output_decode(middle) + last
     torch.testing.assert_close(encoder.norm(added.flatten(2).transpose(1, 2)), encoder(images).latent)

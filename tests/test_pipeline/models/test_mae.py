@@ -3,6 +3,7 @@ import torch
 
 from pipeline.models.mae import Decoder, pixel_loss
 from pipeline.models.masking import complement, gather_tokens
+from pipeline.models.sizes import Size
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -23,9 +24,7 @@ def test_pixel_loss_is_maes_mean_over_masked_patches(norm_pix_loss: bool) -> Non
 
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_the_decoder_follows_the_formulas(prefix: int) -> None:
-    decoder = Decoder(
-        encoder_dim=24, grid=(3, 5), patch_size=8, dim=16, depth=2, num_heads=2, prefix=prefix, pixels=True
-    )
+    decoder = Decoder(Size((24,), (1,), 2, 16, 2, 2, image_size=(24, 40), patch_size=8), prefix=prefix)
     latent, ids_keep = torch.randn(2, prefix + 4, 24), torch.rand(2, 15).argsort(1)[:, :4]
     embedded = decoder.decoder_embed(latent)
     x = decoder.mask_token.repeat(2, prefix + 15, 1)

@@ -3,9 +3,8 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from pipeline.models.patches import conv_in_cells, patchify, resample_positions, sincos_positions, unpatchify
+from pipeline.models.patches import conv_in_cells, patchify, sincos_positions, unpatchify
 
 
 def test_a_patch_is_rows_of_columns_of_channels() -> None:
@@ -39,17 +38,3 @@ def test_positions_code_the_column_first_then_the_row() -> None:
     omega = 10000 ** (-1 / 4)  # the second of four frequencies
     expected = [math.sin(column * omega), math.cos(column * omega), math.sin(row * omega), math.cos(row * omega)]
     torch.testing.assert_close(at[1::4], torch.tensor(expected))
-
-
-def test_resampling_to_the_same_grid_changes_nothing() -> None:
-    positions = torch.randn(1, 1 + 12, 8)
-    torch.testing.assert_close(resample_positions(positions, (3, 4), (3, 4), prefix=1), positions)
-
-
-def test_resampling_is_bicubic_and_keeps_the_prefix() -> None:
-    positions = torch.randn(1, 1 + 12, 8)
-    larger = resample_positions(positions, (3, 4), (6, 5), prefix=1)
-    assert torch.equal(larger[:, :1], positions[:, :1])
-    image = positions[0, 1:].T.reshape(1, 8, 3, 4)
-    expected = F.interpolate(image, (6, 5), mode="bicubic", align_corners=False).flatten(2)[0].T
-    torch.testing.assert_close(larger[0, 1:], expected)

@@ -76,7 +76,7 @@ def test_every_name_builds_at_several_sizes(name: str, image_size: int) -> None:
     assert student.grid == classifier.grid == (image_size // 16, image_size // 16)
 
 
-def test_one_width_keeps_the_ratio_of_convvits_stages_and_one_depth_is_the_last() -> None:
+def test_one_width_keeps_the_ratio_of_convvits_levels_and_one_depth_is_the_last() -> None:
     with torch.device("meta"):
         encoder = build_student("mrmae_convvit_base_patch16", objective="mae", dim=96, depth=3).encoder
     widths = [encoder.get_submodule(f"patch_embed{stage}.proj").weight.shape[0] for stage in (1, 2, 3)]
@@ -87,14 +87,14 @@ def test_one_width_keeps_the_ratio_of_convvits_stages_and_one_depth_is_the_last(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"name": "mrmae_vit_bas_patch16"}, "did you mean 'mrmae_vit_base_patch16'?"),
+        ({"name": "mrmae_vit_bas_patch16"}, "did you mean 'mrmae_vit_base_patch16'"),
         ({"name": "resnet50"}, "use one of mrmae_vit_tiny_patch16"),
         ({"image_size": 100}, "image_size=100 is no multiple of patch_size=16: the nearest that fit are 96 and 112"),
         ({"image_size": (224, 224, 3)}, "give one number, or height and width"),
         ({"patch_size": 0}, "patch_size=0: give a positive number"),
         ({"name": "mrmae_convvit_base_patch16", "patch_size": 14, "image_size": 196}, "a multiple of 4"),
         ({"name": "mrmae_convvit_base_patch16", "depth": (2, 2)}, "depth=[2, 2]: give one number or three"),
-        ({"name": "mrmae_convvit_base_patch16", "dim": (0, 8, 768)}, "every stage needs a positive width"),
+        ({"name": "mrmae_convvit_base_patch16", "dim": (0, 8, 768)}, "every level needs a positive width"),
         ({"dim": (192, 192)}, "dim=[192, 192]: give one number"),
         ({"dim": 98, "num_heads": 2}, "dim=98: 2-D sine-cosine positions need a multiple of 4"),
         ({"num_heads": 5}, "dim=192 doesn't divide into 5 heads: set num_heads to a divisor of it"),

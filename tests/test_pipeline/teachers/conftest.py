@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import huggingface_hub.constants
+import open_clip
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,17 @@ from torch import Tensor, nn
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every network of timm and open_clip with three blocks, where more of the same would prove nothing more."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **{"depth": 3, **options}))
+    configs = open_clip.factory._MODEL_CONFIGS.values()
+    for vision in (config["vision_cfg"] for config in configs):
+        if isinstance(vision.get("layers"), int):
+            monkeypatch.setitem(vision, "layers", 3)
 
 
 @pytest.fixture

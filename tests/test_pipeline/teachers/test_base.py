@@ -1,4 +1,4 @@
-"""The walk from views to tokens that all teachers share."""
+"""From views to tokens: what all teachers share."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pipeline.errors import TeacherError
-from pipeline.teachers import Teacher, build_teacher, look_together, resize_views, share_backbones
+from pipeline.teachers import Teacher, build_teacher, resize_views, run_teachers, share_backbones
 from pipeline.teachers.timm_vit import TimmBackbone
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -91,7 +91,7 @@ def test_token_choices(teacher: Callable[..., Teacher], views: Callable[..., Ten
     torch.testing.assert_close(normed(views(32)).tokens, normed.model.norm(raw))
     blocks = [trace[:, 1:] for trace in block.trace(views(32), layers=4).blocks]
     torch.testing.assert_close(teacher(tokens="block", layers=3)(views(32)).tokens, torch.stack(blocks[1:]).mean(0))
-    mean_of_normed = torch.stack([normed.model.norm(one) for one in blocks]).mean(0)
+    mean_of_normed = torch.stack([normed.model.norm(output) for output in blocks]).mean(0)
     torch.testing.assert_close(teacher(layers=4)(views(32)).tokens, mean_of_normed)
 
 
@@ -108,7 +108,7 @@ def test_attention_rows_sum_to_one(teacher: Callable[..., Teacher], views: Calla
     ("choices", "message"),
     [
         ({"tokens": "projected"}, "has no projection: choose teacher.tokens=norm or block"),
-        ({"tokens": "last"}, "teacher.tokens='last': choose norm, block or projected"),
+        ({"tokens": "last"}, "teacher.tokens='last': choose norm, block, projected"),
         ({"layers": 5}, r"teacher.layers=5: 't' has 4 blocks, choose 1..4"),
         ({"layers": 0}, "teacher.layers=0"),
     ],
@@ -144,14 +144,14 @@ def test_teachers_of_the_same_weights_share_one_forward(
     teacher: Callable[..., Teacher], views: Callable[..., Tensor]
 ) -> None:
     group = [teacher(), teacher(tokens="block", layers=3), teacher(mean=STD), teacher(dtype=torch.bfloat16)]
-    alone = [one(views(32), heads=True) for one in group]
+    alone = [member(views(32), heads=True) for member in group]
     assert share_backbones(group) == 3
     assert group[0].backbone is group[1].backbone
     assert group[0].backbone is not group[2].backbone
     forwards = []
-    for network in {id(one.backbone): one.model for one in group}.values():
+    for network in {id(member.backbone): member.model for member in group}.values():
         network.patch_embed.register_forward_hook(lambda *_: forwards.append(1))
-    together = look_together(group, views(32), heads=True)
+    together = run_teachers(group, views(32), heads=True)
     assert len(forwards) == 3
     for before, after in zip(alone, together, strict=True):
         for expected, tensor in zip(before, after, strict=True):
@@ -169,6 +169,7 @@ def test_compiled_forward_says_the_same(
     torch.testing.assert_close(compiled.attention, plain.attention)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_equal_weights_of_another_activation_are_not_shared(views: Callable[..., Tensor]) -> None:
     """QuickGELU has no parameters: the digest of the weights can't tell."""
     names = ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224")
@@ -176,6 +177,6 @@ def test_equal_weights_of_another_activation_are_not_shared(views: Callable[...,
     assert plain.weights_sha256 == quick.weights_sha256
     alone = [teacher(views(32)).tokens for teacher in (plain, quick)]
     assert share_backbones([plain, quick]) == 2
-    together = [out.tokens for out in look_together([plain, quick], views(32))]
+    together = [out.tokens for out in run_teachers([plain, quick], views(32))]
     assert not torch.equal(alone[0], alone[1])
-    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert all(torch.equal(before, after) for before, after in zip(alone, together, strict=True))

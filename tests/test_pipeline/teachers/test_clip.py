@@ -39,10 +39,8 @@ def teacher_of(visual: Any, image_size: int | None = None, **choices: Any) -> Te
     )
 
 
-@pytest.mark.parametrize(
-    ("spec", "size"),
-    [("clip_vitb16", 224), ("clip_vitb16", 160), pytest.param("clip_vitl14", 196, marks=pytest.mark.slow)],
-)
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize(("spec", "size"), [("clip_vitb16", 224), ("clip_vitb16", 160), ("clip_vitl14", 196)])
 def test_equals_open_clip_with_its_own_attention(
     spec: str, size: int, views: Callable[..., Tensor], shake: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -75,12 +73,14 @@ def test_equals_open_clip_with_its_own_attention(
     torch.testing.assert_close(output.attention, row / row.sum(-1, keepdim=True), atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("spec", ["clip_vitb16", "open_clip:ViT-B-16:openai", "open_clip:ViT-B-16-quickgelu:openai"])
 def test_openai_weights_get_quickgelu_however_they_are_named(spec: str) -> None:
     activations = {type(m) for m in build_teacher(spec, weights="random").model.modules() if "GELU" in type(m).__name__}
     assert activations == {QuickGELU}
 
 
+@pytest.mark.usefixtures("shallow")
 def test_other_weights_keep_gelu() -> None:
     model = build_teacher("open_clip:ViT-B-32:laion2b_e16", weights="random").model
     assert {type(m) for m in model.modules() if "GELU" in type(m).__name__} == {nn.GELU}
@@ -131,9 +131,10 @@ def test_attention_pooled_towers_norm_tokens_as_the_pool_does(views: Callable[..
         teacher_of(visual, tokens="projected")
 
 
+@pytest.mark.usefixtures("shallow")
 def test_towers_that_open_clip_takes_from_timm(views: Callable[..., Tensor]) -> None:
     siglip = build_teacher("open_clip:ViT-B-16-SigLIP:webli", weights="random", image_size=64)
-    assert (siglip.grid, siglip.mean, siglip.has_attention) == ((4, 4), (0.5, 0.5, 0.5), True)
+    assert (siglip.grid, siglip.backbone.mean, siglip.has_attention) == ((4, 4), (0.5, 0.5, 0.5), True)
     assert siglip(views(64)).tokens.shape == (2, 16, 768)
     eva = build_teacher("open_clip:EVA02-B-16:merged2b_s8b_b131k", weights="random", image_size=64, tokens="projected")
     assert eva(views(64)).tokens.shape == (2, 16, eva.dim) == (2, 16, 512)
@@ -163,6 +164,7 @@ def test_offline_says_what_to_fetch_and_which_key_takes_it() -> None:
     assert "\n" not in message
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_file_of_the_vision_tower_alone_is_enough(tmp_path: Path) -> None:
     teacher = build_teacher("clip_vitb16", weights="random")
     save_file(
@@ -172,6 +174,7 @@ def test_a_file_of_the_vision_tower_alone_is_enough(tmp_path: Path) -> None:
     assert again.weights_sha256 == teacher.weights_sha256
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_projection_beside_the_trunk_is_part_of_the_digest() -> None:
     name = "open_clip:ViT-B-16-SigLIP:webli"
     teachers = [build_teacher(name, weights="random", image_size=64) for _ in range(2)]
@@ -183,17 +186,19 @@ def test_a_projection_beside_the_trunk_is_part_of_the_digest() -> None:
     assert teachers[0].weights_sha256 != teachers[1].weights_sha256
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ["ViT-S-32", "ViT-S-32-alt"])
 def test_an_architecture_without_weights_of_its_own_takes_a_local_file(name: str, tmp_path: Path) -> None:
     teacher = build_teacher(f"open_clip:{name}", weights="random", image_size=64)
     save_file({f"visual.{key}": value for key, value in teacher.model.state_dict().items()}, tmp_path / "v.safetensors")
-    assert teacher.mean == open_clip.OPENAI_DATASET_MEAN
+    assert teacher.backbone.mean == open_clip.OPENAI_DATASET_MEAN
     with pytest.raises(TeacherError, match="doesn't fit"):  # these positions are of another input
         build_teacher(f"open_clip:{name}", weights=tmp_path / "v.safetensors")
     with pytest.raises(TeacherError, match=f"no weights of {name}: give open_clip:{name} and teacher.weights=FILE"):
         build_teacher(f"open_clip:{name}")
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_tower_without_its_projection_gives_all_but_projected_tokens(
     views: Callable[..., Tensor], tmp_path: Path
 ) -> None:
@@ -206,6 +211,7 @@ def test_a_tower_without_its_projection_gives_all_but_projected_tokens(
         build_teacher("open_clip:ViT-S-32", weights=tmp_path / "v.safetensors", tokens="projected")
 
 
+@pytest.mark.usefixtures("shallow")
 def test_resampled_positions_leave_the_digest_as_it_is() -> None:
     native, small = (build_teacher("open_clip:ViT-S-32", weights="random", image_size=size) for size in (None, 64))
     assert native.weights_sha256 == small.weights_sha256

@@ -9,8 +9,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pipeline.errors import TeacherError
+from pipeline.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.teachers import build_teacher
-from pipeline.teachers.mrmae import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Encoder(nn.Module):

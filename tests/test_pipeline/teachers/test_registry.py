@@ -24,6 +24,7 @@ def test_the_table_needs_no_weights() -> None:
     assert rows["dino_vitb16"].gmacs == pytest.approx(17.563, abs=1e-3)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ["dino_vits16", "dinov2_vits14"])
 def test_the_table_agrees_with_the_teacher(name: str) -> None:
     row = next(row for row in list_teachers() if row.name == name)
@@ -32,11 +33,13 @@ def test_the_table_agrees_with_the_teacher(name: str) -> None:
     assert row.gmacs == pytest.approx(teacher.gmacs)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_random_weights_are_the_same_each_time() -> None:
     digests = {build_teacher("dino_vits16", weights="random").weights_sha256 for _ in range(2)}
     assert len(digests) == 1
 
 
+@pytest.mark.usefixtures("shallow")
 def test_one_entry_adds_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TEACHERS, "mine", Entry("timm:vit_tiny_patch16_224", 64, "an example"))
     teacher = build_teacher("mine", weights="random")
@@ -44,10 +47,12 @@ def test_one_entry_adds_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mine" in {row.name for row in list_teachers()}
 
 
+@pytest.mark.usefixtures("shallow")
 def test_an_entrys_size_is_a_default() -> None:
     assert build_teacher("dinov2_vits14", weights="random", image_size=224).grid == (16, 16)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_prefixed_names_are_fit_for_files() -> None:
     assert build_teacher("timm:vit_tiny_patch16_224", weights="random").name == "vit_tiny_patch16_224"
     assert build_teacher("open_clip:ViT-B-32:laion2b_e16", weights="random").name == "ViT-B-32-laion2b_e16"
@@ -56,7 +61,7 @@ def test_prefixed_names_are_fit_for_files() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("dino_vitb", "unknown teacher 'dino_vitb': did you mean dino_vitb16"),
+        ("dino_vitb", "unknown teacher 'dino_vitb': did you mean 'dino_vitb16'"),
         ("resnet", "choose dino_vits16, .*timm:<name>"),
         ("timm:", "unknown teacher 'timm:'"),
         ("", "unknown teacher ''"),

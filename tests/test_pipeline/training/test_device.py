@@ -15,7 +15,7 @@ from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.evaluation import knn
+from pipeline.evaluation import FeatureSets, knn
 from pipeline.models import build_student
 from pipeline.steps import StepPlan
 from pipeline.training import device as device_module
@@ -87,7 +87,7 @@ def test_neighbours_are_compared_exactly_in_any_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(knn, "_nearest", spy)
     features, labels = torch.eye(4), torch.arange(4)
     with float32_products_of(run_of("cuda", "bf16")):
-        assert knn.knn_classify(features, labels, features, labels, 1)["top1"] == 1
+        assert knn.knn_classify(FeatureSets(features, labels, features, labels, 4), 1)["top1"] == 1
     assert seen == ["highest"]
 
 

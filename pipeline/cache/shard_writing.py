@@ -34,7 +34,7 @@ class ShardBuffers:
         self._free: list[ShardArrays] = []
 
     def take(self, samples: int) -> ShardArrays:
-        """Arrays for so many samples. Their content is any, also a former shard's: every row must be set."""
+        """Arrays for so many samples. They may hold a former shard's content: every row must be set."""
         while self._free:
             arrays = self._free.pop()
             if len(arrays.tokens) >= samples:
@@ -42,7 +42,7 @@ class ShardBuffers:
         return self._fresh(samples)
 
     def give_back(self, data: ShardData) -> None:
-        """Take back the arrays of a shard that nobody reads any more."""
+        """Take back the arrays of a shard that is written."""
         self._free.append(ShardArrays(data.tokens, data.scale, data.attention))
 
     def _fresh(self, samples: int) -> ShardArrays:
@@ -57,9 +57,9 @@ class ShardBuffers:
 
 
 class ShardWriting:
-    """Writes shards into the caches that lack them, in threads of its own, and commits each as soon as it is whole.
+    """Writes shards into the caches that lack them, in threads, and commits each as soon as it is whole.
 
-    A context manager: leaving it waits for the shards at work, so that none is left half-written, whatever happened.
+    A context manager. Leaving it waits for the shards under way, also after an error: none is left half-written.
 
     Args:
         writers: one a cache, all over the same samples.
@@ -72,7 +72,7 @@ class ShardWriting:
         self._running: list[Future[None]] = []
 
     def submit(self, shard: int, contents: Sequence[ShardData]) -> None:
-        """Start writing one shard, one content a cache; waits while `SHARDS` others are at work.
+        """Start writing one shard, one content a cache; waits while `SHARDS` others are under way.
 
         Raises:
             CacheError: another shard could not be written, or this one, as `CacheWriter.write_shard` says.
@@ -83,7 +83,7 @@ class ShardWriting:
         self._running.append(self._threads.submit(self._write, shard, contents))
 
     def check(self) -> None:
-        """Raise what writing has met so far; waits for nothing."""
+        """Raise the errors of shards that are finished by now; it does not wait."""
         for future in [future for future in self._running if future.done()]:
             self._running.remove(future)
             future.result()

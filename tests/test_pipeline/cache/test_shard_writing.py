@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.cache import CacheWriter, ShardBuffers, ShardData, ShardWriting, create_cache, open_cache, open_writer
 from pipeline.errors import CacheError
-from tests.test_pipeline.cache.samples import KINDS, make_cache, make_header, make_shard
+from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, make_shard
 
 SAMPLES = 38  # 4 a shard, the last shard shorter
 LOST = {5: "damaged", 13: "damaged", 37: "damaged"}
@@ -36,7 +36,7 @@ def content(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORES)
 def test_used_memory_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     header = header_of(kind, attention="heads", heads=2)
     expected = content(make_cache(tmp_path / "expected", header, LOST))

@@ -1,0 +1,54 @@
+"""Caches of random tensors, to measure reading and writing without a teacher."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache import (
+    CacheHeader,
+    DatasetSection,
+    Quantiser,
+    ShardData,
+    ViewSection,
+    create_cache,
+    open_writer,
+)
+
+
+def random_header(store: str, samples: int, samples_per_shard: int, grid: int, dim: int) -> CacheHeader:
+    """One view of each sample, int8 tokens of a square grid, with attention."""
+    return CacheHeader.model_validate(
+        {
+            "store": store,
+            "dataset": DatasetSection(source="random", kind="random", count=samples, digest="none"),
+            "teacher": {"name": "random", "grid": [grid, grid], "dim": dim},
+            "preprocessing": {},
+            "views": ViewSection(count=1, seed=0, image_size=16 * grid),
+            "quantiser": Quantiser("int8", np.zeros(dim, np.float32), np.ones(dim, np.float32)).to_json(),
+            "samples_per_shard": samples_per_shard,
+        }
+    )
+
+
+def random_shard(header: CacheHeader, shard: int, image_bytes: int) -> ShardData:
+    """A shard's content; for the webdataset store with images of random bytes."""
+    random = np.random.default_rng(shard)
+    n, L = len(header.shard_range(shard)), header.tokens
+    images: list[list[bytes] | None] = [[random.bytes(image_bytes)] for _ in range(n)]
+    return ShardData(
+        tokens=random.integers(-127, 128, (n, 1, L, header.dim), np.int8),
+        scale=random.uniform(0.01, 0.1, (n, 1, L)).astype(np.float16),
+        attention=np.full((n, 1, L), 1 / L, np.float16),
+        box=np.ones((n, 1, 4), np.int32),
+        hflip=np.zeros((n, 1), np.uint8),
+        source_hash=random.integers(2**63, size=n).astype(np.uint64),
+        keys=[f"n{shard:08d}/n{shard:08d}_{row}.JPEG" for row in range(n)],
+        images=images if header.store == "webdataset" else None,
+    )
+
+
+def write_random_cache(path: Path, header: CacheHeader, image_bytes: int) -> None:
+    create_cache(path, header)
+    writer = open_writer(path)
+    for shard in range(header.shards):
+        writer.write_shard(shard, random_shard(header, shard, image_bytes))

@@ -1,0 +1,13 @@
+"""The stores by the name that a header gives them."""
+
+from pathlib import Path
+
+from pipeline.cache.format.header import CacheHeader
+from pipeline.cache.format.records import Store
+from pipeline.cache.tar.store import WebdatasetStore
+from pipeline.cache.zarr.store import ZarrStore
+
+
+def store_of(path: Path, header: CacheHeader) -> Store:
+    """The store of the cache at `path`."""
+    return ZarrStore(path, header) if header.store == "zarr" else WebdatasetStore(path, header)
