@@ -67,8 +67,8 @@ def test_equal_to_tarfile(tmp_path: Path, members: list, format: int, end: str) 
         for number, (name, size, kind, link, records, mtime) in enumerate(members):
             info = tarfile.TarInfo(name)
             info.type, info.linkname, info.mtime = kind, link, mtime
-            if kind == tarfile.AREGTYPE and len(name) > 40:
-                info.type = tarfile.REGTYPE  # tarfile takes a name that is cut off behind a slash for a folder's
+            if kind == tarfile.AREGTYPE and (name.endswith("/") or len(name) > 40):
+                info.type = tarfile.REGTYPE  # a folder's for tarfile, behind a slash: also where a long name is cut off
             info.size = size if kind in (*KINDS[:3], b"V") else 0
             info.pax_headers = {keyword: value for keyword, value in records.items() if "\udce9" not in value}
             try:

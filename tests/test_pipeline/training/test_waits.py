@@ -82,8 +82,7 @@ def waits(
 @pytest.mark.parametrize("lane", ["mae", "cached", "live"])
 def test_pretraining(tmp_path: Path, name: str, lane: str) -> None:
     mimic: dict[str, Any] = {"objective": "mae"} if lane == "mae" else {"teachers": {"t": 64}}
-    sizes = {"image_size": 64} if "convvit" in name else SIZES
-    student = build_student(name, **sizes, **DECODER, **mimic)
+    student = build_student(name, **SIZES, **DECODER, **mimic)
     teacher = build_teacher(**TEACHER) if lane == "live" else None
     assert teacher is None or teacher.weights_sha256  # asked of its data while there is some
     with fake_cuda() as waited:
