@@ -122,6 +122,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     training = Run(config, identity, may_change=("samples",))
     if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
         log.info("checked %s", knowledge.check(config.seed, config.check_records))
+    _give_statistics(config, knowledge, student, goes_on=training.resumed is not None)
     plan = plan_steps(config, len(knowledge.samples), per_image=config.mask.masks_per_sample)
     dataset = knowledge.dataset(masks, student.target_rows)
     order = EpochOrder(knowledge.samples, config.seed, config.order.kind, knowledge.block, config.order.window)
@@ -198,10 +199,20 @@ def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
                 f"student's is {student.grid[0]}x{student.grid[1]}: choose student.image_size and patch_size, or the "
                 "teacher's image_size, so that they agree"
             )
-    if config.mimic.objective != "mae":
-        for name, (mean, std) in knowledge.statistics(config.mimic.target_norm, config.data.workers).items():
-            student.set_channel_stats(name, torch.from_numpy(mean), torch.from_numpy(std))
     return student
+
+
+def _give_statistics(config: PretrainConfig, knowledge: Knowledge, student: Student, goes_on: bool) -> None:
+    """The statistics that the target norm asks for; those of PHI-S are in the checkpoint of a run that goes on."""
+    target_norm, workers = config.mimic.target_norm, config.data.workers
+    if config.mimic.objective == "mae":
+        return
+    if target_norm != "phi_s":
+        for name, (mean, std) in knowledge.statistics(target_norm, workers).items():
+            student.set_channel_stats(name, torch.from_numpy(mean), torch.from_numpy(std))
+    elif not goes_on:
+        for name, moments in knowledge.covariances(workers).items():
+            student.set_covariance(name, *moments)
 
 
 def _start_from(config: PretrainConfig, student: Student) -> str | None:

@@ -5,7 +5,8 @@ read, and how a batch on the device gets its targets. Views and masks are the sa
 both, so a live teacher and its cache show a student the same thing.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from pipeline.data.readable import check_readable
 from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
 from pipeline.models.masking import complement, gather_tokens
+from pipeline.models.phi_s import mean_and_covariance
 from pipeline.teachers import Teacher, run_teachers, share_backbones
 
 # A batch on the device → (ids_keep int64 [B, K], teacher → raw tokens float32 [B, R, D])
 Targets = Callable[[PretrainBatch], tuple[Tensor, dict[str, Tensor]]]
 Statistics = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # teacher → mean and deviation [D]
+Covariances = dict[str, tuple[Tensor, Tensor]]  # teacher → mean [D] and covariance [D, D], float64
 
 _CALIBRATION = 256  # images that tell a live teacher's channel statistics, as in extraction
+_TOKENS_PER_CHANNEL = 20  # that a covariance is measured on, at least
 _BLOCK = 1024  # samples that an order of blocks takes together where there are no shards
 
 
@@ -81,6 +85,20 @@ class CachedKnowledge:
         """The channel statistics that the caches were quantised by."""
         quantisers = {name: cache.header.quantiser for name, cache in self.caches.items()}
         return {name: (q.mean, q.std) for name, q in quantisers.items() if q.name == "int8"}
+
+    def covariances(self, _workers: int) -> Covariances:
+        """Mean and covariance of the tokens in a fixed choice of each cache's records."""
+        return {name: mean_and_covariance(self._spread_tokens(cache)) for name, cache in self.caches.items()}
+
+    def _spread_tokens(self, cache: CacheReader) -> Iterator[Tensor]:
+        """Tokens [L, D] of records spread evenly over the samples: of view 0, and of others where it has too few."""
+        h, w = cache.header.grid
+        wanted, samples = _images_for(cache.header.dim, h * w), self.samples
+        count = min(wanted, len(samples))
+        chosen = samples[np.arange(count) * len(samples) // count]
+        for view in range(min(cache.header.views, math.ceil(wanted / len(samples)))):
+            for index in chosen.tolist():
+                yield torch.from_numpy(cache.read(index, view, dequantise=True).tokens)
 
     def check(self, seed: int, count: int) -> str:
         """See `check_records`."""
@@ -148,9 +166,19 @@ class LiveKnowledge:
         """The channel statistics of the first images' tokens, where `target_norm` asks for them."""
         if not self.teachers or target_norm == "layernorm":
             return {}
-        extractor = Extractor(self.source, self.views, list(self.teachers.values()), 64, workers, store="zarr")
-        quantisers = extractor.calibrate("int8", _CALIBRATION)
+        quantisers = self._extractor(workers).calibrate("int8", _CALIBRATION)
         return {name: (q.mean, q.std) for name, q in zip(self.teachers, quantisers, strict=True)}
+
+    def covariances(self, workers: int) -> Covariances:
+        """Mean and covariance of the tokens of the first views of some images, spread evenly over all."""
+        if not self.teachers:
+            return {}
+        images = max(_images_for(teacher.dim, math.prod(teacher.grid)) for teacher in self.teachers.values())
+        tokens = self._extractor(workers).sample_tokens(images)
+        return {name: mean_and_covariance(batches) for name, batches in zip(self.teachers, tokens, strict=True)}
+
+    def _extractor(self, workers: int) -> Extractor:
+        return Extractor(self.source, self.views, list(self.teachers.values()), 64, workers, store="zarr")
 
     def dataset(self, masks: MaskSampler, rows: str) -> PretrainDataset:
         return PretrainDataset(self.source, {}, self.views, masks, rows, online=bool(self.teachers))
@@ -218,6 +246,11 @@ def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | No
     source = open_images(path, limit)
     check_readable(source)  # a cache knows which images can't be read, and leaves them out
     return LiveKnowledge(dict(teachers), source, views)
+
+
+def _images_for(dim: int, tokens: int) -> int:
+    """How many images of so many tokens tell a covariance of `dim` channels."""
+    return max(_CALIBRATION, math.ceil(_TOKENS_PER_CHANNEL * dim / tokens))
 
 
 def _no_images() -> ConfigError:

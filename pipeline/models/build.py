@@ -44,7 +44,7 @@ def build_student(
         teacher_weights: teacher -> positive weight, 1 unless given; only their ratios count.
         fusion: "fused" | "each" | "last": how encoder blocks mimic (objective "mr_mae" alone).
         fusion_blocks: 0-based transformer blocks for "fused" and "each"; four evenly spaced ones unless given.
-        target_norm: "layernorm" | "channel" | "none".
+        target_norm: "layernorm" | "channel" | "phi_s" | "none".
         mimic_loss: "smooth_l1" | "mse" | "cosine".
         mimic_head: "linear" | "mlp".
         mimic_weight, pixel_weight: of the two losses, 0 or more.

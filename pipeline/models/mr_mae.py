@@ -99,6 +99,14 @@ class Student(nn.Module):
         """
         self._mimic(teacher).set_stats(mean, std)
 
+    def set_covariance(self, teacher: str, mean: Tensor, covariance: Tensor) -> None:
+        """Give the mean [width] and covariance [width, width] of a teacher's tokens, which target_norm "phi_s" needs.
+
+        Raises:
+            ConfigError: as `set_channel_stats`; also a width that PHI-S has no rotation for.
+        """
+        self._mimic(teacher).set_covariance(mean, covariance)
+
     def forward(
         self, images: Tensor, ids_keep: Tensor, targets: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from pipeline.models import OBJECTIVES, Student
 from pipeline.models.mae import pixel_loss
 from pipeline.models.masking import complement, gather_tokens, visible_map
 from pipeline.models.patches import patchify
+from pipeline.models.phi_s import mean_and_covariance
 
 Build = Callable[..., Student]
 Draw = Callable[..., Any]
@@ -150,10 +151,13 @@ def test_dropping_teachers_keeps_one_for_each_sample_in_proportion(micro: Build,
     torch.testing.assert_close(student.eval()._shares(torch.zeros(2, 3)), torch.tensor([[0.5, 0.25, 0.25]]))
 
 
-@pytest.mark.parametrize(("target_norm", "apart"), [("none", True), ("none", False), ("layernorm", False)])
+@pytest.mark.parametrize(
+    ("target_norm", "apart"), [("none", True), ("none", False), ("layernorm", False), ("phi_s", False)]
+)
 def test_no_teachers_scale_wins_once_standardised(micro: Build, batch: Draw, target_norm: str, apart: bool) -> None:
     """Norms of each teacher's gradient at the encoder: within 2× when standardised, far apart by the naive way."""
     scales = {"small": 0.05, "large": 100.0}
+    spread = torch.logspace(-1, 1, 64)  # deviations of channels, a hundred times apart as those of real tokens
     student = micro(
         "vit",
         teachers={"small": 64, "large": 64},
@@ -162,9 +166,12 @@ def test_no_teachers_scale_wins_once_standardised(micro: Build, batch: Draw, tar
         mimic_loss="mse",
     )
     images, ids_keep, targets = batch(student, size=16)
-    targets = {teacher: scale * targets[teacher] for teacher, scale in scales.items()}
+    targets = {teacher: scale * spread * targets[teacher] for teacher, scale in scales.items()}
     for teacher, target in targets.items():
-        student.set_channel_stats(teacher, target.mean((0, 1)), target.std((0, 1)))
+        if target_norm == "phi_s":
+            student.set_covariance(teacher, *mean_and_covariance(target))
+        else:
+            student.set_channel_stats(teacher, target.mean((0, 1)), target.std((0, 1)))
     norms = {}
     for teacher in scales:
         student.zero_grad()
