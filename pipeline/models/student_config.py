@@ -4,7 +4,7 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.models.mimic import MIMIC_WEIGHT, Fusion, MimicHead, MimicLoss, TargetNorm
-from pipeline.models.mr_mae import ObjectiveName
+from pipeline.models.mr_mae import DropTeachers, ObjectiveName
 
 
 class StudentConfig(Config):
@@ -36,4 +36,4 @@ class MimicConfig(Config):
     pixel_weight: float = Field(1.0, ge=0)
     teacher_weights: dict[str, float] | None = None  # by teacher name; default 1 each
     standardise_teachers: bool = True  # False: the naive joining that the paper found worse
-    drop_teachers: bool = False  # train each sample on one teacher, sampled at random
+    drop_teachers: DropTeachers = False  # true: one teacher a sample, at random; loss: the worst, and half the others
