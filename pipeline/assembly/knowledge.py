@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.assembly.caches import check_records, live_samples, match_images, open_caches, views_of
 from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.resizing import Grid, resize_attention, resize_tokens
 from pipeline.assembly.samples import PretrainBatch, PretrainDataset
 from pipeline.cache import CacheReader
 from pipeline.data.images import ImageSource, open_images
@@ -59,7 +60,7 @@ class CachedKnowledge:
         return {name: cache.header.dim for name, cache in self.caches.items()}
 
     @property
-    def grids(self) -> dict[str, tuple[int, int]]:
+    def grids(self) -> dict[str, Grid]:
         """(h, w) cells of each teacher's tokens."""
         return {name: cache.header.grid for name, cache in self.caches.items()}
 
@@ -104,16 +105,21 @@ class CachedKnowledge:
         """See `check_records`."""
         return check_records(self.caches, self.source, self.samples, seed, count)
 
-    def dataset(self, masks: MaskSampler, rows: str) -> PretrainDataset:
-        return PretrainDataset(self.source, self.caches, self.views, masks, rows)
+    def dataset(self, masks: MaskSampler, rows: str, grid: Grid | None = None) -> PretrainDataset:
+        """Samples for a student with this grid; None stands for the caches' own."""
+        return PretrainDataset(self.source, self.caches, self.views, masks, rows, grid=grid)
 
-    def targets(self, _dataset: PretrainDataset) -> Targets:
-        """The rows that the workers read, dequantised on the device."""
+    def targets(self, dataset: PretrainDataset) -> Targets:
+        """The rows that the workers read, dequantised on the device; teachers on another grid are resized first."""
         dequantise = {name: cache.header.quantiser.dequantise for name, cache in self.caches.items()}
 
         def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
             assert batch.ids_keep is not None
-            return batch.ids_keep, {name: dequantise[name](*stored) for name, stored in batch.targets.items()}
+            tokens = {name: dequantise[name](*stored) for name, stored in batch.targets.items()}
+            maps = {name: tokens[name] for name in dataset.resized & tokens.keys()}
+            if maps:
+                tokens |= _rows_of_maps(maps, self.grids, dataset, batch.ids_keep)
+            return batch.ids_keep, tokens
 
         return targets
 
@@ -142,7 +148,7 @@ class LiveKnowledge:
         return {name: teacher.dim for name, teacher in self.teachers.items()}
 
     @property
-    def grids(self) -> dict[str, tuple[int, int]]:
+    def grids(self) -> dict[str, Grid]:
         """(h, w) cells of each teacher's tokens."""
         return {name: teacher.grid for name, teacher in self.teachers.items()}
 
@@ -180,16 +186,14 @@ class LiveKnowledge:
     def _extractor(self, workers: int) -> Extractor:
         return Extractor(self.source, self.views, list(self.teachers.values()), 64, workers, store="zarr")
 
-    def dataset(self, masks: MaskSampler, rows: str) -> PretrainDataset:
-        return PretrainDataset(self.source, {}, self.views, masks, rows, online=bool(self.teachers))
+    def dataset(self, masks: MaskSampler, rows: str, grid: Grid | None = None) -> PretrainDataset:
+        """Samples for a student with this grid; None stands for the teachers' own."""
+        return PretrainDataset(self.source, {}, self.views, masks, rows, online=bool(self.teachers), grid=grid)
 
     def targets(self, dataset: PretrainDataset) -> Targets:
         """What the teachers say of a batch's views; each distinct view is shown to them once."""
-        teachers, repeats, rows = list(self.teachers.values()), dataset.masks.count, dataset.rows
+        teachers, repeats = list(self.teachers.values()), dataset.masks.count
         share_backbones(teachers)
-
-        def of_each_mask(values: Tensor) -> Tensor:
-            return values.repeat_interleave(repeats, 0) if repeats > 1 else values
 
         @torch.no_grad()
         def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -198,12 +202,13 @@ class LiveKnowledge:
             if ids_keep is None:
                 attention = outputs[0].attention
                 assert attention is not None
-                ids_keep = select_visible(of_each_mask(attention), batch.gumbel, dataset.masks.keep)
-            if not outputs or rows == "none":
+                grid = teachers[0].grid
+                attention = resize_attention(attention, grid, dataset.grid or grid)
+                ids_keep = select_visible(_repeat(attention, repeats), batch.gumbel, dataset.masks.keep)
+            if not outputs or dataset.rows == "none":
                 return ids_keep, {}
-            ids = ids_keep if rows == "visible" else complement(ids_keep, outputs[0].tokens.shape[1])
-            tokens = {name: of_each_mask(output.tokens) for name, output in zip(self.teachers, outputs, strict=True)}
-            return ids_keep, {name: gather_tokens(values, ids) for name, values in tokens.items()}
+            tokens = {name: output.tokens for name, output in zip(self.teachers, outputs, strict=True)}
+            return ids_keep, _rows_of_maps(tokens, self.grids, dataset, ids_keep)
 
         return targets
 
@@ -246,6 +251,20 @@ def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | No
     source = open_images(path, limit)
     check_readable(source)  # a cache knows which images can't be read, and leaves them out
     return LiveKnowledge(dict(teachers), source, views)
+
+
+def _rows_of_maps(
+    tokens: Mapping[str, Tensor], grids: Mapping[str, Grid], dataset: PretrainDataset, ids_keep: Tensor
+) -> dict[str, Tensor]:
+    """The rows [B, R, D] that the objective asks for, of teachers' whole maps [B / masks, L, D] on their own grids."""
+    ids = ids_keep if dataset.rows == "visible" else complement(ids_keep, dataset.masks.patches)
+    maps = {name: resize_tokens(values, grids[name], dataset.grid or grids[name]) for name, values in tokens.items()}
+    return {name: gather_tokens(_repeat(values, dataset.masks.count), ids) for name, values in maps.items()}
+
+
+def _repeat(values: Tensor, masks: int) -> Tensor:
+    """Each row [B / masks, ...] once for each mask of its sample: [B, ...]."""
+    return values.repeat_interleave(masks, 0) if masks > 1 else values
 
 
 def _images_for(dim: int, tokens: int) -> int:

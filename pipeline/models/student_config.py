@@ -1,5 +1,7 @@
 """The student's part of a config."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from pipeline.config import Config
@@ -30,6 +32,7 @@ class MimicConfig(Config):
     fusion: Fusion = "fused"  # which blocks the mimic loss reaches, and how
     fusion_blocks: list[int] | None = None  # default: four, evenly spread
     target_norm: TargetNorm = "layernorm"
+    resize_targets: Literal["bilinear"] | None = None  # teachers on another grid than the student's; null: refuse them
     mimic_loss: MimicLoss = "smooth_l1"
     mimic_head: MimicHead = "linear"
     mimic_weight: float = Field(MIMIC_WEIGHT, ge=0)
