@@ -11,6 +11,7 @@ from pipeline.assembly import knowledge
 from pipeline.assembly.teachers import load_teacher
 from pipeline.data.masks import MaskSampler
 from pipeline.data.views import ViewConfig
+from pipeline.models import load_model
 from pipeline.teachers.teacher_config import TeacherConfig
 from stages import pretrain
 from tests.test_stages.conftest import MICRO, TEACHER, pretrain_config
@@ -58,6 +59,8 @@ def test_phi_s_is_measured_on_this_runs_targets_whatever_it_starts_from(
     rotation = {name: weights(tmp_path / name)["mimic.t.rotation"] for name in ("first", "second", "started")}
     assert torch.equal(rotation["started"], rotation["second"])
     assert not torch.allclose(rotation["started"], rotation["first"])
+    student = load_model(tmp_path / "started/checkpoints/step-00000001")
+    assert torch.equal(student.state_dict()["mimic.t.rotation"], rotation["started"])
 
 
 def test_covariances_are_of_the_same_tokens_cached_and_live(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:
