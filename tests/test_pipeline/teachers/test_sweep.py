@@ -16,12 +16,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import TeacherError
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.timm_vit import TimmBackbone, final_norm
+
+# timm resizes tables of relative positions with calls that torch has advice about.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.searchsorted"),
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence"),
+]
 
 # 64 channels a head: what the frequency sections of multimodal rotary positions add up to.
 NARROW = {"depth": 2, "embed_dim": 128, "num_heads": 2}
@@ -61,20 +66,17 @@ class Sweep:
         if fault:
             self.faults.append(f"{spec}: {fault}")
 
-    def done(self) -> None:
-        print(dict(self.counts))
-        assert not self.faults, "\n".join(self.faults)
-
 
 def caught_maps(run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
     """What `run` returns, and the softmax map [B,H,Q,N] of every attention in it, in double precision."""
     maps: list[Tensor] = []
     original = F.scaled_dot_product_attention
 
-    def catch(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        logits = q.double() @ k.double().mT * options.get("scale", q.shape[-1] ** -0.5)
+    def catch(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
+        assert options.get("scale") is None
+        logits = q.double() @ k.double().mT / q.shape[-1] ** 0.5
         maps.append((logits if attn_mask is None else logits + attn_mask).softmax(-1))
-        return original(q, k, v, attn_mask=attn_mask, **options)
+        return original(q, k, v, attn_mask, *args, **options)
 
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -169,6 +171,29 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setitem(vision, key, value)
 
 
+def structure_of(model: Any) -> tuple[Any, ...]:
+    """What networks must have in common for a comparison of one to hold for all: layers, tensors and switches."""
+    last = model.blocks[-1] if hasattr(model, "blocks") else model
+    attn = getattr(last, "attn", None)
+    switches = ("rotate_half", "num_kv_groups", "qkv_bias_separate", "dynamic_img_size", "rope_mixed", "no_embed_class")
+    return (
+        frozenset(type(module) for module in model.modules()),
+        frozenset(name for name, _ in last.named_parameters()),
+        frozenset(name for name, _ in model.named_parameters() if "blocks." not in name),
+        tuple(getattr(owner, switch, None) for owner in (model, attn) for switch in switches),
+        getattr(model, "num_prefix_tokens", 0) > 1,
+    )
+
+
+def one_of_each(names: list[str], build: Callable[[str], Any]) -> list[str]:
+    """The first name of each structure; built on the meta device, which takes no memory and little time."""
+    chosen: dict[tuple[Any, ...], str] = {}
+    for name in names:
+        with torch.device("meta"):
+            chosen.setdefault(structure_of(build(name)), name)
+    return list(chosen.values())
+
+
 def small_timm(name: str) -> Teacher:
     """A teacher of timm with a grid of few patches."""
     return build_teacher(f"timm:{name}", weights="random", image_size=GRID * patch_of(name))
@@ -186,3 +211,41 @@ def small_open_clip(architecture: str) -> Teacher:
 def patch_of(name: str) -> int:
     stated = re.search(r"patch(\d+)", name)
     return int(stated[1]) if stated else 16
+
+
+def vits_of_timm() -> list[str]:
+    return [name for module in MODULES for name in timm.list_models(module=module)]
+
+
+def sweep(names: list[str], build: Callable[[str], Teacher], shake: Callable[..., Any]) -> None:
+    swept = Sweep()
+    for name in names:
+        swept.show(name, lambda name=name: build(name), shake)
+    print(dict(swept.counts))
+    assert not swept.faults, "\n".join(swept.faults)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_one_network_of_each_structure_in_timm(shake: Callable[..., Any]) -> None:
+    sweep(one_of_each(vits_of_timm(), lambda name: timm.create_model(name, num_classes=0)), small_timm, shake)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_one_network_of_each_kind_in_open_clip(shake: Callable[..., Any]) -> None:
+    """One for each set of options. Its towers of timm are in the other sweep."""
+    kinds: dict[frozenset[str], str] = {}
+    for name in open_clip.list_models():
+        kinds.setdefault(frozenset(open_clip.get_model_config(name)["vision_cfg"]), name)
+    sweep(list(kinds.values()), small_open_clip, shake)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
+def test_every_network_of_timm(shake: Callable[..., Any]) -> None:
+    sweep(timm.list_models(), small_timm, shake)
+
+
+@pytest.mark.slow  # builds towers of full width where a convolutional stem decides it
+@pytest.mark.usefixtures("narrow")
+def test_every_network_of_open_clip(shake: Callable[..., Any]) -> None:
+    sweep(open_clip.list_models(), small_open_clip, shake)
