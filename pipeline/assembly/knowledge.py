@@ -60,9 +60,9 @@ class CachedKnowledge:
         return {name: cache.header.grid for name, cache in self.caches.items()}
 
     @property
-    def has_attention(self) -> bool:
-        """Whether the first teacher has something to focus by."""
-        return self._first.header.attention != "none"
+    def attended(self) -> str | None:
+        """The first teacher with attention to focus by."""
+        return next((name for name, cache in self.caches.items() if cache.header.attention != "none"), None)
 
     @property
     def block(self) -> int:
@@ -105,7 +105,7 @@ class LiveKnowledge:
     """Teachers that look at every batch, which is what a cache saves; without any, plain MAE.
 
     Attributes:
-        teachers: name → teacher; those of equal weights share one forward. The first one's attention is the focus.
+        teachers: name → teacher; those of equal weights share one forward.
     """
 
     teachers: dict[str, Teacher]
@@ -129,9 +129,9 @@ class LiveKnowledge:
         return {name: teacher.grid for name, teacher in self.teachers.items()}
 
     @property
-    def has_attention(self) -> bool:
-        """Whether the first teacher has something to focus by."""
-        return any(teacher.has_attention for teacher in list(self.teachers.values())[:1])
+    def attended(self) -> str | None:
+        """The first teacher with attention to focus by."""
+        return next((name for name, teacher in self.teachers.items() if teacher.has_attention), None)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it goes on from."""
@@ -168,8 +168,7 @@ class LiveKnowledge:
             outputs = run_teachers(teachers, batch.images[::repeats]) if teachers else []
             ids_keep = batch.ids_keep
             if ids_keep is None:
-                attention = outputs[0].attention
-                assert attention is not None
+                attention = next(output.attention for output in outputs if output.attention is not None)
                 ids_keep = select_visible(of_each_mask(attention), batch.gumbel, dataset.masks.keep)
             if not outputs or rows == "none":
                 return ids_keep, {}

@@ -62,7 +62,7 @@ class PretrainDataset:
         source: the images; None when the first cache stores the rendered views itself.
         caches: teacher → reader, all over the same samples and views.
         views: how to draw views without a cache.
-        masks: by the first cache's attention.
+        masks: by the attention of the first cache that has one.
         rows: which target rows the objective asks for: "visible", "masked" or "none".
         online: a live teacher on the device will say what to focus by; masks that need that are left to it.
     """
@@ -164,8 +164,8 @@ def _view_of(record: Record) -> View:
 
 
 def _attention_of(records: list[Record]) -> NDArray[Any] | None:
-    """The first record's attention [L]; None where there is no record, or none in it."""
-    attention: NDArray[Any] | None = records[0].attention if records else None
+    """The attention [L] of the first record that has one; None where none has."""
+    attention: NDArray[Any] | None = next((r.attention for r in records if r.attention is not None), None)
     if attention is not None and attention.ndim == 2:  # a row for each head
         attention = attention.astype(np.float32).mean(0)
     return attention

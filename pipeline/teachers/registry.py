@@ -1,12 +1,14 @@
 """Every teacher by name. A new one is one entry of `TEACHERS`; anything else goes by a prefix. See docs/teachers.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import PipelineError, TeacherError, suggest
 from pipeline.teachers.clip import build_open_clip
@@ -91,6 +93,11 @@ TEACHERS: dict[str, Entry] = {
     "c_radio_v4_so400m16": Entry("timm:vit_so400m_patch16_radio_v4.c_radio", 224, *RADIO_V4),
     "c_radio_v4_vith16": Entry("timm:vit_huge_patch16_radio_v4.c_radio", 224, *RADIO_V4),
 }
+# What a model without a row to focus by means for a run; said before a cache is made.
+NO_ATTENTION = (
+    "it has no attention to focus by, and its cache will hold none; pre-train with mask.focus=random, or together with "
+    "the cache of a teacher that has attention (caches.NAME.path=...)"
+)
 PREFIXES = ("timm:<name>", "open_clip:<arch>:<tag>", "mrmae:<checkpoint>")
 
 
@@ -144,12 +151,30 @@ def build_teacher(
         return Teacher(backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, **options)
 
     if module is None and not spec.startswith("mrmae:"):
-        with torch.device("meta"):
+        with _meta_device():
             _dry_run(name, lambda: build("random"))
     teacher = build(source, dtype=dtype, compile=compile)
     if module is not None:
         _dry_run(name, lambda: teacher)
     return teacher.to(device)
+
+
+class _SkipDraws(TorchFunctionMode):
+    """On the meta device initial values change nothing, and drawing them takes most of a build's time: skip it."""
+
+    DRAWS = frozenset({"uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.DRAWS and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _meta_device() -> Iterator[None]:
+    """Networks built here have shapes and no values."""
+    with torch.device("meta"), _SkipDraws():
+        yield
 
 
 def _dry_run(name: str, build: Callable[[], Teacher]) -> None:
@@ -181,7 +206,7 @@ def _dry_run(name: str, build: Callable[[], Teacher]) -> None:
 
 
 def list_teachers() -> list[TeacherRow]:
-    """What each named teacher costs. Takes a second for ten of them."""
+    """What each named teacher costs. Takes a few seconds."""
     return [describe_teacher(name) for name in TEACHERS]
 
 
@@ -191,7 +216,7 @@ def describe_teacher(spec: str) -> TeacherRow:
     Raises:
         TeacherError: as `build_teacher`, but for weights.
     """
-    with torch.device("meta"):
+    with _meta_device():
         backbone, _ = _build_backbone(spec, "random", None, None)
     length = backbone.grid[0] * backbone.grid[1]
     return TeacherRow(
@@ -223,7 +248,7 @@ def _build_backbone(
         if weights is not None:
             raise TeacherError(f"teacher '{spec}' has its weights in its checkpoint: leave teacher.weights out")
         return build_mrmae(name, module, image_size)
-    hint = suggest(spec, TEACHERS, f"choose {', '.join(TEACHERS)}, or {', '.join(PREFIXES)}")
+    hint = suggest(spec, TEACHERS, f"choose one that `mrmae teachers` lists, or {', '.join(PREFIXES)}")
     raise TeacherError(f"unknown teacher '{spec}': {hint}")
 
 
