@@ -221,8 +221,8 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
     if focus != "random":
         if knowledge.attended is None:
             raise ConfigError(
-                f"{' and '.join(knowledge.dims)}: no attention to focus by; set mask.focus=random, or add the cache of a "
-                "teacher that has attention (caches.NAME.path=...)"
+                f"{' and '.join(knowledge.dims)}: no attention to focus by; set mask.focus=random, or add the cache "
+                "of a teacher that has attention (caches.NAME.path=...)"
             )
         if len(knowledge.dims) > 1 and processes().is_main_process:
             log.info("masks are drawn by the attention of %s", knowledge.attended)

@@ -119,7 +119,7 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _softmax_rows(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """[B,H,Q,d], [B,H,N,d], bias [H,Q,N] → [B,H,Q,N] fp32; autocast would run this product in bf16, so it is switched off."""
+    """[B,H,Q,d], [B,H,N,d], bias [H,Q,N] → [B,H,Q,N] fp32; bf16, as autocast would have it, is too coarse."""
     # The meta device, on which a network is traced before its weights are fetched, knows no autocast.
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
         logits = query.float() * scale @ key.float().transpose(-2, -1)

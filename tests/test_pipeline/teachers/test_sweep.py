@@ -3,9 +3,10 @@
 Each one becomes a teacher or is refused in one TeacherError line. A teacher's tokens equal the library's, and its
 attention equals the softmax that the library itself computes. So a class that an update renames or adds is noticed.
 
-The fast tests take one network of each structure, the slow ones take all. They print their counts with `-s`.
+The fast tests take one network of each structure, the slow ones take all. `--log-cli-level=info` shows their counts.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from torch import Tensor
 from pipeline.errors import TeacherError
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.timm_vit import TimmBackbone, final_norm
+
+log = logging.getLogger(__name__)
 
 # timm resizes tables of relative positions with calls that torch has advice about.
 pytestmark = [
@@ -221,7 +224,7 @@ def sweep(names: list[str], build: Callable[[str], Teacher], shake: Callable[...
     swept = Sweep()
     for name in names:
         swept.show(name, lambda name=name: build(name), shake)
-    print(dict(swept.counts))
+    log.info("%s", dict(swept.counts))
     assert not swept.faults, "\n".join(swept.faults)
 
 
