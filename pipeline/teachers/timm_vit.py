@@ -260,6 +260,7 @@ KNOWN_ROWS: dict[tuple[type, type], Row] = {
     (EvaBlock, EvaAttention): _rotary_row,  # EVA-02, DINOv3
     (EvaBlock, AttentionRope): _rotary_row,  # PE, Naver's rotary ViTs, Sapiens2
     (EvaBlockPostNorm, EvaAttention): _rotary_row,  # EVA02-E
+    (EvaBlockPostNorm, AttentionRope): _rotary_row,
     (beit.Block, beit.Attention): _beit_row,
     (RelPosBlock, RelPosAttention): _relative_row,
 }

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import cache as benchmark_cache
 from pipeline.cache import budget, create_cache, open_writer
 from pipeline.cache.budget import estimate_bytes, readable, require_room
-from pipeline.errors import CacheDamage, CacheError, ConfigError
+from pipeline.errors import CacheDamage, CacheError, TeacherError
 from stages import cache_info, plan
 from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, make_shard
 
