@@ -14,6 +14,7 @@ command again after a stop: finished shards are kept. Under torchrun or accelera
 of the shards.
 """
 
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -47,7 +48,10 @@ from pipeline.errors import ConfigError
 from pipeline.ownership import stage
 from pipeline.processes import processes
 from pipeline.progress import Progress
+from pipeline.teachers import NO_ATTENTION
 from pipeline.teachers.teacher_config import TeacherConfig
+
+log = logging.getLogger(__name__)
 
 
 class CacheOutput(Config):
@@ -140,6 +144,8 @@ def _open(paths: Sequence[Path], output: CacheOutput, extractor: Extractor, firs
         missing = [number for number, path in enumerate(paths) if not (path / "cache.json").exists()]
         if missing:
             _require_room(output.path, [wishes[number] for number in missing])
+            for wish in (wishes[number] for number in missing if wishes[number].attention == "none"):
+                log.warning("teacher %s: %s", wish.teacher["name"], NO_ATTENTION)
             quantisers = extractor.calibrate(output.quantiser, output.calibration)
             states = [q.to_json() | ({"calibration": output.calibration} if q.mean.size else {}) for q in quantisers]
             headers = extractor.describe(output.attention, output.samples_per_shard, states)

@@ -22,9 +22,8 @@ from pipeline.cache import AttentionKind, QuantiserName, StoreName
 from pipeline.cache.budget import estimate_bytes, readable
 from pipeline.config import Config
 from pipeline.data.masks import visible_count
-from pipeline.errors import ConfigError
 from pipeline.models import build_student
-from pipeline.teachers import TeacherRow, list_teachers
+from pipeline.teachers import NO_ATTENTION, describe_teacher
 
 
 class PlanConfig(Config):
@@ -32,7 +31,7 @@ class PlanConfig(Config):
 
     samples: int = Field(default=1_281_167, ge=1)  # images of the dataset; ImageNet-1k by default
     views: int = Field(default=1, ge=1)  # of each image
-    teacher: str = "clip_vitb16"  # a name that `mrmae teachers` lists
+    teacher: str = "clip_vitb16"  # a name that `mrmae teachers` lists, timm:NAME or open_clip:ARCH:TAG
     student: str = "mrmae_vit_base_patch16"
     store: StoreName = "zarr"
     quantiser: QuantiserName = "int8"
@@ -49,8 +48,9 @@ class PlanConfig(Config):
 
 def run(config: PlanConfig) -> dict[str, Any]:
     """Answer in one JSON-able dict: bytes, hours and what limits them, bytes a second, the factor that can be saved."""
-    teacher = _teacher(config.teacher)
-    rows = {"mean": 1, "heads": teacher.dim // 64, "none": 0}[config.attention]
+    teacher = describe_teacher(config.teacher)
+    attention = config.attention if teacher.has_attention else "none"
+    rows = {"mean": 1, "heads": teacher.dim // 64, "none": 0}[attention]
     view = estimate_bytes(
         teacher.grid[0] * teacher.grid[1], teacher.dim, config.store, config.quantiser, attention_rows=rows
     )
@@ -73,6 +73,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
         "read_rate": f"{readable(view * training)}/s",
         "teacher_gmac": teacher.gmacs,
         "student_step_gmac": step,
+        "focus": "by attention" if teacher.has_attention else NO_ATTENTION,
         "saving_ceiling": (step + teacher.gmacs) / step,
         "epochs_to_pay_back": config.views,  # an epoch with a live teacher runs it once an image
     }
@@ -89,10 +90,3 @@ def step_gmac(student: str, mask_ratio: float) -> float:
             model(images, ids_keep)
     flops: int = counter.get_total_flops()
     return 3 * flops / 2 / 1e9
-
-
-def _teacher(name: str) -> TeacherRow:
-    rows = {row.name: row for row in list_teachers()}
-    if name not in rows:
-        raise ConfigError(f"teacher={name} is not planned for: choose one of {', '.join(rows)}")
-    return rows[name]

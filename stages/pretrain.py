@@ -228,13 +228,20 @@ def _start_from(config: PretrainConfig, student: Student) -> str | None:
 
 
 def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> MaskSampler:
-    if knowledge.dims and not knowledge.has_attention and config.mask.focus != "random":
-        raise ConfigError("the first teacher has no attention to focus by: set mask.focus=random")
+    focus = config.mask.focus if knowledge.dims else "random"
+    if focus != "random":
+        if knowledge.attended is None:
+            raise ConfigError(
+                f"{' and '.join(knowledge.dims)}: no attention to focus by; set mask.focus=random, or add the cache "
+                "of a teacher that has attention (caches.NAME.path=...)"
+            )
+        if len(knowledge.dims) > 1 and processes().is_main_process:
+            log.info("masks are drawn by the attention of %s", knowledge.attended)
     patches = student.grid[0] * student.grid[1]
     return MaskSampler(
         patches=patches,
         keep=visible_count(patches, config.mask.mask_ratio),
-        focus=config.mask.focus if knowledge.dims else "random",
+        focus=focus,
         seed=config.seed,
         count=config.mask.masks_per_sample,
     )
@@ -256,7 +263,7 @@ def _identity(config: PretrainConfig, knowledge: Knowledge, student: Student) ->
         "mask": config.mask.model_dump(),
         "views": knowledge.views.model_dump(mode="json"),
         "student": student.spec,
-        "teachers_in_order": list(knowledge.dims),  # the first one's attention is the focus
+        "teachers_in_order": list(knowledge.dims),  # the focus is the attention of the first one that has it
         # Repairing a cache may bring samples back, and then every epoch has another order.
         "samples": f"{len(samples)} ({xxhash.xxh3_64_hexdigest(samples.tobytes())})",
     }

@@ -65,9 +65,9 @@ class CachedKnowledge:
         return {name: cache.header.grid for name, cache in self.caches.items()}
 
     @property
-    def has_attention(self) -> bool:
-        """Whether the first teacher has something to focus by."""
-        return self._first.header.attention != "none"
+    def attended(self) -> str | None:
+        """The first teacher with attention to focus by."""
+        return next((name for name, cache in self.caches.items() if cache.header.attention != "none"), None)
 
     @property
     def block(self) -> int:
@@ -129,7 +129,7 @@ class LiveKnowledge:
     """Teachers that look at every batch, which is what a cache saves; without any, plain MAE.
 
     Attributes:
-        teachers: name → teacher; those of equal weights share one forward. The first one's attention is the focus.
+        teachers: name → teacher; those of equal weights share one forward.
     """
 
     teachers: dict[str, Teacher]
@@ -153,9 +153,9 @@ class LiveKnowledge:
         return {name: teacher.grid for name, teacher in self.teachers.items()}
 
     @property
-    def has_attention(self) -> bool:
-        """Whether the first teacher has something to focus by."""
-        return any(teacher.has_attention for teacher in list(self.teachers.values())[:1])
+    def attended(self) -> str | None:
+        """The first teacher with attention to focus by."""
+        return next((name for name, teacher in self.teachers.items() if teacher.has_attention), None)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it goes on from."""
@@ -200,9 +200,9 @@ class LiveKnowledge:
             outputs = run_teachers(teachers, batch.images[::repeats]) if teachers else []
             ids_keep = batch.ids_keep
             if ids_keep is None:
-                attention = outputs[0].attention
+                number = next(n for n, output in enumerate(outputs) if output.attention is not None)
+                attention, grid = outputs[number].attention, teachers[number].grid
                 assert attention is not None
-                grid = teachers[0].grid
                 attention = resize_attention(attention, grid, dataset.grid or grid)
                 ids_keep = select_visible(_repeat(attention, repeats), batch.gumbel, dataset.masks.keep)
             if not outputs or dataset.rows == "none":

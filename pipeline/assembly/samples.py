@@ -64,7 +64,7 @@ class PretrainDataset:
         source: the images; None when the first cache stores the rendered views itself.
         caches: teacher → reader, all over the same samples and views.
         views: how to draw views without a cache.
-        masks: by the first cache's attention.
+        masks: by the attention of the first cache that has one.
         rows: which target rows the objective asks for: "visible", "masked" or "none".
         online: a live teacher on the device will say what to focus by; masks that need that are left to it.
         grid: the student's; None where every teacher has it.
@@ -138,16 +138,17 @@ class PretrainDataset:
         return np.arange(self.caches[name].header.tokens)[None]
 
     def _attention_of(self, records: list[Record]) -> NDArray[Any] | None:
-        """The first teacher's attention [L] on the student's grid; None where there is no teacher, or none in it."""
-        attention: NDArray[Any] | None = records[0].attention if records else None
-        if attention is None:
-            return None
-        if attention.ndim == 2:  # a row for each head
-            attention = attention.astype(np.float32).mean(0)
-        first, cache = next(iter(self.caches.items()))
-        if self.grid is None or first not in self.resized:
-            return attention
-        return resize_attention(torch.from_numpy(attention).unsqueeze(0), cache.header.grid, self.grid)[0].numpy()
+        """The attention [L] on the student's grid of the first record that has one; None where none has."""
+        for record, (teacher, cache) in zip(records, self.caches.items(), strict=True):
+            attention: NDArray[Any] | None = record.attention
+            if attention is None:
+                continue
+            if attention.ndim == 2:  # a row for each head
+                attention = attention.astype(np.float32).mean(0)
+            if self.grid is None or teacher not in self.resized:
+                return attention
+            return resize_attention(torch.from_numpy(attention).unsqueeze(0), cache.header.grid, self.grid)[0].numpy()
+        return None
 
     def _masked_ids(self, ids_keep: NDArray[np.int64]) -> NDArray[np.int64]:
         """The patches [M, L - K], ascending, that masks [M, K] hide."""

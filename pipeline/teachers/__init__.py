@@ -1,7 +1,15 @@
 """Teachers: frozen CLIP and DINO ViTs that turn views into patch tokens and an attention row to focus by."""
 
 from pipeline.teachers.mrmae import PatchEncoder
-from pipeline.teachers.registry import TEACHERS, Entry, TeacherRow, build_teacher, list_teachers
+from pipeline.teachers.registry import (
+    NO_ATTENTION,
+    TEACHERS,
+    Entry,
+    TeacherRow,
+    build_teacher,
+    describe_teacher,
+    list_teachers,
+)
 from pipeline.teachers.sharing import run_teachers, share_backbones
 from pipeline.teachers.teacher import (
     Backbone,
@@ -12,6 +20,7 @@ from pipeline.teachers.teacher import (
 )
 
 __all__ = [
+    "NO_ATTENTION",
     "TEACHERS",
     "Backbone",
     "Entry",
@@ -21,6 +30,7 @@ __all__ = [
     "TeacherRow",
     "TokenChoice",
     "build_teacher",
+    "describe_teacher",
     "list_teachers",
     "resize_views",
     "run_teachers",

@@ -18,18 +18,26 @@ from torch import Tensor, nn
 QUERY_CHUNK = 32
 
 
-def class_row(attn: Any, x: Tensor) -> Tensor:
-    """Row of the first token in a timm `Attention`.
+def class_row(attn: Any, x: Tensor, rope: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Row of the class token in an attention of timm: ViT, EVA, DINOv3, PE, BEiT.
 
     Args:
-        attn: module with `qkv`, `q_norm`, `k_norm`, `num_heads` and `scale`.
-        x: [B,N,D], the attention's own input, so after the block's first norm.
+        attn: module with a joined `qkv`, or with `q_proj` and `k_proj`; with `num_heads` and `scale`.
+        x: [B,N,D], the attention's own input, so after the block's first norm if that comes first.
+        rope: rotary angles (arXiv 2104.09864). They turn the patches' keys. Prefix tokens, the class query among them,
+            stay as they are.
+        bias: [H,1,N], of the class query; it is added to the logits (arXiv 2106.08254).
 
     Returns:
         [B,H,N] fp32, every head's row sums to 1.
     """
-    query, key = _project(x[:, :1], x, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
-    return _softmax_rows(attn.q_norm(query), attn.k_norm(key), attn.scale)[:, :, 0]
+    query, key = _project_timm(attn, x[:, :1], x)
+    if rope is not None:
+        prefix, patches = key.tensor_split([attn.num_prefix_tokens], dim=2)
+        key = torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half).type_as(prefix)], dim=2)
+    if key.shape[1] < query.shape[1]:  # several query heads share a key head (arXiv 2305.13245)
+        key = key.repeat_interleave(attn.num_kv_groups, dim=1)
+    return _softmax_rows(query, key, attn.scale, bias)[:, :, 0]
 
 
 def mean_row(attn: Any, x: Tensor, num_prefix: int) -> Tensor:
@@ -37,31 +45,11 @@ def mean_row(attn: Any, x: Tensor, num_prefix: int) -> Tensor:
 
     For students without a class token. Computed a few queries at a time; the map itself is never held.
     """
-    query, key = _project(x[:, num_prefix:], x, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
-    query, key = attn.q_norm(query), attn.k_norm(key)
+    query, key = _project_timm(attn, x[:, num_prefix:], x)
     chunks = torch.split(query, QUERY_CHUNK, dim=2)
     total = sum((_softmax_rows(chunk, key, attn.scale).sum(dim=2) for chunk in chunks), start=key.new_zeros(()).float())
     mean: Tensor = total / query.shape[2]
     return mean
-
-
-def rotary_class_row(attn: Any, x: Tensor, rope: Tensor | None) -> Tensor:
-    """Row of the class token in timm's EVA attention (EVA-02, DINOv3), [B,H,N] fp32.
-
-    Rotary positions (arXiv 2104.09864) turn the patches' keys; prefix tokens, the class query among them, stay as
-    they are. Its biases are kept apart from the fused weight, and keys have none.
-    """
-    if attn.qkv is not None:
-        weight_q, weight_k, _ = attn.qkv.weight.chunk(3)
-        bias_q = attn.q_bias
-    else:
-        weight_q, weight_k, bias_q = attn.q_proj.weight, attn.k_proj.weight, attn.q_proj.bias
-    query = attn.q_norm(_split_heads(F.linear(x[:, :1], weight_q, bias_q), attn.num_heads))
-    key = attn.k_norm(_split_heads(F.linear(x, weight_k), attn.num_heads))
-    if rope is not None:
-        prefix, patches = key.tensor_split([attn.num_prefix_tokens], dim=2)
-        key = torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half).type_as(prefix)], dim=2)
-    return _softmax_rows(query, key, attn.scale)[:, :, 0]
 
 
 def clip_class_row(attn: Any, x: Tensor) -> Tensor:
@@ -100,6 +88,23 @@ def patches_only(rows: Tensor, num_prefix: int) -> Tensor:
     return mean / mean.sum(dim=-1, keepdim=True)
 
 
+def _project_timm(attn: Any, queries: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Normed queries [B,H,Q,d] of tokens [B,Q,D] and keys [B,H or fewer,N,d] of all tokens, as timm's attentions do."""
+    if attn.qkv is None:
+        key_heads = attn.num_heads // getattr(attn, "num_kv_groups", 1)
+        query = _split_heads(attn.q_proj(queries), attn.num_heads)
+        key = _split_heads(attn.k_proj(x), key_heads)
+    elif getattr(attn, "q_bias", None) is not None:  # EVA and BEiT: keys have no bias
+        weight_q, weight_k, _ = attn.qkv.weight.chunk(3)
+        query = _split_heads(F.linear(queries, weight_q, attn.q_bias), attn.num_heads)
+        key = _split_heads(F.linear(x, weight_k), attn.num_heads)
+    else:
+        query, key = _project(queries, x, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+    if hasattr(attn, "q_norm"):  # BEiT has none
+        return attn.q_norm(query), attn.k_norm(key)
+    return query, key
+
+
 def _project(queries: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
     """Query tokens [B,Q,D] and all keys [B,N,D] through a joined qkv layer: [B,H,Q,d] and [B,H,N,d]."""
     weight_q, weight_k, _ = weight.chunk(3)
@@ -113,8 +118,9 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
-def _softmax_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """[B,H,Q,d], [B,H,N,d] → [B,H,Q,N] fp32; autocast would run this product in bf16, so it is switched off."""
+def _softmax_rows(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """[B,H,Q,d], [B,H,N,d], bias [H,Q,N] → [B,H,Q,N] fp32; bf16, as autocast would have it, is too coarse."""
     # The meta device, on which a network is traced before its weights are fetched, knows no autocast.
     with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
-        return (query.float() * scale @ key.float().transpose(-2, -1)).softmax(dim=-1)
+        logits = query.float() * scale @ key.float().transpose(-2, -1)
+        return (logits if bias is None else logits + bias.float()).softmax(dim=-1)

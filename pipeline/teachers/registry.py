@@ -1,12 +1,14 @@
 """Every teacher by name. A new one is one entry of `TEACHERS`; anything else goes by a prefix. See docs/teachers.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import PipelineError, TeacherError, suggest
 from pipeline.teachers.clip import build_open_clip
@@ -23,26 +25,84 @@ class Entry:
         spec: `timm:<name>` or `open_clip:<arch>:<tag>`.
         image_size: pixels a side, None for the model's own. At 196, 14-pixel patches make the students' 14×14 grid.
         about: one line for `mrmae teachers`.
+        licence: of the weights, as timm's entry of them names it.
     """
 
     spec: str
     image_size: int | None
     about: str
+    licence: str = "see the model card"
 
+
+# What a family is, and the licence of its weights.
+DINO = ("DINO v1 (arXiv 2104.14294)", "apache-2.0")
+CLIP = ("OpenAI CLIP (arXiv 2103.00020)", "apache-2.0")
+DINOV2 = ("DINOv2 (arXiv 2304.07193)", "apache-2.0")
+DINOV2_REGISTERS = ("DINOv2 with 4 registers (arXiv 2309.16588)", "apache-2.0")
+DINOV3 = ("DINOv3 (arXiv 2508.10104)", "dinov3-license")
+SIGLIP2 = ("SigLIP 2 (arXiv 2502.14786)", "apache-2.0")
+PE_CORE = ("Perception Encoder, core (arXiv 2504.13181)", "apache-2.0")
+PE_SPATIAL = ("Perception Encoder, spatial (arXiv 2504.13181)", "apache-2.0")
+DFN = ("CLIP on DFN-2B (arXiv 2309.17425)", "apple-ascl")
+METACLIP2 = ("MetaCLIP 2 (arXiv 2507.22062)", "cc-by-nc-4.0")
+EVA02 = ("EVA-02 CLIP (arXiv 2303.11331)", "mit")
+MOBILECLIP2 = ("MobileCLIP2 (arXiv 2508.20691)", "apple-amlr")
+AIMV2 = ("AIMv2 (arXiv 2411.14402)", "apple-ascl")
+RADIO_V3 = ("C-RADIO v3 (arXiv 2412.07679)", "nvidia-open-model-license")
+RADIO_V4 = ("C-RADIO v4 (arXiv 2412.07679)", "nvidia-open-model-license")
 
 TEACHERS: dict[str, Entry] = {
-    "dino_vits16": Entry("timm:vit_small_patch16_224.dino", 224, "DINO v1 (arXiv 2104.14294)"),
-    "dino_vitb16": Entry("timm:vit_base_patch16_224.dino", 224, "DINO v1 (arXiv 2104.14294)"),
-    "clip_vitb16": Entry("open_clip:ViT-B-16-quickgelu:openai", 224, "OpenAI CLIP (arXiv 2103.00020)"),
-    "clip_vitl14": Entry("open_clip:ViT-L-14-quickgelu:openai", 196, "OpenAI CLIP (arXiv 2103.00020)"),
-    "dinov2_vits14": Entry("timm:vit_small_patch14_dinov2.lvd142m", 196, "DINOv2 (arXiv 2304.07193)"),
-    "dinov2_vitb14": Entry("timm:vit_base_patch14_dinov2.lvd142m", 196, "DINOv2 (arXiv 2304.07193)"),
+    "dino_vits16": Entry("timm:vit_small_patch16_224.dino", 224, *DINO),
+    "dino_vitb16": Entry("timm:vit_base_patch16_224.dino", 224, *DINO),
+    "clip_vitb16": Entry("open_clip:ViT-B-16-quickgelu:openai", 224, *CLIP),
+    "clip_vitl14": Entry("open_clip:ViT-L-14-quickgelu:openai", 196, *CLIP),
+    "dinov2_vits14": Entry("timm:vit_small_patch14_dinov2.lvd142m", 196, *DINOV2),
+    "dinov2_vitb14": Entry("timm:vit_base_patch14_dinov2.lvd142m", 196, *DINOV2),
+    "dinov2_reg_vits14": Entry("timm:vit_small_patch14_reg4_dinov2.lvd142m", 196, *DINOV2_REGISTERS),
+    "dinov2_reg_vitb14": Entry("timm:vit_base_patch14_reg4_dinov2.lvd142m", 196, *DINOV2_REGISTERS),
+    "dinov2_reg_vitl14": Entry("timm:vit_large_patch14_reg4_dinov2.lvd142m", 196, *DINOV2_REGISTERS),
+    "dinov2_reg_vitg14": Entry("timm:vit_giant_patch14_reg4_dinov2.lvd142m", 196, *DINOV2_REGISTERS),
+    "dinov3_vits16": Entry("timm:vit_small_patch16_dinov3.lvd1689m", 224, *DINOV3),
+    "dinov3_vits16plus": Entry("timm:vit_small_plus_patch16_dinov3.lvd1689m", 224, *DINOV3),
+    "dinov3_vitb16": Entry("timm:vit_base_patch16_dinov3.lvd1689m", 224, *DINOV3),
+    "dinov3_vitl16": Entry("timm:vit_large_patch16_dinov3.lvd1689m", 224, *DINOV3),
+    "dinov3_vith16plus": Entry("timm:vit_huge_plus_patch16_dinov3.lvd1689m", 224, *DINOV3),
+    "dinov3_vit7b16": Entry("timm:vit_7b_patch16_dinov3.lvd1689m", 224, *DINOV3),
+    "siglip2_vitb16": Entry("timm:vit_base_patch16_siglip_224.v2_webli", 224, *SIGLIP2),
+    "siglip2_vitl16": Entry("timm:vit_large_patch16_siglip_256.v2_webli", 224, *SIGLIP2),
+    "siglip2_so400m16": Entry("timm:vit_so400m_patch16_siglip_256.v2_webli", 224, *SIGLIP2),
+    "siglip2_giantopt16": Entry("timm:vit_giantopt_patch16_siglip_256.v2_webli", 224, *SIGLIP2),
+    "pe_core_vitb16": Entry("timm:vit_pe_core_base_patch16_224.fb", 224, *PE_CORE),
+    "pe_core_vitl14": Entry("timm:vit_pe_core_large_patch14_336.fb", 196, *PE_CORE),
+    "pe_core_vitg14": Entry("timm:vit_pe_core_gigantic_patch14_448.fb", 196, *PE_CORE),
+    "pe_spatial_vitb16": Entry("timm:vit_pe_spatial_base_patch16_512.fb", 224, *PE_SPATIAL),
+    "pe_spatial_vitl14": Entry("timm:vit_pe_spatial_large_patch14_448.fb", 196, *PE_SPATIAL),
+    "pe_spatial_vitg14": Entry("timm:vit_pe_spatial_gigantic_patch14_448.fb", 196, *PE_SPATIAL),
+    "dfn_vitb16": Entry("open_clip:ViT-B-16-quickgelu:dfn2b", 224, *DFN),
+    "metaclip2_vith14": Entry("open_clip:ViT-H-14-worldwide-quickgelu:metaclip2_worldwide", 196, *METACLIP2),
+    "metaclip2_vitg14": Entry("open_clip:ViT-bigG-14-worldwide:metaclip2_worldwide", 196, *METACLIP2),
+    "eva02_clip_vitb16": Entry("open_clip:EVA02-B-16:merged2b_s8b_b131k", 224, *EVA02),
+    "eva02_clip_vitl14": Entry("open_clip:EVA02-L-14:merged2b_s4b_b131k", 196, *EVA02),
+    "eva02_clip_vite14": Entry("open_clip:EVA02-E-14-plus:laion2b_s9b_b144k", 196, *EVA02),
+    "mobileclip2_vitb16": Entry("open_clip:MobileCLIP2-B:dfndr2b", 224, *MOBILECLIP2),
+    "aimv2_vitl14": Entry("timm:aimv2_large_patch14_224.apple_pt", 196, *AIMV2),
+    "aimv2_vith14": Entry("timm:aimv2_huge_patch14_224.apple_pt", 196, *AIMV2),
+    "aimv2_vit1b14": Entry("timm:aimv2_1b_patch14_224.apple_pt", 196, *AIMV2),
+    "c_radio_v3_vitb16": Entry("timm:vit_base_patch16_radio_v3.c_radio", 224, *RADIO_V3),
+    "c_radio_v3_vitl16": Entry("timm:vit_large_patch16_radio_v3.c_radio", 224, *RADIO_V3),
+    "c_radio_v4_so400m16": Entry("timm:vit_so400m_patch16_radio_v4.c_radio", 224, *RADIO_V4),
+    "c_radio_v4_vith16": Entry("timm:vit_huge_patch16_radio_v4.c_radio", 224, *RADIO_V4),
 }
+# What a model without a row to focus by means for a run; said before a cache is made.
+NO_ATTENTION = (
+    "it has no attention to focus by, and its cache will hold none; pre-train with mask.focus=random, or together with "
+    "the cache of a teacher that has attention (caches.NAME.path=...)"
+)
 PREFIXES = ("timm:<name>", "open_clip:<arch>:<tag>", "mrmae:<checkpoint>")
 
 
 class TeacherRow(NamedTuple):
-    """A line of `mrmae teachers`."""
+    """What a teacher costs and offers."""
 
     name: str
     grid: tuple[int, int]
@@ -50,7 +110,9 @@ class TeacherRow(NamedTuple):
     image_size: int  # pixels a side
     gmacs: float  # billions of multiply-accumulates a view
     bytes_per_view: int  # in an int8 cache: tokens, and an fp16 scale and attention a token
+    has_attention: bool  # whether masks can be drawn by it
     about: str
+    licence: str
 
 
 def build_teacher(
@@ -89,12 +151,30 @@ def build_teacher(
         return Teacher(backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, **options)
 
     if module is None and not spec.startswith("mrmae:"):
-        with torch.device("meta"):
+        with _meta_device():
             _dry_run(name, lambda: build("random"))
     teacher = build(source, dtype=dtype, compile=compile)
     if module is not None:
         _dry_run(name, lambda: teacher)
     return teacher.to(device)
+
+
+class _SkipDraws(TorchFunctionMode):
+    """On the meta device initial values change nothing, and drawing them takes most of a build's time: skip it."""
+
+    DRAWS = frozenset({"uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.DRAWS and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _meta_device() -> Iterator[None]:
+    """Networks built here have shapes and no values."""
+    with torch.device("meta"), _SkipDraws():
+        yield
 
 
 def _dry_run(name: str, build: Callable[[], Teacher]) -> None:
@@ -126,17 +206,30 @@ def _dry_run(name: str, build: Callable[[], Teacher]) -> None:
 
 
 def list_teachers() -> list[TeacherRow]:
-    """What each named teacher costs. Built on the meta device, without memory or weights, in about a second."""
-    rows = []
-    for name, entry in TEACHERS.items():
-        with torch.device("meta"):
-            backbone, _ = _build_backbone(name, "random", None, None)
-        length = backbone.grid[0] * backbone.grid[1]
-        size = length * backbone.dim + 2 * length + 2 * length
-        rows.append(
-            TeacherRow(name, backbone.grid, backbone.dim, backbone.image_size, backbone.macs() / 1e9, size, entry.about)
-        )
-    return rows
+    """What each named teacher costs. Takes a few seconds."""
+    return [describe_teacher(name) for name in TEACHERS]
+
+
+def describe_teacher(spec: str) -> TeacherRow:
+    """What a teacher costs, `mrmae:` ones aside. Built on the meta device, without memory or weights.
+
+    Raises:
+        TeacherError: as `build_teacher`, but for weights.
+    """
+    with _meta_device():
+        backbone, _ = _build_backbone(spec, "random", None, None)
+    length = backbone.grid[0] * backbone.grid[1]
+    return TeacherRow(
+        name=spec,
+        grid=backbone.grid,
+        dim=backbone.dim,
+        image_size=backbone.image_size,
+        gmacs=backbone.macs() / 1e9,
+        bytes_per_view=length * (backbone.dim + 2 + (2 if backbone.has_attention else 0)),
+        has_attention=backbone.has_attention,
+        about=TEACHERS[spec].about if spec in TEACHERS else "",
+        licence=TEACHERS[spec].licence if spec in TEACHERS else Entry.licence,
+    )
 
 
 def _build_backbone(
@@ -155,7 +248,7 @@ def _build_backbone(
         if weights is not None:
             raise TeacherError(f"teacher '{spec}' has its weights in its checkpoint: leave teacher.weights out")
         return build_mrmae(name, module, image_size)
-    hint = suggest(spec, TEACHERS, f"choose {', '.join(TEACHERS)}, or {', '.join(PREFIXES)}")
+    hint = suggest(spec, TEACHERS, f"choose one that `mrmae teachers` lists, or {', '.join(PREFIXES)}")
     raise TeacherError(f"unknown teacher '{spec}': {hint}")
 
 

@@ -6,14 +6,16 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.models.eva import EvaAttention, EvaBlock
+from timm.models import beit
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
+from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock
 from torch import Tensor, nn
 
 from pipeline.errors import TeacherError, suggest
-from pipeline.teachers.attention import class_row, pooling_row, rotary_class_row
+from pipeline.teachers.attention import class_row, pooling_row
 from pipeline.teachers.conversion import to_timm
 from pipeline.teachers.teacher import Trace, vit_macs
 from pipeline.teachers.weights import fetching, load_strictly, read_weights
@@ -211,8 +213,27 @@ def _class_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
 
 
 def _rotary_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
+    last, tokens = model.blocks[-1], blocks[-2]
+    attended = tokens if isinstance(last, EvaBlockPostNorm) else last.norm1(tokens)
+    return class_row(last.attn, attended, rope=_last_rope(model))
+
+
+def _beit_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
+    """Biases by relative position are the block's, or shared by all blocks, or both, or there are none."""
     last = model.blocks[-1]
-    return rotary_class_row(last.attn, last.norm1(blocks[-2]), _last_rope(model))
+    tables = [module for module in (last.attn, model.rel_pos_bias) if module is not None]
+    biases = [
+        module.relative_position_bias_table[module.relative_position_index[0]].T.unsqueeze(1)  # [H,1,N]
+        for module in tables
+        if module.relative_position_bias_table is not None
+    ]
+    return class_row(last.attn, last.norm1(blocks[-2]), bias=sum(biases) if biases else None)
+
+
+def _relative_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
+    last = model.blocks[-1]
+    positions = last.attn.rel_pos or model.shared_rel_pos
+    return class_row(last.attn, last.norm1(blocks[-2]), bias=positions.get_bias()[0, :, :1])
 
 
 def _pooling_row(model: Any, blocks: tuple[Tensor, ...]) -> Tensor:
@@ -234,4 +255,12 @@ def _last_rope(model: Any) -> Tensor | None:
 
 
 # Exact types: a subclass may compute its attention differently.
-KNOWN_ROWS: dict[tuple[type, type], Row] = {(Block, Attention): _class_row, (EvaBlock, EvaAttention): _rotary_row}
+KNOWN_ROWS: dict[tuple[type, type], Row] = {
+    (Block, Attention): _class_row,
+    (EvaBlock, EvaAttention): _rotary_row,  # EVA-02, DINOv3
+    (EvaBlock, AttentionRope): _rotary_row,  # PE, Naver's rotary ViTs, Sapiens2
+    (EvaBlockPostNorm, EvaAttention): _rotary_row,  # EVA02-E
+    (EvaBlockPostNorm, AttentionRope): _rotary_row,
+    (beit.Block, beit.Attention): _beit_row,
+    (RelPosBlock, RelPosAttention): _relative_row,
+}

@@ -591,3 +591,18 @@ def test_tombstones_hold_nothing_of_a_former_shard(
     for shard in range(6):
         extract_teacher_features.run(config, shard_range=f"{shard}:{shard + 1}")
     assert content(tmp_path / "parts") == whole
+
+
+def test_a_teacher_without_attention_is_named_before_its_cache_is_made(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop(path: Path, _header: object) -> None:
+        raise CacheError(f"{path} is about to be made")
+
+    monkeypatch.setattr(extract_teacher_features, "create_cache", stop)
+    blind = {**TEACHER, "spec": "timm:test_vit4"}
+    with pytest.raises(CacheError, match="about to be made"):
+        extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", teacher=blind))
+    assert "teacher test_vit4: it has no attention to focus by" in caplog.text
+    assert "mask.focus=random" in caplog.text
+    assert "caches.NAME.path" in caplog.text

@@ -9,9 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.assembly import caches, knowledge
+from pipeline.assembly.knowledge import CachedKnowledge, LiveKnowledge
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.cache import open_cache
+from pipeline.data.masks import MaskSampler
+from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError, TrainingError
+from pipeline.teachers import build_teacher
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.engine import _Loop
 from stages import knn, pretrain
@@ -404,6 +408,37 @@ def test_a_teacher_without_attention_wants_a_random_focus(make_cache: Make, imag
         focus = {"mask": {"focus": "random"}, "max_steps": 2}
         pretrain.run(pretrain_config(tmp_path / name, data=data, **way, **focus))
         assert "mimic_loss" in rows(tmp_path / name)[-1]
+
+
+def test_the_first_cache_with_attention_is_the_focus(
+    make_cache: Make, image_tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blind = {"spec": "timm:test_vit4", "weights": "random", "image_size": 64}
+    paths = {"blind": make_cache("blind", teacher=blind), "seeing": make_cache("seeing")}
+    masks = MaskSampler(patches=16, keep=4, focus="sampled", seed=0)
+    requests = [(epoch, index) for epoch in range(2) for index in range(0, 24, 5)]
+
+    def ids_keep(knows: CachedKnowledge | LiveKnowledge) -> torch.Tensor:
+        dataset = knows.dataset(masks, "visible")
+        return knows.targets(dataset)(dataset.__getitems__(requests))[0]
+
+    both = knowledge.open_cached(paths, str(image_tree), None)
+    alone = knowledge.open_cached({"seeing": paths["seeing"]}, str(image_tree), None)
+    assert both.attended == alone.attended == "seeing"
+    assert torch.equal(ids_keep(both), ids_keep(alone))
+
+    teachers = {"blind": build_teacher(**blind), "seeing": build_teacher(**TEACHER)}
+    views = ViewConfig(image_size=64, count=2)
+    live = knowledge.open_live(teachers, str(image_tree), None, views)
+    live_alone = knowledge.open_live({"seeing": teachers["seeing"]}, str(image_tree), None, views)
+    assert live.attended == live_alone.attended == "seeing"
+    assert torch.equal(ids_keep(live), ids_keep(live_alone))
+
+    caches = {name: {"path": str(path)} for name, path in paths.items()}
+    data = {"path": str(image_tree), "workers": 0}
+    with caplog.at_level("INFO"):
+        pretrain.run(pretrain_config(tmp_path / "run", data=data, caches=caches, max_steps=2))
+    assert "masks are drawn by the attention of seeing" in caplog.text
 
 
 def test_neighbours_are_watched_and_the_best_checkpoint_kept(

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import cache as benchmark_cache
 from pipeline.cache import budget, create_cache, open_writer
 from pipeline.cache.budget import estimate_bytes, readable, require_room
-from pipeline.errors import CacheDamage, CacheError, ConfigError
+from pipeline.errors import CacheDamage, CacheError, TeacherError
 from stages import cache_info, plan
 from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, make_shard
 
@@ -68,8 +68,18 @@ def test_plan_names_the_slower_side() -> None:
 
 
 def test_plan_of_something_unknown() -> None:
-    with pytest.raises(ConfigError, match="choose one of dino_vits16"):
+    with pytest.raises(TeacherError, match="unknown teacher 'gpt': choose one that `mrmae teachers` lists"):
         plan.run(plan.PlanConfig(teacher="gpt"))
+
+
+def test_plan_says_whether_masks_can_be_drawn_by_attention() -> None:
+    seeing, blind, other = (
+        plan.run(plan.PlanConfig(teacher=name, samples=1000))
+        for name in ("siglip2_vitb16", "aimv2_vitl14", "timm:vit_tiny_patch16_224")
+    )
+    assert seeing["focus"] == other["focus"] == "by attention"
+    assert "mask.focus=random" in blind["focus"]
+    assert blind["bytes"] < plan.run(plan.PlanConfig(teacher="clip_vitl14", samples=1000))["bytes"]
 
 
 def test_cache_info(tmp_path: Path, store: str) -> None:

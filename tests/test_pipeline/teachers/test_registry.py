@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import open_clip
 import pytest
 import timm
 import torch
 from timm.models.eva import Eva
 
 from pipeline.errors import TeacherError
-from pipeline.teachers import TEACHERS, Entry, Teacher, build_teacher, list_teachers, timm_vit
+from pipeline.teachers import TEACHERS, Entry, Teacher, build_teacher, list_teachers, registry, timm_vit
 from pipeline.teachers.teacher import Trace
 from pipeline.teachers.timm_vit import TimmBackbone
 
@@ -22,6 +23,42 @@ def test_the_table_needs_no_weights() -> None:
     assert rows["dino_vitb16"].bytes_per_view == 196 * 768 + 2 * 196 + 2 * 196
     # ViT-B/16 by hand: 12·(197·12·768² + 2·197²·768) + 196·768·768
     assert rows["dino_vitb16"].gmacs == pytest.approx(17.563, abs=1e-3)
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("name", TEACHERS)
+def test_each_named_teacher_runs(name: str) -> None:
+    """On the meta device, three blocks deep. The exceptions have neither class token nor pooling head."""
+    shapes = []
+    with registry._meta_device():
+        registry._dry_run(name, lambda: shapes.append(build_bare(name)) or shapes[0])
+    assert shapes[0].grid == (14, 14)
+    assert shapes[0].has_attention != name.startswith(("aimv2", "pe_spatial_vitg14"))
+
+
+def build_bare(name: str) -> Teacher:
+    backbone, label = registry._build_backbone(name, "random", None, None)
+    return Teacher(backbone, spec=name, name=name, weights=label)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_licences_are_those_that_timm_names(name: str) -> None:
+    """open_clip names none. Most of its weights lie on the hub under timm's name."""
+    library, _, model = TEACHERS[name].spec.partition(":")
+    if library == "open_clip":
+        model = open_clip.get_pretrained_cfg(*model.split(":"))["hf_hub"].strip("/").removeprefix("timm/")
+    config = timm.get_pretrained_cfg(TWINS.get(model, model))
+    assert TEACHERS[name].licence == config.license
+
+
+# Weights on the hub → timm's name of them.
+TWINS = {
+    "apple/DFN2B-CLIP-ViT-B-16": "vit_base_patch16_clip_224.dfn2b",
+    "MobileCLIP2-B-OpenCLIP": "vit_base_mci_224.apple_mclip2_dfndr2b",
+    "eva02_base_patch16_clip_224.merged2b_s8b_b131k": "eva02_base_patch16_clip_224.merged2b",
+    "eva02_large_patch14_clip_224.merged2b_s4b_b131k": "eva02_large_patch14_clip_224.merged2b",
+    "eva02_enormous_patch14_plus_clip_224.laion2b_s9b_b144k": "eva02_enormous_patch14_clip_224.laion2b_plus",
+}
 
 
 @pytest.mark.usefixtures("shallow")
@@ -62,7 +99,10 @@ def test_prefixed_names_are_fit_for_files() -> None:
     ("spec", "message"),
     [
         ("dino_vitb", "unknown teacher 'dino_vitb': did you mean 'dino_vitb16'"),
-        ("resnet", "choose dino_vits16, .*timm:<name>"),
+        ("dinov3_vitb", "did you mean 'dinov3_vitb16'"),
+        ("siglip2_b16", "did you mean .*'siglip2_vitb16'"),
+        ("pe_core_l14", "did you mean .*'pe_core_vitl14'"),
+        ("resnet", "choose one that `mrmae teachers` lists, or timm:<name>"),
         ("timm:", "unknown teacher 'timm:'"),
         ("", "unknown teacher ''"),
     ],

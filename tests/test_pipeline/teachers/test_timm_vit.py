@@ -9,8 +9,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor
 
 from pipeline.errors import TeacherError
@@ -134,23 +136,50 @@ def test_class_row_of_any_vit_equals_the_librarys_map(
     assert tokens.shape == (2, teacher.grid[0] * teacher.grid[1], teacher.dim)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-def test_rotary_vits_such_as_dinov3(
-    fused: bool,
-    dynamic: bool,
+ROTARY = {"use_rot_pos_emb": True, "num_reg_tokens": 2}
+DINOV3 = {**ROTARY, "rope_type": "dinov3", "use_abs_pos_emb": False, "rope_rotate_half": True}
+SPLIT = {"qkv_fused": False}
+ROPE = {**ROTARY, "attn_type": "rope", "no_embed_class": True}  # timm's `AttentionRope`: keys have a bias
+BEIT = {"init_values": 0.1, "use_abs_pos_emb": False}
+
+
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        pytest.param(Eva, DINOV3, id="dinov3"),
+        pytest.param(Eva, {**DINOV3, "dynamic_img_size": True}, id="dinov3-dynamic"),
+        pytest.param(Eva, {**DINOV3, **SPLIT}, id="dinov3-split"),
+        pytest.param(Eva, {**DINOV3, **SPLIT, "dynamic_img_size": True}, id="dinov3-split-dynamic"),
+        pytest.param(Eva, ROPE, id="pe"),
+        pytest.param(Eva, {**ROPE, **SPLIT}, id="rope-split"),
+        pytest.param(Eva, {**ROPE, "qk_norm": True, "scale_attn_inner": True}, id="rope-normed"),
+        pytest.param(Eva, {**ROPE, "rope_type": "mixed"}, id="naver-mixed"),
+        pytest.param(Eva, {**ROPE, **SPLIT, "qk_norm": True, "num_kv_heads": (4, 4, 2)}, id="sapiens2-grouped"),
+        pytest.param(Eva, {"use_post_norm": True}, id="eva02-e"),
+        pytest.param(Eva, {**ROTARY, "use_post_norm": True, "attn_type": "rope"}, id="post-norm-rope"),
+        pytest.param(Beit, {**BEIT, "use_rel_pos_bias": True}, id="beit"),
+        pytest.param(Beit, {**BEIT, "use_shared_rel_pos_bias": True}, id="beit-shared"),
+        pytest.param(Beit, {**BEIT, "use_rel_pos_bias": True, "use_shared_rel_pos_bias": True}, id="beit-both"),
+        pytest.param(Beit, {"qkv_bias": False}, id="beit-without-biases"),
+        pytest.param(VisionTransformerRelPos, {"class_token": True}, id="relative-mlp"),
+        pytest.param(VisionTransformerRelPos, {"class_token": True, "rel_pos_type": "bias"}, id="relative-table"),
+        pytest.param(VisionTransformerRelPos, {"class_token": True, "shared_rel_pos": True}, id="relative-shared"),
+    ],
+)
+def test_class_row_with_positions_in_the_attention_equals_the_librarys_map(
+    network: Callable[..., Any],
+    options: dict[str, Any],
     views: Callable[..., Tensor],
     shake: Callable[..., Any],
     full_map: Callable[..., Tensor],
 ) -> None:
-    rotary = {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "num_reg_tokens": 2, "rope_type": "dinov3"}
-    model = shake(Eva(**TINY, **rotary, qkv_fused=fused, dynamic_img_size=dynamic, rope_rotate_half=True))
+    model = shake(network(**{**TINY, "embed_dim": 64}, **options))
     teacher = teacher_of(model)
     images = views(32)
     output = teacher(images)
-    rows = full_map(model, teacher.prepare(images))[:, :, 0, 3:].mean(1)
+    rows = full_map(model, teacher.prepare(images))[:, :, 0, model.num_prefix_tokens :].mean(1)
     assert output.attention is not None
-    torch.testing.assert_close(output.attention, rows / rows.sum(-1, keepdim=True))
+    torch.testing.assert_close(output.attention, rows / rows.sum(-1, keepdim=True), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}, {"reg_tokens": 2, "pool_include_prefix": True}])
