@@ -158,19 +158,11 @@ def _open(paths: Sequence[Path], output: CacheOutput, extractor: Extractor, firs
 
 def _require_room(path: Path, wishes: Sequence[CacheHeader]) -> None:
     """Refuse before the first byte what the disk can't hold."""
-    needed = sum(
-        estimate_bytes(
-            samples=wish.count,
-            views=wish.views,
-            tokens=wish.tokens,
-            dim=wish.dim,
-            store=wish.store,
-            quantiser=wish.quantiser.name,
-            attention=wish.attention,
-            heads=wish.heads,
-        )
-        for wish in wishes
-    )
+    needed = 0
+    for wish in wishes:
+        rows = {"mean": 1, "heads": wish.heads, "none": 0}[wish.attention]
+        view = estimate_bytes(wish.tokens, wish.dim, wish.store, wish.quantiser.name, attention_rows=rows)
+        needed += wish.count * wish.views * view
     require_room(path, needed)
 
 

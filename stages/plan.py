@@ -49,17 +49,12 @@ class PlanConfig(Config):
 def run(config: PlanConfig) -> dict[str, Any]:
     """Answer in one JSON-able dict: bytes, hours and what limits them, bytes a second, the factor that can be saved."""
     teacher = describe_teacher(config.teacher)
-    size = estimate_bytes(
-        samples=config.samples,
-        views=config.views,
-        tokens=teacher.grid[0] * teacher.grid[1],
-        dim=teacher.dim,
-        store=config.store,
-        quantiser=config.quantiser,
-        attention=config.attention if teacher.has_attention else "none",
-        heads=teacher.dim // 64,
+    attention = config.attention if teacher.has_attention else "none"
+    rows = {"mean": 1, "heads": teacher.dim // 64, "none": 0}[attention]
+    view = estimate_bytes(
+        teacher.grid[0] * teacher.grid[1], teacher.dim, config.store, config.quantiser, attention_rows=rows
     )
-    view = size / (config.samples * config.views)
+    size = config.samples * config.views * view
     step = step_gmac(config.student, config.mask_ratio)
     cores = config.gpus * config.cores
     decoding = cores * (config.stored_rate if config.store == "webdataset" else config.photo_rate)
@@ -68,7 +63,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     return {
         "bytes": size,
         "size": readable(size),
-        "bytes_per_view": round(view),
+        "bytes_per_view": view,
         "extraction_gpu_hours": config.samples * config.views / config.extraction_rate / 3600,
         "extraction_hours": config.samples / extraction / 3600,
         "extraction_limit": "decoding" if extraction == cores * config.photo_rate else "teacher",

@@ -122,8 +122,9 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     training = Run(config, identity, may_change=("samples",))
     if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
         log.info("checked %s", knowledge.check(config.seed, config.check_records))
+    _give_statistics(config, knowledge, student, goes_on=training.resumed is not None)
     plan = plan_steps(config, len(knowledge.samples), per_image=config.mask.masks_per_sample)
-    dataset = knowledge.dataset(masks, student.target_rows)
+    dataset = knowledge.dataset(masks, student.target_rows, student.grid)
     order = EpochOrder(knowledge.samples, config.seed, config.order.kind, knowledge.block, config.order.window)
     task = Task(
         name="pretrain",
@@ -188,20 +189,30 @@ def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
     torch.manual_seed(config.seed)
     student = build_student(
         **config.student.model_dump(exclude_none=True),
-        **config.mimic.model_dump(exclude_none=True),
+        **config.mimic.model_dump(exclude_none=True, exclude={"resize_targets"}),
         teachers=knowledge.dims if config.mimic.objective != "mae" else None,
     )
     for name, (h, w) in knowledge.grids.items():
-        if (h, w) != student.grid:
+        if (h, w) != student.grid and config.mimic.resize_targets is None:
             raise CacheError(
                 f"{'cache' if isinstance(knowledge, CachedKnowledge) else 'teacher'} {name} has a {h}x{w} grid, the "
                 f"student's is {student.grid[0]}x{student.grid[1]}: choose student.image_size and patch_size, or the "
-                "teacher's image_size, so that they agree"
+                "teacher's image_size, so that they agree, or set mimic.resize_targets=bilinear"
             )
-    if config.mimic.objective != "mae":
-        for name, (mean, std) in knowledge.statistics(config.mimic.target_norm, config.data.workers).items():
-            student.set_channel_stats(name, torch.from_numpy(mean), torch.from_numpy(std))
     return student
+
+
+def _give_statistics(config: PretrainConfig, knowledge: Knowledge, student: Student, goes_on: bool) -> None:
+    """The statistics that the target norm asks for; those of PHI-S are in the checkpoint of a run that goes on."""
+    target_norm, workers = config.mimic.target_norm, config.data.workers
+    if config.mimic.objective == "mae":
+        return
+    if target_norm != "phi_s":
+        for name, (mean, std) in knowledge.statistics(target_norm, workers).items():
+            student.set_channel_stats(name, torch.from_numpy(mean), torch.from_numpy(std))
+    elif not goes_on:
+        for name, moments in knowledge.covariances(workers).items():
+            student.set_covariance(name, *moments)
 
 
 def _start_from(config: PretrainConfig, student: Student) -> str | None:

@@ -30,6 +30,7 @@ from pipeline.cache import (
     Repair,
     Report,
     ShardData,
+    compare,
     read_commit,
     read_header,
     repair,
@@ -139,13 +140,15 @@ def _revivable(config: VerifyConfig, report: Report, source: ImageSource | None)
 
 
 def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
-    reextract = None
+    deep = None
     if config.level == "deep":
         header = read_header(config.path)
         extractor = _extractor(config, header, source)
 
         def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
             return extractor.reextract(indices, views, header)
+
+        deep = functools.partial(compare, config.path, reextract, config.samples)
 
     threads = config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))  # each has a second one that hashes
     with Progress(1, "verify", "shard") as progress:
@@ -154,7 +157,7 @@ def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
             progress.expect(total)
             progress.advance()
 
-        return verify(config.path, config.level, source, reextract, config.samples, advance, threads)
+        return verify(config.path, config.level, source, deep, advance, threads)
 
 
 def _images(config: VerifyConfig) -> tuple[ImageSource | None, str]:

@@ -90,15 +90,23 @@ class Extractor:
         return headers
 
     def calibrate(self, name: str, samples: int) -> list[Quantiser]:
-        """Channel statistics for each teacher, of view 0 of so many samples, spread evenly over the dataset.
+        """Channel statistics for each teacher, by the tokens of `sample_tokens`.
+
+        Raises:
+            DataError: none of the samples can be decoded.
+        """
+        if name != "int8":
+            return [Quantiser(name) for _ in self.teachers]
+        return [Quantiser.calibrate(name, tokens) for tokens in self.sample_tokens(samples)]
+
+    def sample_tokens(self, samples: int) -> list[Tensor]:
+        """Each teacher's tokens [N, L, D] of view 0 of so many samples, spread evenly over the dataset.
 
         The first ones of a class-folder tree would all be of one class. Unreadable ones are passed over.
 
         Raises:
             DataError: none of them can be decoded.
         """
-        if name != "int8":
-            return [Quantiser(name) for _ in self.teachers]
         views = self.views.model_copy(update={"count": 1})
         tokens: list[list[Tensor]] = [[] for _ in self.teachers]
         count = min(samples, len(self.source))
@@ -109,7 +117,7 @@ class Extractor:
                     tokens_of_teacher.append(out.tokens.cpu())
         if not tokens[0]:
             raise DataError(f"none of {count} images, spread over all, can be decoded: check data.path")
-        return [Quantiser.calibrate(name, torch.cat(batches)) for batches in tokens]
+        return [torch.cat(batches) for batches in tokens]
 
     def run(
         self,

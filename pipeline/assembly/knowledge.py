@@ -5,7 +5,8 @@ read, and how a batch on the device gets its targets. Views and masks are the sa
 both, so a live teacher and its cache show a student the same thing.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pipeline.assembly.caches import check_records, live_samples, match_images, open_caches, views_of
 from pipeline.assembly.extraction import Extractor
+from pipeline.assembly.resizing import Grid, resize_attention, resize_tokens
 from pipeline.assembly.samples import PretrainBatch, PretrainDataset
 from pipeline.cache import CacheReader
 from pipeline.data.images import ImageSource, open_images
@@ -25,13 +27,16 @@ from pipeline.data.readable import check_readable
 from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
 from pipeline.models.masking import complement, gather_tokens
+from pipeline.models.phi_s import mean_and_covariance
 from pipeline.teachers import Teacher, run_teachers, share_backbones
 
 # A batch on the device → (ids_keep int64 [B, K], teacher → raw tokens float32 [B, R, D])
 Targets = Callable[[PretrainBatch], tuple[Tensor, dict[str, Tensor]]]
 Statistics = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # teacher → mean and deviation [D]
+Covariances = dict[str, tuple[Tensor, Tensor]]  # teacher → mean [D] and covariance [D, D], float64
 
 _CALIBRATION = 256  # images that tell a live teacher's channel statistics, as in extraction
+_TOKENS_PER_CHANNEL = 20  # that a covariance is measured on, at least
 _BLOCK = 1024  # samples that an order of blocks takes together where there are no shards
 
 
@@ -55,7 +60,7 @@ class CachedKnowledge:
         return {name: cache.header.dim for name, cache in self.caches.items()}
 
     @property
-    def grids(self) -> dict[str, tuple[int, int]]:
+    def grids(self) -> dict[str, Grid]:
         """(h, w) cells of each teacher's tokens."""
         return {name: cache.header.grid for name, cache in self.caches.items()}
 
@@ -82,20 +87,39 @@ class CachedKnowledge:
         quantisers = {name: cache.header.quantiser for name, cache in self.caches.items()}
         return {name: (q.mean, q.std) for name, q in quantisers.items() if q.name == "int8"}
 
+    def covariances(self, _workers: int) -> Covariances:
+        """Mean and covariance of the tokens in a fixed choice of each cache's records."""
+        return {name: mean_and_covariance(self._spread_tokens(cache)) for name, cache in self.caches.items()}
+
+    def _spread_tokens(self, cache: CacheReader) -> Iterator[Tensor]:
+        """Tokens [L, D] of records spread evenly over the samples: of view 0, and of others where it has too few."""
+        h, w = cache.header.grid
+        wanted, samples = _images_for(cache.header.dim, h * w), self.samples
+        count = min(wanted, len(samples))
+        chosen = samples[np.arange(count) * len(samples) // count]
+        for view in range(min(cache.header.views, math.ceil(wanted / len(samples)))):
+            for index in chosen.tolist():
+                yield torch.from_numpy(cache.read(index, view, dequantise=True).tokens)
+
     def check(self, seed: int, count: int) -> str:
         """See `check_records`."""
         return check_records(self.caches, self.source, self.samples, seed, count)
 
-    def dataset(self, masks: MaskSampler, rows: str) -> PretrainDataset:
-        return PretrainDataset(self.source, self.caches, self.views, masks, rows)
+    def dataset(self, masks: MaskSampler, rows: str, grid: Grid | None = None) -> PretrainDataset:
+        """Samples for a student with this grid; None stands for the caches' own."""
+        return PretrainDataset(self.source, self.caches, self.views, masks, rows, grid=grid)
 
-    def targets(self, _dataset: PretrainDataset) -> Targets:
-        """The rows that the workers read, dequantised on the device."""
+    def targets(self, dataset: PretrainDataset) -> Targets:
+        """The rows that the workers read, dequantised on the device; teachers on another grid are resized first."""
         dequantise = {name: cache.header.quantiser.dequantise for name, cache in self.caches.items()}
 
         def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
             assert batch.ids_keep is not None
-            return batch.ids_keep, {name: dequantise[name](*stored) for name, stored in batch.targets.items()}
+            tokens = {name: dequantise[name](*stored) for name, stored in batch.targets.items()}
+            maps = {name: tokens[name] for name in dataset.resized & tokens.keys()}
+            if maps:
+                tokens |= _rows_of_maps(maps, self.grids, dataset, batch.ids_keep)
+            return batch.ids_keep, tokens
 
         return targets
 
@@ -124,7 +148,7 @@ class LiveKnowledge:
         return {name: teacher.dim for name, teacher in self.teachers.items()}
 
     @property
-    def grids(self) -> dict[str, tuple[int, int]]:
+    def grids(self) -> dict[str, Grid]:
         """(h, w) cells of each teacher's tokens."""
         return {name: teacher.grid for name, teacher in self.teachers.items()}
 
@@ -148,33 +172,43 @@ class LiveKnowledge:
         """The channel statistics of the first images' tokens, where `target_norm` asks for them."""
         if not self.teachers or target_norm == "layernorm":
             return {}
-        extractor = Extractor(self.source, self.views, list(self.teachers.values()), 64, workers, store="zarr")
-        quantisers = extractor.calibrate("int8", _CALIBRATION)
+        quantisers = self._extractor(workers).calibrate("int8", _CALIBRATION)
         return {name: (q.mean, q.std) for name, q in zip(self.teachers, quantisers, strict=True)}
 
-    def dataset(self, masks: MaskSampler, rows: str) -> PretrainDataset:
-        return PretrainDataset(self.source, {}, self.views, masks, rows, online=bool(self.teachers))
+    def covariances(self, workers: int) -> Covariances:
+        """Mean and covariance of the tokens of the first views of some images, spread evenly over all."""
+        if not self.teachers:
+            return {}
+        images = max(_images_for(teacher.dim, math.prod(teacher.grid)) for teacher in self.teachers.values())
+        tokens = self._extractor(workers).sample_tokens(images)
+        return {name: mean_and_covariance(batches) for name, batches in zip(self.teachers, tokens, strict=True)}
+
+    def _extractor(self, workers: int) -> Extractor:
+        return Extractor(self.source, self.views, list(self.teachers.values()), 64, workers, store="zarr")
+
+    def dataset(self, masks: MaskSampler, rows: str, grid: Grid | None = None) -> PretrainDataset:
+        """Samples for a student with this grid; None stands for the teachers' own."""
+        return PretrainDataset(self.source, {}, self.views, masks, rows, online=bool(self.teachers), grid=grid)
 
     def targets(self, dataset: PretrainDataset) -> Targets:
         """What the teachers say of a batch's views; each distinct view is shown to them once."""
-        teachers, repeats, rows = list(self.teachers.values()), dataset.masks.count, dataset.rows
+        teachers, repeats = list(self.teachers.values()), dataset.masks.count
         share_backbones(teachers)
-
-        def of_each_mask(values: Tensor) -> Tensor:
-            return values.repeat_interleave(repeats, 0) if repeats > 1 else values
 
         @torch.no_grad()
         def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
             outputs = run_teachers(teachers, batch.images[::repeats]) if teachers else []
             ids_keep = batch.ids_keep
             if ids_keep is None:
-                attention = next(output.attention for output in outputs if output.attention is not None)
-                ids_keep = select_visible(of_each_mask(attention), batch.gumbel, dataset.masks.keep)
-            if not outputs or rows == "none":
+                number = next(n for n, output in enumerate(outputs) if output.attention is not None)
+                attention, grid = outputs[number].attention, teachers[number].grid
+                assert attention is not None
+                attention = resize_attention(attention, grid, dataset.grid or grid)
+                ids_keep = select_visible(_repeat(attention, repeats), batch.gumbel, dataset.masks.keep)
+            if not outputs or dataset.rows == "none":
                 return ids_keep, {}
-            ids = ids_keep if rows == "visible" else complement(ids_keep, outputs[0].tokens.shape[1])
-            tokens = {name: of_each_mask(output.tokens) for name, output in zip(self.teachers, outputs, strict=True)}
-            return ids_keep, {name: gather_tokens(values, ids) for name, values in tokens.items()}
+            tokens = {name: output.tokens for name, output in zip(self.teachers, outputs, strict=True)}
+            return ids_keep, _rows_of_maps(tokens, self.grids, dataset, ids_keep)
 
         return targets
 
@@ -217,6 +251,25 @@ def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | No
     source = open_images(path, limit)
     check_readable(source)  # a cache knows which images can't be read, and leaves them out
     return LiveKnowledge(dict(teachers), source, views)
+
+
+def _rows_of_maps(
+    tokens: Mapping[str, Tensor], grids: Mapping[str, Grid], dataset: PretrainDataset, ids_keep: Tensor
+) -> dict[str, Tensor]:
+    """The rows [B, R, D] that the objective asks for, of teachers' whole maps [B / masks, L, D] on their own grids."""
+    ids = ids_keep if dataset.rows == "visible" else complement(ids_keep, dataset.masks.patches)
+    maps = {name: resize_tokens(values, grids[name], dataset.grid or grids[name]) for name, values in tokens.items()}
+    return {name: gather_tokens(_repeat(values, dataset.masks.count), ids) for name, values in maps.items()}
+
+
+def _repeat(values: Tensor, masks: int) -> Tensor:
+    """Each row [B / masks, ...] once for each mask of its sample: [B, ...]."""
+    return values.repeat_interleave(masks, 0) if masks > 1 else values
+
+
+def _images_for(dim: int, tokens: int) -> int:
+    """How many images of so many tokens tell a covariance of `dim` channels."""
+    return max(_CALIBRATION, math.ceil(_TOKENS_PER_CHANNEL * dim / tokens))
 
 
 def _no_images() -> ConfigError:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.assembly.resizing import Grid, resize_attention
 from pipeline.cache import CacheHeader, CacheReader, Record
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import ImageSource
@@ -29,7 +30,8 @@ class PretrainBatch:
         ids_keep: int64 [B, K], visible patches, ascending; None where a live teacher's attention will choose them.
         gumbel: float64 [B, L], what that choice adds to the logarithm of its attention (see `select_visible`).
         targets: teacher → (values [B, R, D] as stored, scale float16 [B, R] or None); the R rows are the visible or the
-            masked patches (ascending), as the objective declares.
+            masked patches (ascending), as the objective declares. Of a teacher on another grid than the student's they
+            are all its tokens, [B / masks, L, D] and [B / masks, L], since they have to be resized first.
         indices: int64 [B], sample indices.
     """
 
@@ -65,6 +67,7 @@ class PretrainDataset:
         masks: by the attention of the first cache that has one.
         rows: which target rows the objective asks for: "visible", "masked" or "none".
         online: a live teacher on the device will say what to focus by; masks that need that are left to it.
+        grid: the student's; None where every teacher has it.
     """
 
     def __init__(
@@ -75,8 +78,11 @@ class PretrainDataset:
         masks: MaskSampler,
         rows: str,
         online: bool = False,
+        grid: Grid | None = None,
     ) -> None:
         self.source, self.caches, self.views, self.masks, self.rows = source, dict(caches), views, masks, rows
+        self.grid = grid
+        self.resized = {name for name, cache in caches.items() if grid and cache.header.grid != grid}
         self.defers_masks = online and masks.focus != "random"
 
     def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> PretrainBatch:
@@ -105,7 +111,7 @@ class PretrainDataset:
         """Each sample's records, the visible patches int64 [B, M, K] unless they are deferred, and the target rows."""
         ids_keep = np.empty((len(requests), self.masks.count, self.masks.keep), np.int64)
         wanted = {} if self.defers_masks or self.rows == "none" else self.caches
-        targets = {name: self._target_rows(cache, len(requests), empty) for name, cache in wanted.items()}
+        targets = {name: self._target_rows(name, len(requests), empty) for name in wanted}
         records_of_samples: list[list[Record]] = []
         for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
             # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
@@ -113,16 +119,36 @@ class PretrainDataset:
             records_of_samples.append(list(records.values()))
             if self.defers_masks:
                 continue
-            ids_keep[row] = self.masks.ids_keep(_attention_of(records_of_samples[-1]), noise[row])
+            ids_keep[row] = self.masks.ids_keep(self._attention_of(records_of_samples[-1]), noise[row])
             if targets:
                 ids = ids_keep[row] if self.rows == "visible" else self._masked_ids(ids_keep[row])
                 for name, target_rows in targets.items():
-                    target_rows.take(row, records[name], ids)
+                    target_rows.take(row, records[name], self._all_ids(name) if name in self.resized else ids)
         return records_of_samples, ids_keep, targets
 
-    def _target_rows(self, cache: CacheReader, samples: int, empty: Empty) -> "_TargetRows":
+    def _target_rows(self, name: str, samples: int, empty: Empty) -> "_TargetRows":
+        header = self.caches[name].header
+        if name in self.resized:
+            return _TargetRows(header, (samples, *self._all_ids(name).shape), empty)
         count = self.masks.keep if self.rows == "visible" else self.masks.patches - self.masks.keep
-        return _TargetRows(cache.header, (samples, self.masks.count, count), empty)
+        return _TargetRows(header, (samples, self.masks.count, count), empty)
+
+    def _all_ids(self, name: str) -> NDArray[np.int64]:
+        """All patches of a teacher [1, L]: once for all masks of a sample."""
+        return np.arange(self.caches[name].header.tokens)[None]
+
+    def _attention_of(self, records: list[Record]) -> NDArray[Any] | None:
+        """The attention [L] on the student's grid of the first record that has one; None where none has."""
+        for record, (teacher, cache) in zip(records, self.caches.items(), strict=True):
+            attention: NDArray[Any] | None = record.attention
+            if attention is None:
+                continue
+            if attention.ndim == 2:  # a row for each head
+                attention = attention.astype(np.float32).mean(0)
+            if self.grid is None or teacher not in self.resized:
+                return attention
+            return resize_attention(torch.from_numpy(attention).unsqueeze(0), cache.header.grid, self.grid)[0].numpy()
+        return None
 
     def _masked_ids(self, ids_keep: NDArray[np.int64]) -> NDArray[np.int64]:
         """The patches [M, L - K], ascending, that masks [M, K] hide."""
@@ -161,14 +187,6 @@ def _agree(records: list[Record]) -> None:
 def _view_of(record: Record) -> View:
     top, left, height, width = record.box.tolist()
     return View((top, left, height, width), record.hflip)
-
-
-def _attention_of(records: list[Record]) -> NDArray[Any] | None:
-    """The attention [L] of the first record that has one; None where none has."""
-    attention: NDArray[Any] | None = next((r.attention for r in records if r.attention is not None), None)
-    if attention is not None and attention.ndim == 2:  # a row for each head
-        attention = attention.astype(np.float32).mean(0)
-    return attention
 
 
 class _TargetRows:

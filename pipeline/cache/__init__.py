@@ -13,7 +13,7 @@ Imports go one way: files.py ← format ← zarr, tar ← stores.py ← reader, 
 describes the bytes.
 """
 
-from pipeline.cache.check.deep import Reextract, Reextracted
+from pipeline.cache.check.deep import Reextracted, compare
 from pipeline.cache.check.repair import Repair, repair, revivable
 from pipeline.cache.check.report import Finding, Report
 from pipeline.cache.check.verify import Source, verify
@@ -47,7 +47,6 @@ __all__ = [
     "Quantiser",
     "QuantiserName",
     "Record",
-    "Reextract",
     "Reextracted",
     "Repair",
     "Report",
@@ -59,6 +58,7 @@ __all__ = [
     "StoreName",
     "Tombstone",
     "ViewSection",
+    "compare",
     "create_cache",
     "match_header",
     "open_cache",

@@ -61,7 +61,9 @@ class DetectionDataset:
                 if self.jitter is None:
                     placement = fit(**side, canvas=self.canvas)
                 else:
-                    placement = sample_placement(self.jitter, self.seed, index, epoch, **side, canvas=self.canvas)
+                    placement = sample_placement(
+                        self.jitter, self.seed, index, epoch, (image.height, image.width), self.canvas
+                    )
                     boxes, labels, masks = place(self.coco.instances(index), placement, self.canvas, **side)
                     arrays = {"boxes": boxes, "labels": labels, "masks": masks}
                     targets.append({key: torch.from_numpy(value) for key, value in arrays.items()})

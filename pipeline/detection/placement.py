@@ -51,13 +51,13 @@ def fit(height: int, width: int, canvas: int) -> Placement:
 
 
 def sample_placement(
-    config: JitterConfig, seed: int, index: int, epoch: int, *, height: int, width: int, canvas: int
+    config: JitterConfig, seed: int, index: int, epoch: int, size: tuple[int, int], canvas: int
 ) -> Placement:
-    """The jitter of sample `index` in `epoch`: a function of these numbers alone."""
+    """The jitter of sample `index` in `epoch`, an image of `size` (height, width): a function of these numbers."""
     u_scale, u_top, u_left, u_flip = uniforms(4, Stream.VIEW, seed, index, epoch)
     low, high = config.scale
     longer = canvas * (low + u_scale * (high - low))
-    return _crop(_scaled(height, width, longer), canvas, (u_top, u_left), hflip=bool(u_flip < config.hflip))
+    return _crop(_scaled(*size, longer), canvas, (u_top, u_left), hflip=bool(u_flip < config.hflip))
 
 
 def render(image: Image.Image, placement: Placement, canvas: int) -> NDArray[np.uint8]:

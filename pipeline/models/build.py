@@ -9,7 +9,7 @@ from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
 from pipeline.models.mae import Decoder
 from pipeline.models.mimic import MIMIC_WEIGHT, Fusion, Mimic, MimicHead, MimicLoss, TargetNorm
-from pipeline.models.mr_mae import OBJECTIVES, Student, module_name
+from pipeline.models.mr_mae import OBJECTIVES, DropTeachers, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
 from pipeline.models.vit import ViT
 
@@ -29,7 +29,7 @@ def build_student(
     mimic_weight: float = MIMIC_WEIGHT,
     pixel_weight: float = 1.0,
     standardise_teachers: bool = True,
-    drop_teachers: bool = False,
+    drop_teachers: DropTeachers = False,
     gradient_checkpointing: bool = False,
     sparse: bool = True,
     **sizes: Unpack[StudentSizes],
@@ -44,13 +44,14 @@ def build_student(
         teacher_weights: teacher -> positive weight, 1 unless given; only their ratios count.
         fusion: "fused" | "each" | "last": how encoder blocks mimic (objective "mr_mae" alone).
         fusion_blocks: 0-based transformer blocks for "fused" and "each"; four evenly spaced ones unless given.
-        target_norm: "layernorm" | "channel" | "none".
+        target_norm: "layernorm" | "channel" | "phi_s" | "none".
         mimic_loss: "smooth_l1" | "mse" | "cosine".
         mimic_head: "linear" | "mlp".
         mimic_weight, pixel_weight: of the two losses, 0 or more.
         standardise_teachers: with several teachers and target_norm "none", bring them to one scale, as the other target
             norms do. With False the teacher of the largest scale dominates.
-        drop_teachers: each sample mimics one teacher, sampled at random.
+        drop_teachers: False | True: each sample mimics one teacher, sampled at random | "loss": the one of its highest
+            loss, and each other with probability 1/2.
         gradient_checkpointing: run every block again in the backward pass instead of keeping its activations.
         sparse: False computes ConvViT's first two levels on whole maps: the same numbers, slower.
         sizes: what differs from the named sizes.
@@ -64,6 +65,8 @@ def build_student(
     check_choice("target_norm", target_norm, get_args(TargetNorm))
     check_choice("mimic_loss", mimic_loss, get_args(MimicLoss))
     check_choice("mimic_head", mimic_head, get_args(MimicHead))
+    if not isinstance(drop_teachers, bool):
+        check_choice("drop_teachers", drop_teachers, ("false", "true", "loss"))
     for key, weight in (("mimic_weight", mimic_weight), ("pixel_weight", pixel_weight)):
         if not 0 <= weight < math.inf:
             raise ConfigError(f"{key}={weight}: give 0 or more")

@@ -1,18 +1,19 @@
 """Mimicking one teacher: from student tokens to a prediction of the teacher's tokens, and the loss between them."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import ConfigError
+from pipeline.models.phi_s import phi_s_rotation
 from pipeline.models.vit import initialise
 
 Fusion = Literal["fused", "each", "last"]
-TargetNorm = Literal["layernorm", "channel", "none"]
+TargetNorm = Literal["layernorm", "channel", "phi_s", "none"]
 MimicLoss = Literal["smooth_l1", "mse", "cosine"]
 MimicHead = Literal["linear", "mlp"]
 MIMIC_WEIGHT = 10.0  # measured: docs/results.md. At 1 the pixel loss outweighs the mimic loss
@@ -29,12 +30,14 @@ class Mimic(nn.Module):
         teacher: name, for messages.
         dim, width: channels of the student's and of the teacher's tokens.
         sources: S.
-        target_norm: "layernorm" per token without parameters | "channel" standardised per channel | "none".
+        target_norm: "layernorm" per token without parameters | "channel" standardised per channel | "phi_s" rotated, so
+            that one scale standardises all channels (see `pipeline.models.phi_s`) | "none".
         standardise: with target_norm "none", shift by the channel means and divide by the one overall deviation.
     """
 
     channel_mean: Tensor
     channel_std: Tensor
+    rotation: Tensor
 
     def __init__(
         self,
@@ -58,9 +61,13 @@ class Mimic(nn.Module):
             )
         self.heads = nn.ModuleList(_head(head, dim, width) for _ in range(sources if fusion == "each" else 1))
         initialise(self)
-        # Not in the checkpoint: they belong to the targets, and whoever brings targets sets them again.
-        self.register_buffer("channel_mean", torch.zeros(width), persistent=False)
+        # Not in the checkpoint: they belong to the targets, and whoever brings targets sets them again. But a rotation
+        # computed again may differ, by another library or number of threads: the heads know this one alone.
+        is_rotated = target_norm == "phi_s"
+        self.register_buffer("channel_mean", torch.zeros(width), persistent=is_rotated)
         self.register_buffer("channel_std", torch.ones(width), persistent=False)
+        size = width if is_rotated else 0
+        self.register_buffer("rotation", torch.zeros(size, size), persistent=is_rotated)
         self.has_stats = False
 
     def set_stats(self, mean: Tensor, std: Tensor) -> None:
@@ -73,6 +80,26 @@ class Mimic(nn.Module):
         self.channel_mean.copy_(mean)
         self.channel_std.copy_(std)
         self.has_stats = True
+
+    def set_covariance(self, mean: Tensor, covariance: Tensor) -> None:
+        """Give what target_norm "phi_s" needs: the mean [width] and covariance [width, width] of the teacher's tokens.
+
+        Raises:
+            ConfigError: they have another width, or none that PHI-S knows.
+        """
+        if mean.shape != self.channel_mean.shape or covariance.shape != self.rotation.shape:
+            raise ConfigError(
+                f"the covariance of '{self.teacher}' is {list(covariance.shape)} where its targets have"
+                f" {self.channel_mean.numel()} channels: take both from the same cache"
+            )
+        self.channel_mean.copy_(mean)
+        self.rotation.copy_(phi_s_rotation(covariance))
+        self.has_stats = True
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *options: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *options)
+        rotation = state_dict.get(f"{prefix}rotation")
+        self.has_stats |= rotation is not None and bool(rotation.any())  # zeros were never set
 
     def forward(self, tokens: Sequence[Tensor], target: Tensor) -> Tensor:
         """Loss of each sample [B] float32, from S sources of tokens [B, N, dim] and raw targets [B, N, width].
@@ -107,8 +134,12 @@ class Mimic(nn.Module):
         if not self.has_stats:
             raise ConfigError(
                 f"targets of '{self.teacher}' can't be standardised without its channel statistics:"
-                " give them by set_channel_stats, or use target_norm=layernorm"
+                f" give them by {'set_covariance' if self.target_norm == 'phi_s' else 'set_channel_stats'}, or use"
+                " target_norm=layernorm"
             )
+        if self.target_norm == "phi_s":
+            with torch.autocast(target.device.type, enabled=False):  # its targets would be rounded to 8 bits
+                return (target - self.channel_mean) @ self.rotation.T
         scale = self.channel_std if self.target_norm == "channel" else self.channel_std.square().mean().sqrt()
         return (target - self.channel_mean) / scale
 

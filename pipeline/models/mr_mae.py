@@ -39,6 +39,7 @@ class Objective(NamedTuple):
     target_rows: str
 
 
+DropTeachers = bool | Literal["loss"]
 ObjectiveName = Literal["mr_mae", "mae", "feature_decoder", "joint_decoder"]
 OBJECTIVES: dict[str, Objective] = {
     "mr_mae": Objective(pixels=True, mimics="encoder", target_rows="visible"),
@@ -56,8 +57,10 @@ class Student(nn.Module):
     Args:
         mimics: teacher name -> its `Mimic`; empty for the objective "mae".
         teacher_shares: teacher name -> share of the mimic loss; shares add up to 1.
-        drop_teachers: in training, each sample mimics one teacher, sampled by these shares. The others have weight
-            zero, so the loss is the same on average and every head takes part in every step, as DDP needs.
+        drop_teachers: in training, drop some teachers of each sample. True: it mimics one, sampled by these shares.
+            "loss": it mimics the one of its highest loss, and each other with probability 1/2 (UNIC's teacher dropping,
+            arXiv 2408.05088). Dropped ones have weight zero, and the weights of a sample add up to 1 on average. So
+            every head takes part in every step, as DDP needs.
         spec: the keyword arguments that rebuild this model.
     """
 
@@ -74,7 +77,7 @@ class Student(nn.Module):
         mimic_weight: float,
         pixel_weight: float,
         teacher_shares: Mapping[str, float],
-        drop_teachers: bool,
+        drop_teachers: DropTeachers,
         spec: dict[str, Any],
     ) -> None:
         super().__init__()
@@ -86,7 +89,7 @@ class Student(nn.Module):
         self.norm_pix_loss = norm_pix_loss
         self.mimic_weight, self.pixel_weight = mimic_weight, pixel_weight
         self.register_buffer("shares", torch.tensor([teacher_shares[t] for t in self.teachers]), persistent=False)
-        self.drop_teachers = drop_teachers and len(self.teachers) > 1
+        self.drop_teachers = drop_teachers if len(self.teachers) > 1 else False
         self.spec = spec
         flatten_parts(self, "encoder", "decoder")
 
@@ -98,6 +101,14 @@ class Student(nn.Module):
             ConfigError: unknown teacher, or another number of channels than its targets.
         """
         self._mimic(teacher).set_stats(mean, std)
+
+    def set_covariance(self, teacher: str, mean: Tensor, covariance: Tensor) -> None:
+        """Give the mean [width] and covariance [width, width] of a teacher's tokens, which target_norm "phi_s" needs.
+
+        Raises:
+            ConfigError: as `set_channel_stats`; also a width that PHI-S has no rotation for.
+        """
+        self._mimic(teacher).set_covariance(mean, covariance)
 
     def forward(
         self, images: Tensor, ids_keep: Tensor, targets: Mapping[str, Tensor] | None = None
@@ -155,6 +166,11 @@ class Student(nn.Module):
         shares = self.shares.unsqueeze(0)  # [1, T]
         if not (self.drop_teachers and self.training):
             return shares
+        if self.drop_teachers == "loss":
+            worst = nn.functional.one_hot(losses.argmax(1), len(self.teachers)).to(losses.dtype)  # [B, T]
+            kept = worst.maximum((torch.rand_like(worst) < 0.5).to(losses.dtype))
+            expected = (1 + (shares * worst).sum(1, keepdim=True)) / 2  # [B, 1] what is kept of all shares, on average
+            return shares * kept / expected
         below = shares.cumsum(1) - shares  # [1, T] the start of each teacher's part of [0, 1)
         chosen = (torch.rand(losses.shape[0], 1, device=losses.device) >= below[:, 1:]).sum(1)  # [B]
         return nn.functional.one_hot(chosen, len(self.teachers)).to(losses.dtype)

@@ -1,10 +1,12 @@
 """The student's part of a config."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.models.mimic import MIMIC_WEIGHT, Fusion, MimicHead, MimicLoss, TargetNorm
-from pipeline.models.mr_mae import ObjectiveName
+from pipeline.models.mr_mae import DropTeachers, ObjectiveName
 
 
 class StudentConfig(Config):
@@ -30,10 +32,11 @@ class MimicConfig(Config):
     fusion: Fusion = "fused"  # which blocks the mimic loss reaches, and how
     fusion_blocks: list[int] | None = None  # default: four, evenly spread
     target_norm: TargetNorm = "layernorm"
+    resize_targets: Literal["bilinear"] | None = None  # teachers on another grid than the student's; null: refuse them
     mimic_loss: MimicLoss = "smooth_l1"
     mimic_head: MimicHead = "linear"
     mimic_weight: float = Field(MIMIC_WEIGHT, ge=0)
     pixel_weight: float = Field(1.0, ge=0)
     teacher_weights: dict[str, float] | None = None  # by teacher name; default 1 each
     standardise_teachers: bool = True  # False: the naive joining that the paper found worse
-    drop_teachers: bool = False  # train each sample on one teacher, sampled at random
+    drop_teachers: DropTeachers = False  # true: one teacher a sample, at random; loss: the worst, and half the others

@@ -1,8 +1,11 @@
 """What a run asks of its device, and what it tells its user of it."""
 
 import logging
+import random
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 from pipeline.processes import float32_products
@@ -38,6 +41,15 @@ def generators_of(device: torch.device) -> list[torch.Generator]:
         return [torch.default_generator]
     index = torch.cuda.current_device() if device.index is None else device.index
     return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
+def seed_generators(generators: Iterable[torch.Generator], *numbers: int) -> None:
+    """Let dropout, drop-path, mixup and erasing depend on these numbers alone: seed, step, micro-batch, rank."""
+    words = np.random.SeedSequence(numbers).generate_state(3)
+    for generator in generators:
+        generator.manual_seed(int(words[0]))
+    np.random.seed(int(words[1]))  # timm's mixup draws from numpy's global state,
+    random.seed(int(words[2]))  # its erasing from Python's
 
 
 def peak_of(run: Run) -> float | None:

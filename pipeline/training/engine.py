@@ -6,13 +6,11 @@ replayed on resume.
 """
 
 import logging
-import random
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ from pipeline.training.checkpoint import (
     retire_best,
     save_checkpoint,
 )
-from pipeline.training.device import describe_step, float32_products_of, generators_of, peak_of
+from pipeline.training.device import describe_step, float32_products_of, generators_of, peak_of, seed_generators
 from pipeline.training.ema import build_ema
 from pipeline.training.flops import count_flops
 from pipeline.training.garbage import FixedCollection
@@ -139,7 +137,7 @@ class _Loop(Generic[B]):
             if self.task.grad_norms and micro == 0 and self.task.grad_norms.due(step):
                 self.meter.norms |= self._single_losses(self.task.grad_norms, step, batch)
             # Only now: starting the loader draws from the global generators too, after a resume and not before.
-            self._seed(step, micro)
+            seed_generators(self.generators, self.run.config.seed, step, micro, self.run.rank)
             if micro + 1 < self.plan.accum_iter:
                 with self.run.accelerator.no_sync(self.model):
                     self._backward(batch)
@@ -170,7 +168,7 @@ class _Loop(Generic[B]):
         """By the model itself, not by DDP's wrapper of it, which would count the extra passes as a step's."""
 
         def losses() -> dict[str, Tensor]:
-            self._seed(step, 0)
+            seed_generators(self.generators, self.run.config.seed, step, 0, self.run.rank)
             return self._eagerly(batch)
 
         began = time.perf_counter()
@@ -196,14 +194,6 @@ class _Loop(Generic[B]):
         if limit is not None or logged:
             norm = self.run.accelerator.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
             self.meter.norms["grad_norm"] = norm.detach()
-
-    def _seed(self, step: int, micro: int) -> None:
-        """Dropout, drop-path, mixup and erasing depend on (seed, step, micro-batch, rank) alone."""
-        words = np.random.SeedSequence([self.run.config.seed, step, micro, self.run.rank]).generate_state(3)
-        for generator in self.generators:
-            generator.manual_seed(int(words[0]))
-        np.random.seed(int(words[1]))  # timm's mixup draws from numpy's global state,
-        random.seed(int(words[2]))  # its erasing from Python's
 
     def log(self, done: int) -> None:
         self._check_finite(done)

@@ -16,7 +16,8 @@ from benchmarks import gpu as benchmark_gpu
 from benchmarks.gpu import BenchmarkGpuConfig, run
 from benchmarks.harness import Bench
 from benchmarks.parts import Part
-from tests.test_stages.conftest import MICRO, TEACHER
+from tests.test_benchmarks.conftest import VIT_TI
+from tests.test_stages.conftest import MICRO
 
 CONVVIT = {
     "name": "mrmae_convvit_small_patch16", "image_size": 64, "dim": 48, "depth": 1, "num_heads": 3,
@@ -34,7 +35,7 @@ def _one_thread() -> Iterator[None]:
 
 def config(**changes: Any) -> BenchmarkGpuConfig:
     keys: dict[str, Any] = {
-        "students": [MICRO, CONVVIT], "teachers": [TEACHER], "sparse": ["mrmae_convvit_small_patch16"],
+        "students": [MICRO, CONVVIT], "teachers": [VIT_TI], "sparse": ["mrmae_convvit_small_patch16"],
         "image_size": 64, "images": 16, "copies": 2, "batch_size": 8, "sparse_batch_size": 1, "seconds": 0.01,
         "steps": 1, "compile": False, "workers": 0, "minutes": 60,
     }  # fmt: skip
@@ -45,7 +46,7 @@ def test_every_part_is_measured_and_said(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.INFO, logger="benchmarks"):
         figures = run(config(patience=99))
     json.dumps(figures)
-    names = ["images", f"extract {TEACHER['spec']}", f"steps {MICRO['name']} eager", f"steps {CONVVIT['name']} eager"]
+    names = ["images", f"extract {VIT_TI['spec']}", f"steps {MICRO['name']} eager", f"steps {CONVVIT['name']} eager"]
     names.append("sparse mrmae_convvit_small_patch16 eager")
     assert set(figures["parts"]) == set(names), figures["failed"]
     assert figures["skipped"] == []

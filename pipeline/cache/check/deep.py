@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.check.report import Report
-from pipeline.cache.format.header import CacheHeader
 from pipeline.cache.format.records import Record
 from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.errors import CacheDamage, CacheError
@@ -43,13 +42,13 @@ class Reextract(Protocol):
     def __call__(self, indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]: ...
 
 
-def compare(path: Path, header: CacheHeader, report: Report, reextract: Reextract, samples: int) -> None:
+def compare(path: Path, reextract: Reextract, samples: int, report: Report) -> None:
     """Compare `samples` random records with the live teacher; adds findings and the figures of all of them."""
     try:
         reader = open_cache(path)
     except CacheDamage:
         return  # a commit record is damaged, as a finding says already
-    random, live = np.random.default_rng(0), reader.live_indices()
+    header, random, live = reader.header, np.random.default_rng(0), reader.live_indices()
     if len(live) == 0:
         return
     indices = np.sort(random.choice(live, min(samples, len(live)), replace=False)).tolist()

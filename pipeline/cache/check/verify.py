@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pipeline.cache.check.deep import Reextract, compare
 from pipeline.cache.check.report import Report
 from pipeline.cache.check.values import ViewContent
 from pipeline.cache.files import FileEntry, file_of, hash_file
@@ -55,8 +54,7 @@ def verify(
     path: Path,
     level: Level = "quick",
     source: Source | None = None,
-    reextract: Reextract | None = None,
-    samples: int = 64,
+    deep: Callable[[Report], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int = 1,
 ) -> Report:
@@ -64,7 +62,7 @@ def verify(
 
     Args:
         source: the images; compares the dataset's digest at any level, keys and image hashes from `full` on.
-        reextract: the live teacher; needed by `deep`, which asks it about `samples` random records.
+        deep: compares records with the live teacher (`compare`), and adds to the report; level `deep` needs it.
         progress: called with (shards done, shards).
         threads: shards that are checked at once; from `full` on each takes a second thread, which hashes its files.
 
@@ -80,7 +78,7 @@ def verify(
         report.add("header", str(error), file=FILE)
         return report
     report.counts.update(samples=header.count, shards=header.shards, **dict.fromkeys(_COUNTS, 0))
-    if level == "deep" and reextract is None:
+    if level == "deep" and deep is None:
         raise PipelineError("deep verification needs the images and the teacher: give --data, or use --level full")
     verifier = _Verifier(path, header, source, level != "quick")
     verifier.check_cache(report)
@@ -89,8 +87,8 @@ def verify(
         if progress is not None:
             progress(shard + 1, header.shards)
     foreign = any(finding.kind == "dataset" for finding in report.findings)
-    if level == "deep" and reextract is not None and not foreign:  # of other images a teacher says other things
-        compare(path, header, report, reextract, samples)
+    if level == "deep" and deep is not None and not foreign:  # of other images a teacher says other things
+        deep(report)
     report.seconds = time.monotonic() - started
     return report
 

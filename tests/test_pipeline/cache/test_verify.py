@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.cache import (
     CacheHeader,
     Reextracted,
     Report,
+    compare,
     create_cache,
     open_cache,
     open_writer,
@@ -359,7 +361,7 @@ def test_another_dataset(cache: Path, photos: Photos) -> None:
 
 def test_a_teacher_is_not_asked_about_another_dataset(cache: Path) -> None:
     """It would say other things of other images, and the cache is not to blame."""
-    wrong = teacher(read_header(cache), tokens=np.zeros_like)
+    wrong = partial(compare, cache, teacher(read_header(cache), tokens=np.zeros_like), 64)
     assert "deep" in {f.kind for f in verify(cache, "deep", Photos(), wrong).findings}
     foreign = verify(cache, "deep", Photos(digest="e" * 32), wrong)
     assert [f.kind for f in foreign.findings] == ["dataset"]
@@ -404,7 +406,7 @@ def test_keys_in_another_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_same_teacher_agrees(cache: Path, store: str) -> None:
-    report = verify(cache, "deep", reextract=teacher(make_header(store)), samples=6)
+    report = verify(cache, "deep", deep=partial(compare, cache, teacher(make_header(store)), 6))
     assert report.sound, report.findings
     assert report.counts["deep"] == 6
     assert report.figures["cosine_mean"] > 0.999
@@ -427,7 +429,7 @@ def test_the_same_teacher_agrees(cache: Path, store: str) -> None:
 def test_another_teacher_or_preprocessing_is_found(
     cache: Path, store: str, changes: dict[str, object], message: str
 ) -> None:
-    report = verify(cache, "deep", reextract=teacher(make_header(store), **changes), samples=9)
+    report = verify(cache, "deep", deep=partial(compare, cache, teacher(make_header(store), **changes), 9))
     assert {f.sample for f in report.findings} == {0, 1, 2, 3, 4, 6, 7, 8, 9}
     assert all(f.kind == "deep" and message in f.message for f in report.findings)
 

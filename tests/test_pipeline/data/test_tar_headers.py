@@ -26,7 +26,10 @@ def walk(path: Path) -> list[tuple[str, int, int, bytes]]:
 def by_tarfile(path: Path) -> list[tuple[str, int, int, bytes]]:
     with tarfile.open(path, "r:") as tar:
         files = [member for member in tar if member.isfile()]
-        return [(file.name, file.offset_data, file.size, tar.extractfile(file).read()) for file in files]  # type: ignore[union-attr]
+        # A slash at a file's end is dropped by tarfile, but for long names in GNU tars.
+        names = [file.name.rstrip("/") for file in files]
+        contents = [(file.offset_data, file.size, tar.extractfile(file).read()) for file in files]  # type: ignore[union-attr]
+        return [(name, *content) for name, content in zip(names, contents, strict=True)]
 
 
 def write(path: Path, *members: tarfile.TarInfo, format: int = tarfile.PAX_FORMAT, content: bytes = b"x") -> Path:

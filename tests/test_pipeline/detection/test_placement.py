@@ -39,7 +39,7 @@ def white(canvas: NDArray[np.uint8], placement: Placement) -> NDArray[np.bool_]:
 def test_boxes_and_masks_lie_where_the_pixels_do(image: Image.Image, form: str, hflip: bool, scale: float) -> None:
     config = JitterConfig(scale=(scale, scale), hflip=float(hflip))
     for index in range(4):
-        placement = sample_placement(config, 3, index, 0, height=HEIGHT, width=WIDTH, canvas=CANVAS)
+        placement = sample_placement(config, 3, index, 0, (HEIGHT, WIDTH), CANVAS)
         seen = white(render(image, placement, CANVAS), placement)
         boxes, labels, masks = place(instances(form), placement, CANVAS, height=HEIGHT, width=WIDTH)
         assert masks.shape == (1, CANVAS, CANVAS)
@@ -62,7 +62,7 @@ def test_evaluation_fits_the_longer_side(image: Image.Image) -> None:
 
 def test_the_range_of_the_jitter() -> None:
     config = JitterConfig()
-    drawn = [sample_placement(config, 0, i, 0, height=480, width=640, canvas=1024) for i in range(500)]
+    drawn = [sample_placement(config, 0, i, 0, (480, 640), 1024) for i in range(500)]
     scales = np.array([max(p.scaled) / 1024 for p in drawn])
     assert 0.1 <= scales.min() < 0.15
     assert 1.95 < scales.max() <= 2.0
@@ -76,7 +76,7 @@ def test_the_range_of_the_jitter() -> None:
 
 def test_the_jitter_depends_on_seed_sample_and_epoch_alone() -> None:
     def draw(seed: int, index: int, epoch: int) -> Placement:
-        return sample_placement(JitterConfig(), seed, index, epoch, height=480, width=640, canvas=512)
+        return sample_placement(JitterConfig(), seed, index, epoch, (480, 640), 512)
 
     assert draw(1, 2, 3) == draw(1, 2, 3)
     assert len({draw(1, 2, 3), draw(0, 2, 3), draw(1, 0, 3), draw(1, 2, 0)}) == 4

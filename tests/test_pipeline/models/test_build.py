@@ -32,9 +32,10 @@ def test_fusion_takes_four_evenly_spaced_blocks_and_the_last(micro: Build, depth
     ("wrong", "message"),
     [
         ({"objective": "mrmae"}, "objective='mrmae' is unknown: did you mean 'mr_mae'"),
-        ({"target_norm": "batch"}, "use one of layernorm, channel, none"),
+        ({"target_norm": "batch"}, "use one of layernorm, channel, phi_s, none"),
         ({"mimic_loss": "l1"}, "use one of smooth_l1, mse, cosine"),
         ({"mimic_head": "conv"}, "use one of linear, mlp"),
+        ({"drop_teachers": "worst"}, "use one of false, true, loss"),
         ({"fusion": "sum"}, "use one of fused, each, last"),
         ({"fusion": "last", "fusion_blocks": [1]}, "fusion=last takes no fusion_blocks"),
         ({"fusion_blocks": [0, 3]}, "fusion_blocks=[0, 3]: name different blocks from 0 to 2"),

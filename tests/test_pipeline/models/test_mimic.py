@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.errors import ConfigError
-from pipeline.models.mimic import Mimic
+from pipeline.models.mimic import Mimic, TargetNorm
+from pipeline.models.phi_s import mean_and_covariance
 
 
 def tokens(sources: int = 1) -> list[torch.Tensor]:
@@ -45,18 +46,37 @@ def test_a_raw_target_stays_raw_unless_standardised_by_one_scale() -> None:
     torch.testing.assert_close(one_scale.normalise(target), (target - mean) / std.square().mean().sqrt())
 
 
-def test_statistics_that_are_needed_and_absent_are_an_error() -> None:
+@pytest.mark.parametrize("target_norm", ["channel", "phi_s"])
+def test_statistics_that_are_needed_and_absent_are_an_error(target_norm: TargetNorm) -> None:
+    mimic = Mimic("dino", dim=12, width=8, target_norm=target_norm)
     with pytest.raises(ConfigError, match=re.escape("targets of 'dino' can't be standardised without")):
-        Mimic("dino", dim=12, width=8, target_norm="channel").normalise(torch.randn(2, 5, 8))
+        mimic.normalise(torch.randn(2, 5, 8))
+    mimic.load_state_dict(mimic.state_dict())  # of a model that never had any
+    with pytest.raises(ConfigError, match=re.escape("targets of 'dino' can't be standardised without")):
+        mimic.normalise(torch.randn(2, 5, 8))
 
 
 def test_statistics_of_another_width_are_an_error() -> None:
     with pytest.raises(ConfigError, match="have 7 and 7 channels where its targets have 8"):
         Mimic("dino", dim=12, width=8).set_stats(torch.zeros(7), torch.ones(7))
+    with pytest.raises(ConfigError, match=re.escape("covariance of 'dino' is [7, 7] where its targets have 8")):
+        Mimic("dino", dim=12, width=8, target_norm="phi_s").set_covariance(torch.zeros(7), torch.eye(7))
 
 
 def test_statistics_stay_out_of_the_checkpoint() -> None:
     assert set(Mimic("dino", dim=12, width=8).state_dict()) == {"heads.0.weight", "heads.0.bias"}
+
+
+def test_a_rotation_goes_into_the_checkpoint_and_stays_exact_under_bf16() -> None:
+    """The heads predict in the basis of this rotation: one that is computed again may be another."""
+    mimic, target = Mimic("dino", dim=12, width=8, target_norm="phi_s"), torch.randn(20, 5, 8) + 3
+    mimic.set_covariance(*mean_and_covariance(target))
+    again = Mimic("dino", dim=12, width=8, target_norm="phi_s")
+    again.load_state_dict(mimic.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(again.normalise(target), mimic.normalise(target))
+        assert mimic.normalise(target).dtype == torch.float32
+    assert torch.equal(again.normalise(target), (target - mimic.channel_mean) @ mimic.rotation.T)
 
 
 @pytest.mark.parametrize("sources", [2, 4])

@@ -16,6 +16,7 @@ from pipeline.models import OBJECTIVES, Student
 from pipeline.models.mae import pixel_loss
 from pipeline.models.masking import complement, gather_tokens, visible_map
 from pipeline.models.patches import patchify
+from pipeline.models.phi_s import mean_and_covariance
 
 Build = Callable[..., Student]
 Draw = Callable[..., Any]
@@ -68,14 +69,14 @@ def test_outputs_of_each_objective(micro: Build, batch: Draw, kind: str, objecti
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("fusion", ["fused", "each", "last"])
-@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("several", [True, "loss", False])
 def test_every_parameter_takes_part_in_every_step(
-    micro: Build, batch: Draw, kind: str, objective: str, fusion: str, several: bool
+    micro: Build, batch: Draw, kind: str, objective: str, fusion: str, several: bool | str
 ) -> None:
     """DDP stops at a parameter without a gradient, so nothing may be built that a step doesn't use."""
     options: dict[str, Any] = {"objective": objective, "fusion": fusion}
     if objective != "mae" and several:
-        options |= {"teachers": {"clip": 8, "dino": 12}, "drop_teachers": True}
+        options |= {"teachers": {"clip": 8, "dino": 12}, "drop_teachers": several}
     student = micro(kind, **options)
     student(*batch(student))["loss"].backward()
     assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -150,10 +151,29 @@ def test_dropping_teachers_keeps_one_for_each_sample_in_proportion(micro: Build,
     torch.testing.assert_close(student.eval()._shares(torch.zeros(2, 3)), torch.tensor([[0.5, 0.25, 0.25]]))
 
 
-@pytest.mark.parametrize(("target_norm", "apart"), [("none", True), ("none", False), ("layernorm", False)])
+def test_dropping_by_loss_keeps_the_worst_teacher_and_each_other_with_probability_a_half(micro: Build) -> None:
+    student = micro("vit", teachers={"a": 4, "b": 4, "c": 4}, teacher_weights={"a": 2.0}, drop_teachers="loss")
+    losses = torch.rand(6000, 3)
+    shares, worst = student._shares(losses), losses.argmax(1)
+    for teacher, share in enumerate((0.5, 0.25, 0.25)):
+        for other, share_of_worst in enumerate((0.5, 0.25, 0.25)):
+            rows = shares[worst == other, teacher]  # about 2000: a half is 0.5 ± 0.011 (one standard deviation)
+            kept = share / ((1 + share_of_worst) / 2)
+            torch.testing.assert_close(rows[rows > 0], torch.full_like(rows[rows > 0], kept))
+            assert (rows > 0).float().mean() == pytest.approx(1 if teacher == other else 0.5, abs=0.05)
+    # A sample's weights add up to 1 on average, whichever teacher is its worst.
+    for other in range(3):
+        assert shares[worst == other].sum(1).mean() == pytest.approx(1, abs=0.03)
+    torch.testing.assert_close(student.eval()._shares(losses), torch.tensor([[0.5, 0.25, 0.25]]))
+
+
+@pytest.mark.parametrize(
+    ("target_norm", "apart"), [("none", True), ("none", False), ("layernorm", False), ("phi_s", False)]
+)
 def test_no_teachers_scale_wins_once_standardised(micro: Build, batch: Draw, target_norm: str, apart: bool) -> None:
     """Norms of each teacher's gradient at the encoder: within 2× when standardised, far apart by the naive way."""
     scales = {"small": 0.05, "large": 100.0}
+    spread = torch.logspace(-1, 1, 64)  # deviations of channels, a hundred times apart as those of real tokens
     student = micro(
         "vit",
         teachers={"small": 64, "large": 64},
@@ -162,9 +182,12 @@ def test_no_teachers_scale_wins_once_standardised(micro: Build, batch: Draw, tar
         mimic_loss="mse",
     )
     images, ids_keep, targets = batch(student, size=16)
-    targets = {teacher: scale * targets[teacher] for teacher, scale in scales.items()}
+    targets = {teacher: scale * spread * targets[teacher] for teacher, scale in scales.items()}
     for teacher, target in targets.items():
-        student.set_channel_stats(teacher, target.mean((0, 1)), target.std((0, 1)))
+        if target_norm == "phi_s":
+            student.set_covariance(teacher, *mean_and_covariance(target))
+        else:
+            student.set_channel_stats(teacher, target.mean((0, 1)), target.std((0, 1)))
     norms = {}
     for teacher in scales:
         student.zero_grad()
@@ -246,6 +269,25 @@ def test_the_step_compiles_without_a_graph_break(
     compiled["loss"].backward()
     for name, value in student(*drawn).items():
         torch.testing.assert_close(compiled[name], value)
+
+
+def test_a_rotated_target_and_dropping_by_loss_compile_without_a_graph_break(micro: Build, batch: Draw) -> None:
+    student = micro(
+        "vit", teachers={"clip": 8, "dino": 12}, target_norm="phi_s", drop_teachers="loss", depth=1, decoder_depth=1
+    )
+    drawn = batch(student)
+    for teacher, target in drawn.targets.items():
+        student.set_covariance(teacher, *mean_and_covariance(target))
+    torch.compiler.reset()
+    compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
+    results = []
+    for step in (compiled, student):
+        torch.manual_seed(0)  # who is dropped
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(step(*drawn))
+        results[-1]["loss"].backward()
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value)
 
 
 @pytest.mark.parametrize("sparse", [True, False])
