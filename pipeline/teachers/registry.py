@@ -151,7 +151,7 @@ def build_teacher(
         return Teacher(backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, **options)
 
     if module is None and not spec.startswith("mrmae:"):
-        with _meta_device():
+        with meta_device():
             _dry_run(name, lambda: build("random"))
     teacher = build(source, dtype=dtype, compile=compile)
     if module is not None:
@@ -171,7 +171,7 @@ class _SkipDraws(TorchFunctionMode):
 
 
 @contextmanager
-def _meta_device() -> Iterator[None]:
+def meta_device() -> Iterator[None]:
     """Networks built here have shapes and no values."""
     with torch.device("meta"), _SkipDraws():
         yield
@@ -216,7 +216,7 @@ def describe_teacher(spec: str) -> TeacherRow:
     Raises:
         TeacherError: as `build_teacher`, but for weights.
     """
-    with _meta_device():
+    with meta_device():
         backbone, _ = _build_backbone(spec, "random", None, None)
     length = backbone.grid[0] * backbone.grid[1]
     return TeacherRow(

@@ -30,7 +30,7 @@ def test_the_table_needs_no_weights() -> None:
 def test_each_named_teacher_runs(name: str) -> None:
     """On the meta device, three blocks deep. The exceptions have neither class token nor pooling head."""
     shapes = []
-    with registry._meta_device():
+    with registry.meta_device():
         registry._dry_run(name, lambda: shapes.append(build_bare(name)) or shapes[0])
     assert shapes[0].grid == (14, 14)
     assert shapes[0].has_attention != name.startswith(("aimv2", "pe_spatial_vitg14"))
