@@ -211,11 +211,13 @@ def list_teachers() -> list[TeacherRow]:
 
 
 def describe_teacher(spec: str) -> TeacherRow:
-    """What a teacher costs, `mrmae:` ones aside. Built on the meta device, without memory or weights.
+    """What a teacher costs. It is built on the meta device, without memory or weights.
 
     Raises:
-        TeacherError: as `build_teacher`, but for weights.
+        TeacherError: as `build_teacher`, but for weights; or a `mrmae:` teacher, which only its checkpoint describes.
     """
+    if spec.startswith("mrmae:"):
+        raise TeacherError(f"teacher '{spec}' has no figures without its run: name a teacher of timm or open_clip")
     with meta_device():
         backbone, _ = _build_backbone(spec, "random", None, None)
     length = backbone.grid[0] * backbone.grid[1]

@@ -70,6 +70,8 @@ def test_plan_names_the_slower_side() -> None:
 def test_plan_of_something_unknown() -> None:
     with pytest.raises(TeacherError, match="unknown teacher 'gpt': choose one that `mrmae teachers` lists"):
         plan.run(plan.PlanConfig(teacher="gpt"))
+    with pytest.raises(TeacherError, match="no figures without its run: name a teacher of timm or open_clip"):
+        plan.run(plan.PlanConfig(teacher="mrmae:runs/x"))
 
 
 def test_plan_says_whether_masks_can_be_drawn_by_attention() -> None:
