@@ -150,6 +150,10 @@ def final_norm(model: Any) -> nn.Module:
     return model.fc_norm if isinstance(norm, nn.Identity) and hasattr(model, "fc_norm") else norm
 
 
+# QuickGELU by open_clip's record of the same weights; timm has no network with it for them
+WITHOUT_TWIN = {"vit_base_patch16_clip_224.dfn2b": "open_clip:ViT-B-16-quickgelu:dfn2b"}
+
+
 def _known_config(name: str) -> Any:
     """timm's entry for `name`: the address of its weights and the normalisation of its pixels."""
     architecture, _, tag = name.partition(".")
@@ -158,10 +162,13 @@ def _known_config(name: str) -> Any:
         raise TeacherError(f"timm has no model '{name}': {hint}")
     config: Any = timm.get_pretrained_cfg(name)
     quick = f"{architecture.replace('_clip_', '_clip_quickgelu_')}.{config.tag}"
+    right = WITHOUT_TWIN.get(f"{architecture}.{config.tag}")
     if "quickgelu" not in name and quick in timm.list_pretrained("*_clip_quickgelu_*"):
+        right = f"timm:{quick}"
+    if right:
         raise TeacherError(
             f"teacher 'timm:{name}' has GELU and its weights were trained with QuickGELU, so that its tokens would be "
-            f"wrong: choose timm:{quick}"
+            f"wrong: choose {right}"
         )
     return config
 
