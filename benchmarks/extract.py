@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -32,7 +32,8 @@ from benchmarks.extraction_lanes import FREE_SHARDS, FreeForward, bare_forward, 
 from benchmarks.harness import Bench, by_turns, open_bench, open_or_draw
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.teachers import load_teacher
-from pipeline.config import Config, PathField
+from pipeline.cache import StoreName
+from pipeline.config import Config, PathField, Precision
 from pipeline.data.images import DataConfig, ImageSource
 from pipeline.data.rendering import ViewRenderer
 from pipeline.data.views import ViewConfig
@@ -48,10 +49,10 @@ class BenchmarkExtractConfig(Config):
     workers: int = Field(2, ge=0)  # decoding processes, for drawn images
     teacher: TeacherConfig | None = None  # a ViT-Ti of random weights when left out
     views: ViewConfig = ViewConfig()
-    store: Literal["zarr", "webdataset"] = "zarr"
+    store: StoreName = "zarr"
     images: int = Field(512, ge=16)  # that each round takes
     batch_size: int = Field(64, ge=1)  # views per forward pass
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     free_views: int = Field(8192, ge=FREE_SHARDS)  # that each round with a free forward writes: 0.15 MB each
     rounds: int = Field(5, ge=1)  # after one that warms up; the median counts
     threads: int | None = Field(default=None, gt=0)  # CPU threads of the forward; torch's choice unless given

@@ -18,7 +18,7 @@ Reads nothing: images are drawn, and teachers have random weights. Writes into a
 import os
 import shutil
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -30,6 +30,7 @@ from benchmarks.parts import Part, run_parts
 from benchmarks.pretrain import BenchmarkPretrainConfig, measure_lanes
 from benchmarks.student import BenchmarkStudentConfig, measure_student
 from pipeline.assembly.teachers import load_teacher
+from pipeline.cache import StoreName
 from pipeline.config import Config, PathField
 from pipeline.data.drawn import draw_images
 from pipeline.data.images import open_images
@@ -64,7 +65,7 @@ class BenchmarkGpuConfig(Config):
     image_size: int = Field(224, ge=32)  # of what is drawn, and of the views
     images: int = Field(1024, ge=16)  # that are drawn
     copies: int = Field(64, ge=1)  # how often extraction takes each of them, at most
-    store: Literal["zarr", "webdataset"] = "webdataset"
+    store: StoreName = "webdataset"
     batch_size: int = Field(256, ge=2)  # of students and teachers
     sparse_batch_size: int = Field(128, ge=1)
     seconds: float = Field(6, gt=0)  # that extraction is to last at the rate of the bare forward

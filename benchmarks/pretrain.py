@@ -24,7 +24,7 @@ Reads images (data.path) or draws some; writes caches into a temporary folder. C
 import time
 from contextlib import closing
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from benchmarks.training_lane import LaneConfig, TrainingLane
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.knowledge import CachedKnowledge, LiveKnowledge
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import open_cache
+from pipeline.cache import StoreName, open_cache
 from pipeline.config import PathField
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import DataConfig, ImageSource
@@ -60,8 +60,8 @@ class BenchmarkPretrainConfig(LaneConfig):
         ],
         min_length=1,
     )
-    store: Literal["zarr", "webdataset"] = "zarr"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPUs
+    store: StoreName = "zarr"
+    precision: Precision = "auto"
     rounds: int = Field(21, ge=3)  # after one that warms up; medians over the rounds' own ratios
     threads: int | None = Field(default=None, gt=0)  # CPU threads; torch's choice unless given
     folder: PathField | None = None  # where the caches go; the system's temporary folder when left out

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -62,6 +62,7 @@ def _expand(value: object) -> object:
 
 
 PathField = Annotated[Path, BeforeValidator(_expand)]
+Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 on CUDA, fp32 on CPUs
 Pair = Annotated[tuple[float, float], Strict(False)]
 
 

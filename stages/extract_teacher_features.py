@@ -41,7 +41,7 @@ from pipeline.cache import (
     wait_for_cache,
 )
 from pipeline.cache.budget import estimate_bytes, require_room
-from pipeline.config import Config, PathField
+from pipeline.config import Config, PathField, Precision
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
@@ -76,7 +76,7 @@ class ExtractConfig(Config):
     views: ViewConfig = ViewConfig()
     cache: CacheOutput
     batch_size: int = Field(64, ge=1)  # views per forward pass of the teacher
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPUs
+    precision: Precision = "auto"
     max_tombstones: float = Field(0.01, ge=0, le=1)  # share of unreadable images above which the run fails
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ images with the boxes, masks and names that the detector puts on them.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from pipeline.cache import open_cache
 from pipeline.config import Config, PathField
 from pipeline.data.decoding import decode
 from pipeline.data.images import DataConfig, open_images
-from pipeline.data.masks import MaskSampler
+from pipeline.data.masks import Focus, MaskSampler
 from pipeline.data.views import ViewConfig, center_view, render, to_chw, view_of_epoch
 from pipeline.detection.dataset import canvases
 from pipeline.detection.pictures import detected_scene, draw_scenes
@@ -67,7 +67,7 @@ class VisualizeConfig(Config):
     cache: CacheInput | None = None  # the teacher as cached: its views, tokens and attention
     teacher: TeacherConfig | None = None  # or a live one
     mask_ratio: float = Field(0.75, gt=0, lt=1)
-    focus: Literal["sampled", "top-k", "random"] | None = None  # default: sampled by the teacher's attention, if any
+    focus: Focus | None = None  # default: sampled by the teacher's attention, if any
     crop: float = Field(1.0, gt=0, le=1)  # central share of images that no cache gives a view of
     min_score: float = Field(0.5, ge=0, le=1)  # of what a detector shows
     seed: int = Field(0, ge=0)

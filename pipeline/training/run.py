@@ -21,7 +21,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import gather_object
 from pydantic import Field
 
-from pipeline.config import Config, PathField, save_config
+from pipeline.config import Config, PathField, Precision, save_config
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.files import write_text
 from pipeline.processes import open_accelerator, processes, without_cuda
@@ -42,7 +42,7 @@ class RunConfig(Config):
     max_steps: int | None = Field(None, ge=1)  # stop (and let the learning rate reach its minimum) at this step
     batch_size: int = Field(1024, ge=1)  # global: over all processes and accumulation
     accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPUs
+    precision: Precision = "auto"
     compile: bool = False  # torch.compile the model: minutes at the start, faster steps after
     peak_tflops: float | None = Field(None, gt=0)  # dense bf16 TFLOP/s of the card, for mfu; default: by its name
     log_every: int = Field(20, ge=1)  # steps
