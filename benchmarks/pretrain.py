@@ -37,7 +37,7 @@ from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.knowledge import CachedKnowledge, LiveKnowledge
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import StoreName, open_cache
-from pipeline.config import PathField
+from pipeline.config import PathField, Precision
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import DataConfig, ImageSource
 from pipeline.data.views import ViewConfig
