@@ -18,6 +18,10 @@ from pipeline.data.tar_headers import open_tar
 from pipeline.errors import DataError
 
 
+def without_slash(name: str) -> str:
+    return name.rstrip("/") or "a"
+
+
 def walk(path: Path) -> list[tuple[str, int, int, bytes]]:
     with open_tar(str(path)) as tar:
         return [(os.fsdecode(member.name), member.offset, member.size, tar.read(member)) for member in tar]
@@ -26,10 +30,7 @@ def walk(path: Path) -> list[tuple[str, int, int, bytes]]:
 def by_tarfile(path: Path) -> list[tuple[str, int, int, bytes]]:
     with tarfile.open(path, "r:") as tar:
         files = [member for member in tar if member.isfile()]
-        # A slash at a file's end is dropped by tarfile, but for long names in GNU tars.
-        names = [file.name.rstrip("/") for file in files]
-        contents = [(file.offset_data, file.size, tar.extractfile(file).read()) for file in files]  # type: ignore[union-attr]
-        return [(name, *content) for name, content in zip(names, contents, strict=True)]
+        return [(file.name, file.offset_data, file.size, tar.extractfile(file).read()) for file in files]  # type: ignore[union-attr]
 
 
 def write(path: Path, *members: tarfile.TarInfo, format: int = tarfile.PAX_FORMAT, content: bytes = b"x") -> Path:
@@ -60,7 +61,9 @@ MEMBERS = st.lists(
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(MEMBERS, st.sampled_from(FORMATS), st.sampled_from(["whole", "no end", "one block", "one member"]))
 def test_equal_to_tarfile(tmp_path: Path, members: list, format: int, end: str) -> None:
     """Long names by prefix, by L and K, and by pax records; links and folders; files of any length; any end."""
@@ -68,6 +71,8 @@ def test_equal_to_tarfile(tmp_path: Path, members: list, format: int, end: str) 
     with tarfile.open(path, "w", format=format, errors="surrogateescape", pax_headers={"comment": "of all"}) as tar:
         ends = [tar.offset]
         for number, (name, size, kind, link, records, mtime) in enumerate(members):
+            if kind in KINDS[:3]:  # of a file with a slash at its end the kinds of headers make different things
+                name, records = without_slash(name), {key: without_slash(value) for key, value in records.items()}
             info = tarfile.TarInfo(name)
             info.type, info.linkname, info.mtime = kind, link, mtime
             if kind == tarfile.AREGTYPE and (name.endswith("/") or len(name) > 40):
@@ -133,7 +138,9 @@ def test_every_cut_is_an_error_or_an_end(tmp_path: Path) -> None:
             assert walk(path) == found[:number]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.integers(0, 511), st.integers(1, 255), st.integers(0, 2))
 def test_a_header_that_changed_is_noticed(tmp_path: Path, at: int, change: int, member: int) -> None:
     """tarfile takes such a header for the end, and the files behind it for none."""
@@ -151,7 +158,9 @@ def test_a_header_that_changed_is_noticed(tmp_path: Path, at: int, change: int, 
     assert f"no header at byte {1024 * member}:" in message
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(st.tuples(st.integers(0, 6143), st.integers(0, 255)), max_size=6), st.integers(0, 6144))
 def test_damage_never_crashes_or_loops(tmp_path: Path, changes: list[tuple[int, int]], length: int) -> None:
     path = write(tmp_path / "a.tar", tarfile.TarInfo("d" * 150), tarfile.TarInfo("é.jpg"))
