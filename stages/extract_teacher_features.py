@@ -160,8 +160,8 @@ def _require_room(path: Path, wishes: Sequence[CacheHeader]) -> None:
     """Refuse before the first byte what the disk can't hold."""
     needed = 0
     for wish in wishes:
-        rows = {"mean": 1, "heads": wish.heads, "none": 0}[wish.attention]
-        view = estimate_bytes(wish.tokens, wish.dim, wish.store, wish.quantiser.name, attention_rows=rows)
+        quantiser = wish.quantiser.name
+        view = estimate_bytes(wish.tokens, wish.dim, wish.store, quantiser, wish.attention, wish.heads)
         needed += wish.count * wish.views * view
     require_room(path, needed)
 

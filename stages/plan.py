@@ -50,10 +50,8 @@ def run(config: PlanConfig) -> dict[str, Any]:
     """Answer in one JSON-able dict: bytes, hours and what limits them, bytes a second, the factor that can be saved."""
     teacher = describe_teacher(config.teacher)
     attention = config.attention if teacher.has_attention else "none"
-    rows = {"mean": 1, "heads": teacher.dim // 64, "none": 0}[attention]
-    view = estimate_bytes(
-        teacher.grid[0] * teacher.grid[1], teacher.dim, config.store, config.quantiser, attention_rows=rows
-    )
+    tokens, heads = teacher.grid[0] * teacher.grid[1], teacher.dim // 64
+    view = estimate_bytes(tokens, teacher.dim, config.store, config.quantiser, attention, heads)
     size = config.samples * config.views * view
     step = step_gmac(config.student, config.mask_ratio)
     cores = config.gpus * config.cores
