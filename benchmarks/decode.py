@@ -27,8 +27,9 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.harness import by_turns, open_bench
 from pipeline.config import Config
+from pipeline.configs.data import DataConfig
 from pipeline.data.decoding import decode
-from pipeline.data.images import DataConfig, open_images
+from pipeline.data.images import open_images
 
 Pixels = NDArray[np.uint8]
 

@@ -34,12 +34,12 @@ from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import StoreName
 from pipeline.config import Config, PathField, Precision
-from pipeline.data.images import DataConfig, ImageSource
+from pipeline.configs.data import DataConfig, ViewConfig
+from pipeline.configs.teachers import TeacherConfig
+from pipeline.data.images import ImageSource
 from pipeline.data.rendering import ViewRenderer
-from pipeline.data.views import ViewConfig
 from pipeline.ownership import stage
 from pipeline.teachers import Teacher
-from pipeline.teachers.teacher_config import TeacherConfig
 
 
 class BenchmarkExtractConfig(Config):

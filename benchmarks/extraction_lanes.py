@@ -14,8 +14,8 @@ from benchmarks.harness import Bench
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.filling import PendingTargets
 from pipeline.cache import CacheHeader, create_cache, open_writer
+from pipeline.configs.data import ViewConfig
 from pipeline.data.rendering import RenderedViews
-from pipeline.data.views import ViewConfig
 from pipeline.teachers import Teacher
 
 FREE_SHARDS = 8  # only the first two or three are written from fresh memory

@@ -32,12 +32,12 @@ from benchmarks.student import BenchmarkStudentConfig, measure_student
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import StoreName
 from pipeline.config import Config, PathField
+from pipeline.configs.data import ViewConfig
+from pipeline.configs.models import StudentConfig
+from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.drawn import draw_images
 from pipeline.data.images import open_images
-from pipeline.data.views import ViewConfig
-from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
-from pipeline.teachers.teacher_config import TeacherConfig
 
 _BYTES_PER_VIEW = 200_000  # of a cache, with room to spare
 

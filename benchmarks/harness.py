@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.assembly.teachers import teacher_dtype
 from pipeline.config import Config
+from pipeline.configs.data import DataConfig
 from pipeline.data.drawn import draw_images
-from pipeline.data.images import DataConfig, ImageSource, open_images
+from pipeline.data.images import ImageSource, open_images
 from pipeline.errors import ConfigError
 from pipeline.training.flops import peak_tflops
 

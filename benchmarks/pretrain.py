@@ -38,13 +38,13 @@ from pipeline.assembly.knowledge import CachedKnowledge, LiveKnowledge
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import StoreName, open_cache
 from pipeline.config import PathField, Precision
+from pipeline.configs.data import DataConfig, ViewConfig
+from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.decoding import decode_pixels
-from pipeline.data.images import DataConfig, ImageSource
-from pipeline.data.views import ViewConfig
+from pipeline.data.images import ImageSource
 from pipeline.data.workers import PREFETCH
 from pipeline.ownership import stage
 from pipeline.teachers import Teacher
-from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.flops import peak_tflops
 
 

@@ -10,14 +10,16 @@ from benchmarks.harness import Bench, count_gmacs
 from pipeline.assembly.knowledge import Knowledge
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.config import Config
+from pipeline.configs.data import Focus
+from pipeline.configs.models import StudentConfig
+from pipeline.configs.training import OptimConfig
 from pipeline.data.loader import Samples
-from pipeline.data.masks import Focus, MaskSampler, visible_count
+from pipeline.data.masks import MaskSampler, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.models import build_student
-from pipeline.models.student_config import StudentConfig
 from pipeline.pixels import normalise
 from pipeline.steps import StepPlan
-from pipeline.training.optim import OptimConfig, build_adamw, parameter_groups
+from pipeline.training.optim import build_adamw, parameter_groups
 
 _FOREVER = 2**40  # steps
 

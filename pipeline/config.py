@@ -3,7 +3,7 @@
     config = load_config(PretrainConfig, Path("configs/imagenet.yaml"), ["batch_size=256"], section="pretrain")
 
 A file may describe one command, or a whole chain with a section for each command (`pretrain:`, `knn:`, ...) beside
-values that the sections share by interpolation. A config class lives beside the thing it configures and derives from
+values that the sections share by interpolation. A config class lies in `configs/` and derives from
 `Config`; a stage composes them.
 """
 

@@ -22,51 +22,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import matplotlib
 import xxhash
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, model_validator
 
-from pipeline.config import Config, PathField
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import write_text
 from pipeline.training.interruption import Interrupted, Interruption
+from stages.configs.ablate import AblateConfig, VariantConfig
 
 matplotlib.use("Agg")
 
 INTERRUPTED = 130  # exit code of a command that was stopped and has saved
-
-Measure = Literal["knn", "linear-probe", "finetune"]
-
-
-class VariantConfig(Config):
-    """What one row of the table changes."""
-
-    group: str = ""  # rows of one group are compared with each other
-    cache: str | None = None  # a name in `caches`; null: none, for an untrained student or plain MAE
-    pretrain: list[str] | None = None  # keys for `pretrain`; null: no pre-training
-    student: list[str] = Field(default_factory=list)  # keys for an untrained student, in place of init
-
-
-class AblateConfig(Config):
-    """Everything `ablate` takes."""
-
-    output: PathField
-    seeds: list[int] = Field(default=[0, 1], min_length=1)
-    measures: list[Measure] = Field(default=["knn", "linear-probe", "finetune"], min_length=1)
-    caches: dict[str, list[str]]  # name → keys for `extract-teacher-features`
-    variants: dict[str, VariantConfig]
-
-    @model_validator(mode="after")
-    def _known_caches(self) -> "AblateConfig":
-        for name, variant in self.variants.items():
-            if variant.cache is not None and variant.cache not in self.caches:
-                raise ValueError(f"variants.{name}.cache={variant.cache}: caches has {', '.join(self.caches)}")
-        return self
 
 
 @dataclass

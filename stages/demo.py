@@ -16,21 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from sklearn.datasets import load_digits
 
 from pipeline.assembly.inspection import choose_patches, reconstruct
 from pipeline.assembly.teachers import load_teacher
-from pipeline.config import Config, PathField
+from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.images import open_images
 from pipeline.data.labelled import LabelledDataset
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid
 from pipeline.models import Student, load_model
 from pipeline.ownership import stage
-from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 from pipeline.training.plots import plot_curves
 from stages import extract_teacher_features, finetune, knn, linear_probe, pretrain, verify_cache
+from stages.configs.demo import DemoConfig
+from stages.configs.extract_teacher_features import ExtractConfig
+from stages.configs.finetune import FinetuneConfig
+from stages.configs.knn import KnnConfig
+from stages.configs.linear_probe import LinearProbeConfig
+from stages.configs.pretrain import PretrainConfig
 
 _SIZE = 32
 _ENCODER = {
@@ -43,16 +47,6 @@ _ENCODER = {
 }
 _STUDENT = {**_ENCODER, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 2}
 _PLAIN = {"rand_augment": None, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "hflip": 0.0, "scale": [0.75, 1.0]}
-
-
-class DemoConfig(Config):
-    """Everything `demo` takes."""
-
-    output: PathField = Path("runs/demo")
-    seed: int = Field(0, ge=0)
-    max_steps: int = Field(400, ge=1)  # of each student's pre-training
-    teacher_steps: int = Field(300, ge=1)
-    finetune_steps: int = Field(60, ge=1)
 
 
 @stage
@@ -101,16 +95,14 @@ def _finetune(
     optim = {"lr": lr, "warmup_epochs": 1, "betas": [0.9, 0.999], "layer_decay": 1.0}
     keys = {**both, **start, "output": config.output / name, "seed": config.seed, "max_steps": steps}
     shape = {"batch_size": 64, "drop_path": 0.0, "augment": _PLAIN, "optim": optim, "eval_every": 100}
-    return finetune.run(finetune.FinetuneConfig.model_validate({**keys, **shape}))
+    return finetune.run(FinetuneConfig.model_validate({**keys, **shape}))
 
 
 def _extract(config: DemoConfig, data: dict[str, Any]) -> None:
     views = {"count": 4, "image_size": _SIZE, "scale": [0.75, 1.0], "hflip": 0.0, "seed": config.seed}
     keys = {"teacher": {"spec": f"mrmae:{config.output / 'teacher'}"}, "views": views, "batch_size": 256}
     cache = {"path": config.output / "cache", "samples_per_shard": 512}
-    extract_teacher_features.run(
-        extract_teacher_features.ExtractConfig.model_validate({**data, **keys, "cache": cache})
-    )
+    extract_teacher_features.run(ExtractConfig.model_validate({**data, **keys, "cache": cache}))
 
 
 def _pretrain(config: DemoConfig, data: dict[str, Any], objective: str) -> dict[str, Any]:
@@ -129,7 +121,7 @@ def _pretrain(config: DemoConfig, data: dict[str, Any], objective: str) -> dict[
         "seed": config.seed,
         "log_every": 10,
     }
-    return pretrain.run(pretrain.PretrainConfig.model_validate(keys))
+    return pretrain.run(PretrainConfig.model_validate(keys))
 
 
 def _compare(config: DemoConfig, both: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -147,8 +139,8 @@ def _compare(config: DemoConfig, both: dict[str, Any]) -> dict[str, dict[str, fl
         keys = {**both, **seed, **subject, "features": out / "features"}
         probe = {"batch_size": 64, "epochs": 60, "blrs": [4.0, 12.0, 40.0, 120.0]}  # few steps want large rates
         row = {
-            "k-NN": knn.run(knn.KnnConfig.model_validate(keys))["top1"],
-            "linear probe": linear_probe.run(linear_probe.LinearProbeConfig.model_validate({**keys, **probe}))["top1"],
+            "k-NN": knn.run(KnnConfig.model_validate(keys))["top1"],
+            "linear probe": linear_probe.run(LinearProbeConfig.model_validate({**keys, **probe}))["top1"],
         }
         if name in ("untrained", "mae", "mr_mae"):
             start = {"student": _ENCODER} if name == "untrained" else {"init": out / name}

@@ -21,12 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.assembly.detectors import build_detector, load_detector
 from pipeline.assembly.students import Start, read_start
-from pipeline.config import Config, PathField
 from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.detection import (
@@ -35,8 +33,6 @@ from pipeline.detection import (
     DetectionBatch,
     DetectionDataset,
     Detector,
-    DetectorConfig,
-    JitterConfig,
     annotated_scene,
     as_results,
     average_precision,
@@ -47,47 +43,14 @@ from pipeline.detection import (
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.records import write_record
 from pipeline.files import write_text
-from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
 from pipeline.processes import processes, share_of
 from pipeline.progress import track
-from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
-from pipeline.training.optim import OptimConfig
-from pipeline.training.run import Run, RunConfig, plan_steps
+from pipeline.training.run import Run, plan_steps
 from pipeline.training.task import Evaluation, Task
-
-
-class DetectionDataConfig(Config):
-    """Which annotated images."""
-
-    train: CocoConfig | None = None  # needed to train
-    val: CocoConfig
-    workers: int = Field(2, ge=0, le=256)  # decoding processes per training process
-
-
-class DetectConfig(RunConfig):
-    """Everything `detect` takes."""
-
-    epochs: int = Field(25, ge=1)
-    batch_size: int = Field(32, ge=1)
-    data: DetectionDataConfig
-    init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
-    student: StudentConfig | None = None  # needed from scratch and for a lone weights file
-    image_size: int = Field(1024, ge=32, le=4096)  # side of the canvas that images lie on, a multiple of two patches
-    drop_path: float = Field(0.1, ge=0, lt=1)
-    detector: DetectorConfig = DetectorConfig()
-    jitter: JitterConfig = JitterConfig()
-    optim: OptimConfig = OptimConfig(
-        blr=6.4e-4, warmup_epochs=0.125, weight_decay=0.1, betas=(0.9, 0.999), layer_decay=0.7
-    )
-    ema: EmaConfig = EmaConfig()  # off unless ema.decay is given
-    eval_every: int = Field(1, ge=1)  # epochs
-    eval_batch_size: int = Field(8, ge=1)  # images that are scored, or drawn, at once, in each process
-    checkpoint: PathField | None = None  # --eval: what to score; default: the newest one in output
-    pictures: int = Field(0, ge=0)  # --eval: draw so many validation images beside their annotations
-    picture_score: float = Field(0.5, ge=0, le=1)  # detections below are not drawn
+from stages.configs.detect import DetectConfig, DetectionDataConfig
 
 
 @stage

@@ -19,7 +19,6 @@ from typing import Any
 
 import timm
 import torch
-from pydantic import Field
 from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
@@ -27,31 +26,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.assembly.students import load_encoder
-from pipeline.config import Config, PathField
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import whole_file, whole_folder
 from pipeline.models import Classifier, ConvViT, Student, ViT, build_classifier, build_student, load_weights
-from pipeline.models.student_config import StudentConfig
 from pipeline.tensor_files import save_tensors
+from stages.configs.export import ExportConfig
 
 # Cosine between our features and those of what was written; fp32 in another order of operations is nearer than this.
 _FAITHFUL = 0.99999
-_OPSET = 18
 # timm's name for each width; the arguments say all that differs from it.
 _NEAREST = {
     width: f"vit_{size}_patch16_224" for width, size in ((192, "tiny"), (384, "small"), (768, "base"), (1024, "large"))
 }
 _SIZES = ("name", "image_size", "patch_size", "dim", "depth", "num_heads")  # what decides the encoder
-
-
-class ExportConfig(Config):
-    """Everything `export` takes."""
-
-    init: PathField  # a run, a checkpoint or a public weights file
-    student: StudentConfig | None = None  # for a lone weights file
-    output: PathField  # a folder that isn't there yet
-    onnx: bool = False  # also model.onnx: images → tokens, and logits of a classifier
-    opset: int = Field(_OPSET, ge=18)  # of ONNX
 
 
 def run(config: ExportConfig) -> dict[str, Any]:

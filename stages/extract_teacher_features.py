@@ -15,14 +15,11 @@ of the shards.
 """
 
 import logging
-import re
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from pipeline.assembly.extraction import Extractor, check_lost
 from pipeline.assembly.teachers import load_teacher, teacher_dtype
@@ -30,8 +27,6 @@ from pipeline.cache import (
     CacheHeader,
     CacheReader,
     FidelityFigures,
-    QuantiserName,
-    StoreName,
     create_cache,
     match_header,
     open_cache,
@@ -41,58 +36,15 @@ from pipeline.cache import (
     wait_for_cache,
 )
 from pipeline.cache.budget import estimate_bytes, require_room
-from pipeline.config import Config, PathField, Precision
-from pipeline.data.images import DataConfig, ImageSource, open_images
-from pipeline.data.views import ViewConfig
+from pipeline.data.images import ImageSource, open_images
 from pipeline.errors import ConfigError
 from pipeline.ownership import stage
 from pipeline.processes import processes
 from pipeline.progress import Progress
 from pipeline.teachers import NO_ATTENTION
-from pipeline.teachers.teacher_config import TeacherConfig
+from stages.configs.extract_teacher_features import CacheOutput, ExtractConfig
 
 log = logging.getLogger(__name__)
-
-
-class CacheOutput(Config):
-    """Where the features go, and in what form."""
-
-    path: PathField
-    store: StoreName = "zarr"
-    quantiser: QuantiserName = "int8"
-    samples_per_shard: int = Field(1024, ge=1, le=65536)  # one file a shard and view: 154 MB at 196x768
-    attention: Literal["mean", "heads"] = "mean"  # heads: one row each, for people who want to look
-    calibration: int = Field(256, ge=1)  # samples that the channel statistics are measured on
-    max_nmse: float = Field(1e-2, gt=0)  # what a shard may lose in its worst channel; int8 loses about 5e-5
-    min_cosine: float = Field(0.999, gt=0, le=1)  # of its LayerNormed tokens, on average; int8 keeps about 0.99997
-
-
-class ExtractConfig(Config):
-    """Everything `extract-teacher-features` takes."""
-
-    data: DataConfig
-    teacher: TeacherConfig | None = None
-    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)  # several in one pass: teacher NAME → path/NAME
-    views: ViewConfig = ViewConfig()
-    cache: CacheOutput
-    batch_size: int = Field(64, ge=1)  # views per forward pass of the teacher
-    precision: Precision = "auto"
-    max_tombstones: float = Field(0.01, ge=0, le=1)  # share of unreadable images above which the run fails
-
-    @model_validator(mode="after")
-    def _one_way_to_name_teachers(self) -> "ExtractConfig":
-        if (self.teacher is None) == (not self.teachers):
-            raise ValueError("give teacher.spec=..., or teachers.NAME.spec=... for several in one pass")
-        for name in self.teachers:
-            if not re.fullmatch(r"[\w-][\w.-]*", name):
-                raise ValueError(f"teachers.{name}: a name becomes a folder, so use letters, digits, '.', '_' and '-'")
-        return self
-
-    def caches(self) -> dict[Path, TeacherConfig]:
-        """Where each teacher's cache goes."""
-        if self.teacher is not None:
-            return {self.cache.path: self.teacher}
-        return {self.cache.path / name: teacher for name, teacher in self.teachers.items()}
 
 
 @stage

@@ -16,21 +16,20 @@ students of different teachers.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import reduce
-from pydantic import BeforeValidator, Field, Strict, model_validator
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from pipeline.assembly.students import Start, encoder_arguments, read_start
-from pipeline.config import Config, PathField
+from pipeline.configs.data import ViewConfig
 from pipeline.data.augment import Augment, rand_augment
-from pipeline.data.images import DataConfig, ImageSource
+from pipeline.data.images import ImageSource
 from pipeline.data.labelled import (
     LabelledBatch,
     LabelledDataset,
@@ -40,83 +39,26 @@ from pipeline.data.labelled import (
 )
 from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
-from pipeline.data.views import ViewConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.metrics import topk_hits
 from pipeline.evaluation.records import write_record
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
-from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
 from pipeline.processes import processes, share_of
 from pipeline.progress import Progress
 from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
-from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
-from pipeline.training.optim import OptimConfig
-from pipeline.training.run import Run, RunConfig, plan_steps
+from pipeline.training.run import Run, plan_steps
 from pipeline.training.task import Evaluation, Task
-
-
-class AugmentConfig(Config):
-    """Augmentation and label noise; null or 0 switches a part off."""
-
-    scale: tuple[float, float] = Field((0.08, 1.0), strict=False)  # random resized crop, share of the area
-    hflip: float = Field(0.5, ge=0, le=1)
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    mixup: float = Field(0.8, ge=0)
-    cutmix: float = Field(1.0, ge=0)
-    smoothing: float = Field(0.1, ge=0, lt=1)
-    erase: float = Field(0.25, ge=0, le=1)  # probability of random erasing
-
-    @model_validator(mode="after")
-    def _can_be_drawn(self) -> "AugmentConfig":
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"augment.scale={list(self.scale)}: needs 0 < low <= high <= 1")
-        if self.rand_augment is not None:
-            try:
-                rand_augment(self.rand_augment, image_size=224)
-            except ValueError as error:
-                raise ValueError(f"augment.rand_augment={error}") from error
-        return self
-
-
-class FinetuneConfig(RunConfig):
-    """Everything `finetune` takes."""
-
-    epochs: int = Field(100, ge=1)
-    data: DataConfig  # labelled training images, or a folder that holds train/ and val/
-    val: DataConfig | None = None  # labelled validation images; default: val/ in data.path
-    init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
-    student: StudentConfig | None = None  # needed from scratch and for a lone weights file
-    image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: the student's. Positions are resampled
-    crop: float = Field(0.875, gt=0, le=1)  # central share of validation images; 1 for images cut already
-    pool: Literal["mean", "cls"] = "mean"
-    drop_path: float = Field(0.1, ge=0, lt=1)
-    augment: AugmentConfig = AugmentConfig()
-    optim: OptimConfig = OptimConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65)
-    ema: EmaConfig = EmaConfig()
-    eval_every: int = Field(1, ge=1)  # epochs
-    eval_batch_size: int = Field(128, ge=1)  # validation images of a forward pass, in each process
-
-
-def _several(value: object) -> object:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
-class EvaluateConfig(FinetuneConfig):
-    """What `finetune --eval` takes: the same keys, so that one section of a file serves both; it needs init and val."""
-
-    init: Annotated[tuple[PathField, ...], BeforeValidator(_several), Strict(False)] = Field(min_length=1)  # type: ignore[assignment]  # one classifier or several
-    val: DataConfig
-    data: DataConfig | None = None  # type: ignore[assignment]  # not read
-    output: PathField | None = None  # type: ignore[assignment]  # folder for metrics.json
+from stages.configs.finetune import EvaluateConfig, FinetuneConfig
 
 
 @stage
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; returns the last metrics, top-1 and top-5 of the last checkpoint among them."""
+    _augment(config, size=224)  # a policy that timm doesn't know is refused before anything is read
     train, val, classes = open_splits(config.data, config.val)
     torch.manual_seed(config.seed)
     start = read_start(config.init, config.student, config.output)
@@ -228,7 +170,10 @@ def _check_mixing(config: FinetuneConfig, plan: StepPlan) -> None:
 
 def _augment(config: FinetuneConfig, size: int) -> Augment | None:
     policy = config.augment.rand_augment
-    return None if policy is None else rand_augment(policy, size)
+    try:
+        return None if policy is None else rand_augment(policy, size)
+    except ValueError as error:
+        raise ConfigError(f"augment.rand_augment={error}") from error
 
 
 class _Losses:

@@ -11,22 +11,12 @@ forward pass over the images.
 
 from typing import Any
 
-from pydantic import Field
-
-from pipeline.assembly.frozen_features import FrozenConfig, frozen_features
+from pipeline.assembly.frozen_features import frozen_features
 from pipeline.evaluation.knn import knn_classify
 from pipeline.evaluation.records import write_record
 from pipeline.ownership import stage
 from pipeline.processes import processes
-
-
-class KnnConfig(FrozenConfig):
-    """Everything `knn` takes."""
-
-    k: int = Field(20, ge=1)
-    temperature: float | None = Field(
-        0.07, gt=0
-    )  # of the votes, as in DINO's protocol; null: every neighbour counts one
+from stages.configs.knn import KnnConfig
 
 
 @stage

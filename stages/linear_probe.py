@@ -11,28 +11,18 @@ The recipe is MAE's: LARS, no weight decay, an affine-free batch norm before the
 """
 
 import logging
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, Strict
-
-from pipeline.assembly.frozen_features import FrozenConfig, frozen_features
+from pipeline.assembly.frozen_features import frozen_features
 from pipeline.evaluation.probe import linear_probe
 from pipeline.evaluation.records import write_record
 from pipeline.ownership import stage
 from pipeline.processes import processes
+from stages.configs.linear_probe import LinearProbeConfig
 
 log = logging.getLogger(__name__)
 
 _FEW_STEPS = 50  # the first ninth only warms up, and the batch norm's means take tens of steps to forget their start
-
-
-class LinearProbeConfig(FrozenConfig):
-    """Everything `linear-probe` takes."""
-
-    epochs: int = Field(90, ge=1)
-    batch_size: int = Field(4096, ge=2)  # the batch norm wants two
-    # Per 256 images, all trained at once.
-    blrs: Annotated[tuple[float, ...], Strict(False)] = Field((0.02, 0.05, 0.1, 0.2, 0.5), min_length=1)
 
 
 @stage

@@ -38,10 +38,10 @@ from pipeline.cache import (
     verify,
 )
 from pipeline.config import Config, PathField
+from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.rendering import preprocessing
-from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheDamage, CacheError, DataError
 from pipeline.ownership import stage
 from pipeline.progress import Progress

@@ -13,13 +13,12 @@ images with the boxes, masks and names that the detector puts on them.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
 from pipeline.assembly.detectors import load_detector
@@ -28,58 +27,24 @@ from pipeline.assembly.samples import PretrainDataset
 from pipeline.assembly.students import load_encoder
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import open_cache
-from pipeline.config import Config, PathField
+from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode
-from pipeline.data.images import DataConfig, open_images
-from pipeline.data.masks import Focus, MaskSampler
-from pipeline.data.views import ViewConfig, center_view, render, to_chw, view_of_epoch
+from pipeline.data.images import open_images
+from pipeline.data.masks import MaskSampler
+from pipeline.data.views import center_view, render, to_chw, view_of_epoch
 from pipeline.detection.dataset import canvases
 from pipeline.detection.pictures import detected_scene, draw_scenes
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, head_maps, overlay, pca_maps
 from pipeline.models import Classifier, Student, read_weights
-from pipeline.models.student_config import StudentConfig
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.teachers import Teacher, build_teacher
-from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
+from stages.configs.visualize import VisualizeConfig
 
 _CHUNK = 8  # images through a network at once: sixty-four at 224 px would want a training run's memory
-
-
-class CacheInput(Config):
-    """The cache that a student learned from."""
-
-    path: PathField
-
-
-class VisualizeConfig(Config):
-    """Everything `visualize` takes."""
-
-    init: PathField  # a run, a checkpoint or a public weights file
-    student: StudentConfig | None = None  # for a lone weights file
-    images: Annotated[tuple[PathField, ...], Strict(False)] = ()  # image files
-    data: DataConfig | None = None  # or images by data.path, as in extraction
-    samples: Annotated[tuple[int, ...], Strict(False)] = ()  # which of data.path; default: `count`, evenly spread
-    count: int = Field(6, ge=1, le=64)
-    cache: CacheInput | None = None  # the teacher as cached: its views, tokens and attention
-    teacher: TeacherConfig | None = None  # or a live one
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    focus: Focus | None = None  # default: sampled by the teacher's attention, if any
-    crop: float = Field(1.0, gt=0, le=1)  # central share of images that no cache gives a view of
-    min_score: float = Field(0.5, ge=0, le=1)  # of what a detector shows
-    seed: int = Field(0, ge=0)
-    output: PathField | None = None  # the PNG; default: visualize.png in the run folder `init`
-
-    @model_validator(mode="after")
-    def _one_source_of_each(self) -> "VisualizeConfig":
-        if bool(self.images) == (self.data is not None) and not (self.cache and not self.images):
-            raise ValueError("give either images=[FILE,...] or data.path=...")
-        if self.cache and (self.teacher or self.images):
-            raise ValueError("cache.path brings its own teacher and views: give it with data.path alone")
-        return self
 
 
 class Shown(NamedTuple):

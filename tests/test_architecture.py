@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMPOSING = {"demo"}  # stages that are made of other stages
 # Modules that lie loose in pipeline/, which any wing may use: they import no wing (a test says so)
-GROUND = {file.stem for file in (ROOT / "pipeline").glob("*.py")}
+GROUND = {file.stem for file in (ROOT / "pipeline").glob("*.py")} | {"configs"}
 WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection", "assembly"}
 
 
@@ -49,7 +49,7 @@ def test_parts_know_no_stage(file: Path) -> None:
 
 @pytest.mark.parametrize("file", files("stages"), ids=lambda f: f.name)
 def test_stages_do_not_import_each_other(file: Path) -> None:
-    others = {name for name in imports_of(file) if name.startswith("stages.")}
+    others = {name for name in imports_of(file) if name.startswith("stages.") and name.split(".")[1] != "configs"}
     assert not others or file.stem in COMPOSING
     assert not {"benchmarks", "cli"} & {name.split(".")[0] for name in imports_of(file)}
 
@@ -60,8 +60,11 @@ def test_wings_that_stand_alone(wing: str) -> None:
         assert wings_of(file) <= {wing}, file
 
 
+CONFIGS = [*files("pipeline/configs"), *files("stages/configs")]
+
+
 def test_the_ground_floor_knows_no_wing() -> None:
-    for file in (ROOT / "pipeline").glob("*.py"):
+    for file in [*(ROOT / "pipeline").glob("*.py"), *files("pipeline/configs")]:
         assert not wings_of(file), file
 
 
@@ -74,7 +77,7 @@ def test_detection_knows_only_data() -> None:
 def test_the_cache_knows_only_errors() -> None:
     for file in files("pipeline/cache"):
         names = {name.split(".")[1] for name in imports_of(file)}
-        assert names <= {"cache", "errors", "files"}, file
+        assert names <= {"cache", "configs", "errors", "files"}, file
 
 
 def test_wings_meet_in_assembly_alone() -> None:
@@ -119,12 +122,22 @@ def test_variables_are_called_by_what_they_hold(folder: str) -> None:
 
 
 def test_every_wing_is_known_here() -> None:
-    assert {folder.name for folder in (ROOT / "pipeline").iterdir() if (folder / "__init__.py").exists()} == WINGS
+    assert {folder.name for folder in (ROOT / "pipeline").iterdir() if (folder / "__init__.py").exists()} == WINGS | {
+        "configs"
+    }
 
 
 def test_cli_starts_light() -> None:
     """`--help` answers at once: no heavy library comes in with the cli."""
     code = "import cli, sys; print(*{'torch', 'timm', 'pydantic', 'omegaconf', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_configs_import_nothing_heavy() -> None:
+    """So a config is checked, and its keys are shown, without the seconds that torch needs."""
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in CONFIGS]
+    code = f"import sys, {', '.join(modules)}; print(*{{'torch', 'timm', 'numpy', 'PIL', 'accelerate'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache import CacheReader, Record, open_cache
+from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode
 from pipeline.data.images import ImageSource
 from pipeline.data.rendering import preprocessing
 from pipeline.data.rng import Stream, raw_bits
-from pipeline.data.views import View, ViewConfig, draw_view
+from pipeline.data.views import View, draw_view
 from pipeline.errors import CacheError
 from pipeline.files import hash_source
 

@@ -30,10 +30,10 @@ from pipeline.cache import (
     ShardData,
     ShardWriting,
 )
+from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource
 from pipeline.data.loader import load
 from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
-from pipeline.data.views import ViewConfig
 from pipeline.errors import DataError
 from pipeline.teachers import Teacher, TeacherOutput, run_teachers, share_backbones
 

@@ -10,46 +10,20 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.assembly.students import features_of, load_encoder
 from pipeline.assembly.teachers import load_teacher
-from pipeline.config import Config, PathField
-from pipeline.data.images import DataConfig, ImageSource
+from pipeline.configs.evaluation import FrozenConfig
+from pipeline.data.images import ImageSource
 from pipeline.data.labelled import LabelledDataset, open_splits
 from pipeline.data.loader import load_in_order
 from pipeline.errors import ConfigError
 from pipeline.evaluation.features import FeatureFile, FeatureSets, extract_features
 from pipeline.models import model_record
-from pipeline.models.student_config import StudentConfig
 from pipeline.processes import gather_rows, processes, share_of
 from pipeline.progress import track
-from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.weights import state_digest
-
-
-class FrozenConfig(Config):
-    """What is frozen, and the images that it is measured on."""
-
-    data: DataConfig  # labelled images that the classifier learns from, or a folder that holds train/ and val/
-    val: DataConfig | None = None  # labelled images that it is measured on; default: val/ in data.path
-    init: PathField | None = None  # a run, a checkpoint or a public weights file
-    student: StudentConfig | None = None  # for a lone weights file, or an untrained student
-    teacher: TeacherConfig | None = None  # measure a teacher instead
-    pixels: bool = False  # measure raw pixels instead
-    image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: what the model was built for, else 224
-    crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
-    eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
-    seed: int = Field(0, ge=0)  # of an untrained student
-    output: PathField | None = None  # folder for metrics.json
-    features: PathField | None = None  # folder that keeps features for the next command; default: features/ in output
-
-    @model_validator(mode="after")
-    def _one_subject(self) -> "FrozenConfig":
-        if self.pixels + (self.teacher is not None) + (self.init is not None) > 1:
-            raise ValueError("give one of init, teacher.spec and pixels=true")
-        return self
 
 
 def frozen_features(config: FrozenConfig) -> FeatureSets:

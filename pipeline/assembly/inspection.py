@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.masks import Focus, MaskSampler, visible_count
+from pipeline.configs.data import Focus
+from pipeline.data.masks import MaskSampler, visible_count
 from pipeline.models import Student, patchify, unpatchify
 from pipeline.models.mae import pixel_loss
 from pipeline.models.masking import complement, gather_tokens

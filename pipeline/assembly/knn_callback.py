@@ -7,12 +7,11 @@ hold is the features of the images to classify, and each finds the nearest among
 from collections.abc import Callable
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.assembly.students import features_of
-from pipeline.config import Config
-from pipeline.data.images import DataConfig, ImageSource, open_images
+from pipeline.configs.evaluation import KnnCallbackConfig
+from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset, match_classes
 from pipeline.data.loader import load_in_order
 from pipeline.data.readable import check_readable
@@ -20,18 +19,6 @@ from pipeline.evaluation.features import FeatureSets, extract_features
 from pipeline.evaluation.knn import knn_classify
 from pipeline.models import Student
 from pipeline.processes import gather_rows, processes, share_of
-
-
-class KnnCallbackConfig(Config):
-    """k-NN every so many epochs."""
-
-    data: DataConfig  # labelled images whose neighbours vote
-    val: DataConfig  # labelled images that are classified
-    every: float = Field(10, gt=0)  # epochs
-    k: int = Field(20, ge=1)
-    temperature: float | None = Field(0.07, gt=0)  # as in `knn`
-    crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
-    eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
 
 
 def knn_callback(config: KnnCallbackConfig, image_size: int) -> Callable[[nn.Module, int], dict[str, float]]:

@@ -21,10 +21,10 @@ from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.resizing import Grid, resize_attention, resize_tokens
 from pipeline.assembly.samples import PretrainBatch, PretrainDataset
 from pipeline.cache import CacheReader
+from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.masks import MaskSampler, select_visible
 from pipeline.data.readable import check_readable
-from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
 from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.phi_s import mean_and_covariance

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from pipeline.assembly.resizing import Grid, resize_attention
 from pipeline.cache import CacheHeader, CacheReader, Record
+from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import ImageSource
 from pipeline.data.loader import Request
 from pipeline.data.masks import MaskSampler
 from pipeline.data.slots import Empty
-from pipeline.data.views import Picture, View, ViewConfig, to_chw, view_of_epoch
+from pipeline.data.views import Picture, View, to_chw, view_of_epoch
 from pipeline.errors import CacheError, DataError
 from pipeline.files import hash_source
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.configs.models import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.models import (
     Classifier,
@@ -18,7 +19,6 @@ from pipeline.models import (
     load_weights,
     read_weights,
 )
-from pipeline.models.student_config import StudentConfig
 from pipeline.pixels import normalise
 from pipeline.training.checkpoint import recorded_start, resolve_checkpoint
 from pipeline.weights import state_digest

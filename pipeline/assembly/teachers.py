@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from pipeline.configs.teachers import TeacherConfig
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.models import Classifier, load_model
 from pipeline.teachers import Teacher, build_teacher
-from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 
 

@@ -19,20 +19,13 @@ from pipeline.cache.check.report import Finding, Report
 from pipeline.cache.check.verify import Source, verify
 from pipeline.cache.format.commits import Commit, Tombstone, read_commit
 from pipeline.cache.format.fidelity import Fidelity, FidelityFigures
-from pipeline.cache.format.header import (
-    AttentionKind,
-    CacheHeader,
-    DatasetSection,
-    StoreName,
-    ViewSection,
-    match_header,
-    read_header,
-)
-from pipeline.cache.format.quantiser import Quantiser, QuantiserName
+from pipeline.cache.format.header import CacheHeader, DatasetSection, ViewSection, match_header, read_header
+from pipeline.cache.format.quantiser import Quantiser
 from pipeline.cache.format.records import Record, ShardData
 from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.cache.shard_writing import ShardArrays, ShardBuffers, ShardWriting
 from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
+from pipeline.configs.cache import AttentionKind, QuantiserName, StoreName
 
 __all__ = [
     "AttentionKind",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.format.header import AttentionKind, StoreName
+from pipeline.configs.cache import AttentionKind, StoreName
 from pipeline.errors import CacheError
 
 JPEG_BYTES = 25_000  # of a photo at 224 px, quality 95

@@ -21,9 +21,7 @@ import braceexpand
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import Field
 
-from pipeline.config import Config
 from pipeline.data.listing import EXTENSIONS, first_image
 from pipeline.data.listing_index import open_listing
 from pipeline.errors import DataError, StorageError
@@ -34,14 +32,6 @@ _LASTING = frozenset(
 )
 _DIGEST_ROWS = 8192  # keys that are hashed at once
 _PAUSES = (0.1, 0.4, 1.6)  # seconds before each further attempt
-
-
-class DataConfig(Config):
-    """Which images."""
-
-    path: str = Field(min_length=1)  # a folder (tree or flat) or tars (a glob or brace pattern)
-    limit: int | None = Field(None, gt=0)  # at most so many, evenly spread over the whole
-    workers: int = Field(2, ge=0, le=256)  # decoding processes per training process
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.configs.data import DataConfig, ViewConfig
 from pipeline.data.augment import Augment
 from pipeline.data.decoding import decode
-from pipeline.data.images import DataConfig, ImageSource, open_images
+from pipeline.data.images import ImageSource, open_images
 from pipeline.data.loader import Request
 from pipeline.data.readable import check_readable
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.slots import Empty
-from pipeline.data.views import ViewConfig, center_view, draw_view, render, to_chw
+from pipeline.data.views import center_view, draw_view, render, to_chw
 from pipeline.errors import ConfigError, DataError, naming_image
 
 log = logging.getLogger(__name__)

@@ -8,16 +8,15 @@ take the k largest (Efraimidis and Spirakis 2006; Kool et al., arXiv 1903.06059)
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.configs.data import Focus
 from pipeline.data.rng import Stream, uniforms_of_each
-
-Focus = Literal["sampled", "top-k", "random"]
 
 # Attention arrives as fp16: a patch that rounds to zero must stay possible, and its logarithm finite.
 _FLOOR = 1e-8

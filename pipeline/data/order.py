@@ -5,14 +5,13 @@ domains", CT-RSA 2002). `block` permutes shards and shuffles inside a window of 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.configs.data import OrderKind
 from pipeline.data.rng import Stream, raw_bits
 
-OrderKind = Literal["full", "block"]
 _ROUNDS = 8
 _SHUFFLE_BELOW = 64  # a Feistel network over so few points is visibly not random
 

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from PIL import features
 from torch import Tensor
 
+from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import ImageSource
 from pipeline.data.loader import Request
 from pipeline.data.slots import Empty
-from pipeline.data.views import Picture, ViewConfig, encode_jpeg, to_chw
+from pipeline.data.views import Picture, encode_jpeg, to_chw
 from pipeline.errors import DataError
 from pipeline.files import hash_source
 

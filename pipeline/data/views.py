@@ -7,49 +7,19 @@ box is drawn once, stored beside the target, and never drawn again by the traine
 import io
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from pipeline.config import Config, Pair
+from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode, decode_array
 from pipeline.data.rng import Stream, uniforms
 
 _ATTEMPTS = 10
-
-
-class ViewConfig(Config):
-    """How views are drawn: a random resized crop and a mirror, `count` of them for each sample."""
-
-    count: int = Field(1, ge=1, le=1024)  # views a sample: each costs a full set of targets
-    image_size: int = Field(224, ge=8, le=4096)  # side of the square that the student sees, pixels
-    scale: Pair = (0.2, 1.0)  # share of the image's area
-    ratio: Pair = (3 / 4, 4 / 3)  # width over height of the box
-    hflip: float = Field(0.5, ge=0, le=1)  # probability of a mirrored view
-    seed: int = Field(0, ge=0)
-    interpolation: Literal["pillow", "torch"] = "pillow"  # whose antialiased bicubic; torch's is twice as fast on x86
-
-    @model_serializer(mode="wrap")
-    def _pillow_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Caches and runs from before there was a choice don't name it, and must stay what they are."""
-        fields: dict[str, Any] = handler(self)
-        if self.interpolation == "pillow":
-            fields.pop("interpolation", None)
-        return fields
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ViewConfig":
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"views.scale={list(self.scale)}: needs 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"views.ratio={list(self.ratio)}: needs 0 < low <= high")
-        return self
 
 
 @dataclass(frozen=True)

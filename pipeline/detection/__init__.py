@@ -1,11 +1,11 @@
 """Detection: COCO-format data, Mask R-CNN on a given encoder, average precision, pictures."""
 
+from pipeline.configs.detection import CocoConfig, DetectorConfig, JitterConfig
 from pipeline.detection.backbone import Backbone, Encoder
-from pipeline.detection.coco import CocoConfig, CocoImages, open_coco
+from pipeline.detection.coco import CocoImages, open_coco
 from pipeline.detection.dataset import DetectionBatch, DetectionDataset, canvases
-from pipeline.detection.detector import Detector, DetectorConfig
+from pipeline.detection.detector import Detector
 from pipeline.detection.pictures import annotated_scene, detected_scene, draw_scenes
-from pipeline.detection.placement import JitterConfig
 from pipeline.detection.precision import as_results, average_precision
 
 __all__ = [

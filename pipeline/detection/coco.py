@@ -17,21 +17,11 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import Field
 
-from pipeline.config import Config, PathField
 from pipeline.detection.annotations import Annotations, read_annotations
 from pipeline.errors import DataError
 
 log = logging.getLogger(__name__)
-
-
-class CocoConfig(Config):
-    """Annotated images."""
-
-    images: PathField  # the folder that file names are relative to
-    annotations: PathField  # instances_*.json
-    limit: int | None = Field(None, gt=0)  # at most this many images, evenly spread over the file
 
 
 @dataclass(frozen=True)

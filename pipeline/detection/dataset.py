@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.configs.detection import JitterConfig
 from pipeline.data.decoding import decode
 from pipeline.data.loader import Request
 from pipeline.data.slots import Empty
 from pipeline.detection.coco import CocoImages
-from pipeline.detection.placement import JitterConfig, fit, place, render, sample_placement
+from pipeline.detection.placement import fit, place, render, sample_placement
 from pipeline.errors import DataError, naming_image
 
 

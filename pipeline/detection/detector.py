@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -21,25 +20,11 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from pipeline.config import Config
+from pipeline.configs.detection import LEVELS
 from pipeline.detection.backbone import Backbone, Encoder
 from pipeline.errors import ConfigError
 
-_LEVELS = 5
-
 Size = tuple[int, int]  # (height, width) in pixels
-
-
-class DetectorConfig(Config):
-    """What is built on the encoder."""
-
-    window: int = Field(14, ge=1)  # side of an attention window, cells
-    global_blocks: list[int] | None = None  # blocks that see the whole image; default: the ends of the quarters
-    channels: int = Field(256, ge=4)  # of the pyramid and the heads; the box head's linear layer has four times as many
-    anchors: list[int] = Field([32, 64, 128, 256, 512], min_length=_LEVELS, max_length=_LEVELS)  # pixels, a level each
-    rois: int = Field(512, ge=1)  # proposals of an image that train the box head; a quarter of them at most the mask's
-    score_threshold: float = Field(0.05, ge=0, lt=1)  # of detections that are kept
-    max_detections: int = Field(100, ge=1)  # in an image
 
 
 class Detector(nn.Module):
@@ -74,7 +59,7 @@ class Detector(nn.Module):
             patch = encoder.patch_size
             raise ConfigError(f"image_size={encoder.grid[0] * patch}: give a multiple of {2 * patch}, two patches")
         self.spec = spec
-        shapes = AnchorGenerator(tuple((side,) for side in anchors), ((0.5, 1.0, 2.0),) * _LEVELS)
+        shapes = AnchorGenerator(tuple((side,) for side in anchors), ((0.5, 1.0, 2.0),) * LEVELS)
         self.rcnn = MaskRCNN(
             Backbone(encoder, channels=channels, window=window, global_blocks=global_blocks),
             rpn_anchor_generator=shapes,

@@ -11,28 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
-from pydantic import Field, model_validator
 
-from pipeline.config import Config, Pair
+from pipeline.configs.detection import JitterConfig
 from pipeline.data.rng import Stream, uniforms
 from pipeline.detection.coco import Instances
 from pipeline.pixels import IMAGENET_MEAN
 
 FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # about zero once normalised
 _SMALLEST = 1.0  # pixels: sides of a box that is still worth training on
-
-
-class JitterConfig(Config):
-    """Large-scale jitter and mirroring, for training."""
-
-    scale: Pair = (0.1, 2.0)  # of the longer side, in canvases
-    hflip: float = Field(0.5, ge=0, le=1)  # probability
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "JitterConfig":
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"jitter.scale={list(self.scale)}: needs 0 < low <= high")
-        return self
 
 
 @dataclass(frozen=True)

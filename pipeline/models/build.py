@@ -4,12 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack, get_args
 
+from pipeline.configs.models import MIMIC_WEIGHT, DropTeachers, Fusion, MimicHead, MimicLoss, TargetNorm
 from pipeline.errors import ConfigError
 from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
 from pipeline.models.mae import Decoder
-from pipeline.models.mimic import MIMIC_WEIGHT, Fusion, Mimic, MimicHead, MimicLoss, TargetNorm
-from pipeline.models.mr_mae import OBJECTIVES, DropTeachers, Student, module_name
+from pipeline.models.mimic import Mimic
+from pipeline.models.mr_mae import OBJECTIVES, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
 from pipeline.models.vit import ViT
 

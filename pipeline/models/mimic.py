@@ -2,21 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.configs.models import Fusion, MimicHead, MimicLoss, TargetNorm
 from pipeline.errors import ConfigError
 from pipeline.models.phi_s import phi_s_rotation
 from pipeline.models.vit import initialise
-
-Fusion = Literal["fused", "each", "last"]
-TargetNorm = Literal["layernorm", "channel", "phi_s", "none"]
-MimicLoss = Literal["smooth_l1", "mse", "cosine"]
-MimicHead = Literal["linear", "mlp"]
-MIMIC_WEIGHT = 10.0  # measured: docs/results.md. At 1 the pixel loss outweighs the mimic loss
 
 
 class Mimic(nn.Module):

@@ -16,11 +16,12 @@ and the pixels of the masked cells after the decoder. `objective` moves or remov
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.configs.models import DropTeachers
 from pipeline.errors import ConfigError
 from pipeline.models.convvit import ConvViT
 from pipeline.models.flat import flatten_parts
@@ -39,8 +40,6 @@ class Objective(NamedTuple):
     target_rows: str
 
 
-DropTeachers = bool | Literal["loss"]
-ObjectiveName = Literal["mr_mae", "mae", "feature_decoder", "joint_decoder"]
 OBJECTIVES: dict[str, Objective] = {
     "mr_mae": Objective(pixels=True, mimics="encoder", target_rows="visible"),
     "mae": Objective(pixels=True, mimics="", target_rows="none"),

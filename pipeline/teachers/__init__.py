@@ -1,5 +1,6 @@
 """Teachers: frozen CLIP and DINO ViTs that turn views into patch tokens and an attention row to focus by."""
 
+from pipeline.configs.teachers import TokenChoice
 from pipeline.teachers.mrmae import PatchEncoder
 from pipeline.teachers.registry import (
     NO_ATTENTION,
@@ -11,13 +12,7 @@ from pipeline.teachers.registry import (
     list_teachers,
 )
 from pipeline.teachers.sharing import run_teachers, share_backbones
-from pipeline.teachers.teacher import (
-    Backbone,
-    Teacher,
-    TeacherOutput,
-    TokenChoice,
-    resize_views,
-)
+from pipeline.teachers.teacher import Backbone, Teacher, TeacherOutput, resize_views
 
 __all__ = [
     "NO_ATTENTION",

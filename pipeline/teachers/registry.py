@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from pipeline.configs.teachers import TokenChoice
 from pipeline.errors import PipelineError, TeacherError, suggest
 from pipeline.teachers.clip import build_open_clip
 from pipeline.teachers.mrmae import build_mrmae
-from pipeline.teachers.teacher import Backbone, Teacher, TokenChoice
+from pipeline.teachers.teacher import Backbone, Teacher
 from pipeline.teachers.timm_vit import build_timm
 
 

@@ -10,17 +10,17 @@ and the row that were asked for). What differs between libraries is a `Backbone`
 import importlib.metadata
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.configs.teachers import TokenChoice
 from pipeline.errors import TeacherError
 from pipeline.teachers.attention import patches_only
 from pipeline.weights import state_digest
 
-TokenChoice = Literal["norm", "block", "projected"]
 RESIZE_FILTER = "bicubic, antialiased, clamped to 0..255, not rounded"
 
 

@@ -1,17 +1,9 @@
 """A moving average of the weights, which a run may evaluate and keep in place of the weights themselves (timm's)."""
 
-from pydantic import Field
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from pipeline.config import Config
-
-
-class EmaConfig(Config):
-    """Exponential moving average of a model's weights (Polyak and Juditsky 1992, as Inception and DeiT train)."""
-
-    decay: float | None = Field(None, gt=0, lt=1)  # share kept at each step, such as 0.9999; null: no average
-    warmup: bool = True  # decay rises from 0 as 1 - step^(-2/3), so that short runs forget their first weights too
+from pipeline.configs.training import EmaConfig
 
 
 def build_ema(model: nn.Module, config: EmaConfig) -> ModelEmaV3 | None:

@@ -14,6 +14,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
+from pipeline.configs.training import OptimConfig
 from pipeline.errors import TrainingError
 from pipeline.progress import Progress
 from pipeline.steps import StepPlan
@@ -34,7 +35,7 @@ from pipeline.training.garbage import FixedCollection
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.interruption import Interrupted, Interruption
 from pipeline.training.metrics import Meter, MetricsWriter, Stopwatch, peak_memory
-from pipeline.training.optim import OptimConfig, build_adamw, parameter_groups, set_lr
+from pipeline.training.optim import build_adamw, cosine_schedule, parameter_groups, set_lr
 from pipeline.training.run import Run
 from pipeline.training.task import B, Evaluation, Task
 
@@ -103,7 +104,7 @@ class _Loop(Generic[B]):
             # at its buckets (torch's DDPOptimizer), so that each is sent while the backward goes on.
             task.model.compile()
         self.model, self.optimizer = run.accelerator.prepare(task.model, self.plain_optimizer)
-        self.schedule = optim.schedule(plan.batch_size, plan.steps_per_epoch, plan.total_steps)
+        self.schedule = cosine_schedule(optim, plan.batch_size, plan.steps_per_epoch, plan.total_steps)
         self.meter = Meter(run.device, run.resumed.meter if run.resumed else None)
         self.generators = generators_of(run.device)
         self.garbage = FixedCollection()

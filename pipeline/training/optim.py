@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from pipeline.config import Config, Pair
+from pipeline.configs.training import OptimConfig
 
 # Beside biases and norms (one dimension), these are never decayed: they are positions in space, not weights.
 _UNDECAYED = ("pos_embed", "cls_token", "mask_token")
@@ -31,26 +30,11 @@ class CosineSchedule:
         return self.minimum + (self.peak - self.minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-class OptimConfig(Config):
-    """AdamW with warm-up and a cosine; the rate is given per 256 images, as in MAE."""
-
-    blr: float = Field(1.5e-4, ge=0)  # base learning rate: lr = blr × batch_size / 256
-    lr: float | None = Field(None, ge=0)  # absolute learning rate; in place of blr
-    min_lr: float = Field(0.0, ge=0)
-    warmup_epochs: float | None = Field(None, ge=0)  # null: a tenth of the run, as 40 of 400 epochs in the paper
-    weight_decay: float = Field(0.05, ge=0)
-    betas: Pair = (0.9, 0.95)
-    layer_decay: float = Field(1.0, gt=0, le=1)  # rate of layer i × layer_decay^(depth + 1 - i), fine-tuning only
-    clip_grad: float | None = Field(None, gt=0)  # maximal gradient norm
-
-    def peak_lr(self, batch_size: int) -> float:
-        return self.lr if self.lr is not None else self.blr * batch_size / 256
-
-    def schedule(self, batch_size: int, steps_per_epoch: int, total_steps: int) -> CosineSchedule:
-        """The rate of every step; the warm-up takes half of the run at most."""
-        share = total_steps / 10 if self.warmup_epochs is None else self.warmup_epochs * steps_per_epoch
-        warmup = min(round(share), total_steps // 2)
-        return CosineSchedule(self.peak_lr(batch_size), self.min_lr, warmup, total_steps)
+def cosine_schedule(optim: OptimConfig, batch_size: int, steps_per_epoch: int, total_steps: int) -> CosineSchedule:
+    """The rate of every step; the warm-up takes half of the run at most."""
+    share = total_steps / 10 if optim.warmup_epochs is None else optim.warmup_epochs * steps_per_epoch
+    warmup = min(round(share), total_steps // 2)
+    return CosineSchedule(optim.peak_lr(batch_size), optim.min_lr, warmup, total_steps)
 
 
 def parameter_groups(

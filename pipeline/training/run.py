@@ -14,14 +14,14 @@ import logging
 import uuid
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import gather_object
-from pydantic import Field
 
-from pipeline.config import Config, PathField, Precision, save_config
+from pipeline.config import save_config
+from pipeline.configs.training import RunConfig
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.files import write_text
 from pipeline.processes import open_accelerator, processes, without_cuda
@@ -30,26 +30,6 @@ from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.training.interruption import Interrupted
 
 log = logging.getLogger(__name__)
-
-
-class RunConfig(Config):
-    """What every training command takes."""
-
-    output: PathField  # the run folder
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest sound checkpoint in output
-    seed: int = Field(0, ge=0, lt=2**63)
-    epochs: int = Field(100, ge=1)
-    max_steps: int | None = Field(None, ge=1)  # stop (and let the learning rate reach its minimum) at this step
-    batch_size: int = Field(1024, ge=1)  # global: over all processes and accumulation
-    accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
-    precision: Precision = "auto"
-    compile: bool = False  # torch.compile the model: minutes at the start, faster steps after
-    peak_tflops: float | None = Field(None, gt=0)  # dense bf16 TFLOP/s of the card, for mfu; default: by its name
-    log_every: int = Field(20, ge=1)  # steps
-    checkpoint_every: int = Field(1000, ge=1)  # steps
-    keep_checkpoints: int = Field(2, ge=1)
-    tensorboard: bool = True
-    wandb: bool = False
 
 
 def plan_steps(config: RunConfig, images: int, per_image: int = 1) -> StepPlan:

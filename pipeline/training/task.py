@@ -6,9 +6,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from pipeline.configs.training import EmaConfig
 from pipeline.steps import StepPlan
 from pipeline.training.ahead import Movable
-from pipeline.training.ema import EmaConfig
 from pipeline.training.grad_norms import GradNorms
 
 B = TypeVar("B", bound=Movable)

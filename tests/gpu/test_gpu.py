@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import open_cache
+from pipeline.configs.data import ViewConfig
+from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.images import open_images
-from pipeline.data.views import ViewConfig
 from pipeline.evaluation.features import FeatureSets
 from pipeline.evaluation.knn import knn_classify
 from pipeline.processes import float32_products
-from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training import engine
 from pipeline.training.interruption import Interrupted
 from pipeline.training.metrics import read_metrics

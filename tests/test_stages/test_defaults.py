@@ -15,10 +15,10 @@ from PIL import Image
 
 import cli
 from pipeline.assembly.samples import PretrainDataset
+from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset
 from pipeline.data.masks import MaskSampler, visible_count
-from pipeline.data.views import ViewConfig
 from pipeline.detection import DetectionDataset, JitterConfig, open_coco
 from stages.finetune import AugmentConfig, FinetuneConfig, _augment, _Losses
 from stages.pretrain import MaskConfig

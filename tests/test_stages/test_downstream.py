@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.assembly.teachers import load_teacher
+from pipeline.configs.teachers import TeacherConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models import load_model, save_weights
 from pipeline.teachers import Teacher
-from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune, knn, linear_probe, pretrain
 from tests.test_stages.conftest import ENCODER, MICRO, TEACHER, finetune_config, pretrain_config, sets

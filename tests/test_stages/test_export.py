@@ -90,7 +90,7 @@ def test_convvit_is_two_files_that_explain_themselves(tmp_path: Path, kind: str)
     assert facts["cosine"] >= 0.99999
     if kind == "student":  # and it starts other stages, as a lone file
         from pipeline.assembly.students import load_encoder
-        from pipeline.models.student_config import StudentConfig
+        from pipeline.configs.models import StudentConfig
 
         again = load_encoder(
             tmp_path / "out/model.safetensors", StudentConfig.model_validate({**said["student"], "image_size": 64})

@@ -20,15 +20,16 @@ from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.samples import PretrainDataset
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import CacheWriter, ShardData, open_cache, read_header
+from pipeline.configs.data import ViewConfig
+from pipeline.configs.teachers import TeacherConfig
 from pipeline.data import rendering
 from pipeline.data import views as view_module
 from pipeline.data.decoding import decode
 from pipeline.data.images import open_images
 from pipeline.data.masks import MaskSampler
-from pipeline.data.views import View, ViewConfig, render, to_chw, view_of_epoch
+from pipeline.data.views import View, render, to_chw, view_of_epoch
 from pipeline.errors import CacheError, ConfigError, DataError, StorageError, TeacherError
 from pipeline.teachers import Teacher
-from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.weights import state_digest
 from stages import extract_teacher_features, verify_cache
 from stages.extract_teacher_features import ExtractConfig

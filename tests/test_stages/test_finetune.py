@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import cli
 from pipeline.config import load_config
+from pipeline.configs.data import DataConfig
 from pipeline.data.labelled import LabelledDataset, open_labelled
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation import topk_accuracy
@@ -21,7 +22,7 @@ from pipeline.models import Classifier, build_student, load_model, save_weights
 from pipeline.pixels import normalise
 from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune
-from stages.finetune import DataConfig, EvaluateConfig, FinetuneConfig
+from stages.finetune import EvaluateConfig, FinetuneConfig
 from tests.test_stages.conftest import ENCODER, PLAIN, finetune_config, sets
 
 CONV = {"name": "mrmae_convvit_small_patch16", "image_size": 64, "dim": 48, "depth": 1, "num_heads": 3}

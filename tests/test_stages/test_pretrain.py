@@ -12,8 +12,8 @@ from pipeline.assembly import caches, knowledge
 from pipeline.assembly.knowledge import CachedKnowledge, LiveKnowledge
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.cache import open_cache
+from pipeline.configs.data import ViewConfig
 from pipeline.data.masks import MaskSampler
-from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError, TrainingError
 from pipeline.teachers import build_teacher
 from pipeline.training.checkpoint import load_checkpoint

@@ -9,10 +9,10 @@ import torch
 
 from pipeline.assembly import knowledge
 from pipeline.assembly.teachers import load_teacher
+from pipeline.configs.data import ViewConfig
+from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.masks import MaskSampler
-from pipeline.data.views import ViewConfig
 from pipeline.models import load_model
-from pipeline.teachers.teacher_config import TeacherConfig
 from stages import pretrain
 from tests.test_stages.conftest import MICRO, TEACHER, pretrain_config
 from tests.test_stages.test_pretrain import Killed, Steps, inputs, losses, weights

@@ -14,11 +14,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pipeline.cache.files import read_whole
 from pipeline.cache.format.quantiser import Quantiser
+from pipeline.configs.cache import AttentionKind, StoreName
 from pipeline.errors import CacheDamage, CacheError
 
 FILE = "cache.json"
-StoreName = Literal["zarr", "webdataset"]
-AttentionKind = Literal["mean", "heads", "none"]
 
 
 def canonical(value: Any) -> bytes:

@@ -4,16 +4,16 @@ int8 standardises each channel with statistics of a few images, because channel 
 of sixty, and then scales each token symmetrically to ±127 with one float16 scale. It runs where the tokens are.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.configs.cache import QuantiserName
 from pipeline.errors import CacheError
 
-QuantiserName = Literal["int8", "float16", "float32"]
 STD_FLOOR = 1e-2  # × the median deviation: a channel that is constant in calibration may move later
 SCALE_FLOOR = 2.0**-14  # the smallest normal float16: a zero token keeps a scale that divides
 LEVELS = 127

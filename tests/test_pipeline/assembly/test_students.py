@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.assembly.students import load_encoder, student_arguments
+from pipeline.configs.models import StudentConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models import Classifier, Student, build_classifier, build_student, save_weights
-from pipeline.models.student_config import StudentConfig
 
 NAME = "mrmae_convvit_small_patch16"
 SIZES = {"image_size": 64, "dim": 48, "depth": 1, "num_heads": 3}

@@ -8,10 +8,9 @@ import pytest
 from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 
+from pipeline.configs.data import DataConfig, ViewConfig
 from pipeline.data.augment import rand_augment
-from pipeline.data.images import DataConfig
 from pipeline.data.labelled import LabelledDataset, open_labelled
-from pipeline.data.views import ViewConfig
 from pipeline.errors import DataError
 
 DEFAULT = "rand-m9-mstd0.5-inc1"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.images import DataConfig
+from pipeline.configs.data import DataConfig
 from pipeline.data.labelled import LabelledDataset, match_classes, open_labelled, open_splits
 from pipeline.errors import ConfigError, DataError
 

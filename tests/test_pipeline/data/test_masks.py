@@ -6,7 +6,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import chisquare
 
-from pipeline.data.masks import Focus, MaskSampler, visible_count
+from pipeline.configs.data import Focus
+from pipeline.data.masks import MaskSampler, visible_count
 
 ATTENTION = np.random.default_rng(0).dirichlet(np.full(64, 0.5)).astype(np.float16)
 

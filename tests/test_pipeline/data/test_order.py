@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from pipeline.data.order import EpochOrder, OrderKind, Permutation
+from pipeline.configs.data import OrderKind
+from pipeline.data.order import EpochOrder, Permutation
 
 
 @settings(max_examples=60, deadline=None)

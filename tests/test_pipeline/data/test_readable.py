@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.assembly.knn_callback import KnnCallbackConfig, knn_callback
+from pipeline.assembly.knn_callback import knn_callback
+from pipeline.configs.data import DataConfig
+from pipeline.configs.evaluation import KnnCallbackConfig
 from pipeline.data.images import open_images
 from pipeline.data.labelled import open_labelled
 from pipeline.data.readable import check_readable
 from pipeline.errors import DataError
 from stages import finetune, pretrain
-from stages.finetune import DataConfig
 from tests.test_stages.conftest import ENCODER, MICRO, finetune_config, pretrain_config
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.views import Picture, View, ViewConfig, center_view, draw_view, render, render_torch, view_of_epoch
+from pipeline.configs.data import ViewConfig
+from pipeline.data.views import Picture, View, center_view, draw_view, render, render_torch, view_of_epoch
 from tests.pictures import smooth_picture
 
 CONFIG = ViewConfig(image_size=32)

@@ -5,8 +5,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.configs.detection import JitterConfig
 from pipeline.detection.coco import Instances
-from pipeline.detection.placement import FILL, JitterConfig, Placement, fit, place, render, sample_placement
+from pipeline.detection.placement import FILL, Placement, fit, place, render, sample_placement
 from tests.coco import HEIGHT, WIDTH, compressed, polygon, uncompressed
 
 BOX = (20, 10, 50, 44)  # left, top, width, height of a white rectangle on black

@@ -5,9 +5,9 @@ from typing import Any, get_args
 
 import pytest
 
+from pipeline.configs.models import ObjectiveName
 from pipeline.errors import ConfigError
 from pipeline.models import OBJECTIVES, Student, build_classifier, build_student
-from pipeline.models.mr_mae import ObjectiveName
 
 Build = Callable[..., Student]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pipeline.configs.models import TargetNorm
 from pipeline.errors import ConfigError
-from pipeline.models.mimic import Mimic, TargetNorm
+from pipeline.models.mimic import Mimic
 from pipeline.models.phi_s import mean_and_covariance
 
 

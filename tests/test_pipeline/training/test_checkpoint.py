@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from pipeline.configs.training import EmaConfig
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.training.checkpoint import (
     Checkpoint,
@@ -23,7 +24,6 @@ from pipeline.training.checkpoint import (
     retire_best,
     save_checkpoint,
 )
-from pipeline.training.ema import EmaConfig
 
 
 def save(folder: Path, step: int, name: str = "step") -> Path:

@@ -15,6 +15,7 @@ from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.configs.training import RunConfig
 from pipeline.evaluation import FeatureSets, knn
 from pipeline.models import build_student
 from pipeline.steps import StepPlan
@@ -23,7 +24,6 @@ from pipeline.training.device import describe_step, float32_products_of, generat
 from pipeline.training.flops import count_flops, peak_tflops
 from pipeline.training.garbage import FixedCollection
 from pipeline.training.metrics import Meter, read_metrics
-from pipeline.training.run import RunConfig
 from tests.test_pipeline.training.test_engine import Training, rows
 
 CPU = torch.device("cpu")

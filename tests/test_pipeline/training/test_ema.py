@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from pipeline.configs.training import EmaConfig
 from pipeline.models import build_classifier
-from pipeline.training.ema import EmaConfig, build_ema
+from pipeline.training.ema import build_ema
 
 
 def test_follows_the_formula_on_a_classifier() -> None:

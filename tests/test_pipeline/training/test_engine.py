@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from pipeline.configs.training import OptimConfig, RunConfig
 from pipeline.errors import TrainingError
 from pipeline.steps import StepPlan
 from pipeline.training import checkpoint, engine
@@ -23,8 +24,7 @@ from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.interruption import Interrupted
 from pipeline.training.metrics import MetricsWriter
-from pipeline.training.optim import OptimConfig
-from pipeline.training.run import Run, RunConfig
+from pipeline.training.run import Run
 from pipeline.training.task import Evaluation, Task
 
 STEPS, ACCUM = 12, 2

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.configs.training import OptimConfig
 from pipeline.models import build_classifier, layer_ids
-from pipeline.training.optim import CosineSchedule, OptimConfig, build_adamw, parameter_groups, set_lr
+from pipeline.training.optim import CosineSchedule, build_adamw, cosine_schedule, parameter_groups, set_lr
 
 
 class Net(nn.Module):
@@ -33,7 +34,7 @@ def test_schedule_warms_up_and_follows_half_a_cosine() -> None:
 def test_the_warm_up_is_a_tenth_of_the_run_unless_said_and_never_more_than_half(
     epochs: int, warmup_epochs: float | None, expected: int
 ) -> None:
-    schedule = OptimConfig(warmup_epochs=warmup_epochs).schedule(256, 10, 10 * epochs)
+    schedule = cosine_schedule(OptimConfig(warmup_epochs=warmup_epochs), 256, 10, 10 * epochs)
     assert schedule.warmup_steps == expected
     assert schedule(expected) == schedule.peak == 1.5e-4
 
@@ -107,7 +108,7 @@ def test_the_fine_tuning_schedule_of_vit_b_is_the_published_one() -> None:
     """MAE's by the fractional epoch: lr·e/5, then min + (lr - min)·½(1 + cos π(e - 5)/95); lr = blr·batch/256."""
     per_epoch = 1_281_167 // 1024
     config = OptimConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65)
-    schedule = config.schedule(1024, per_epoch, 100 * per_epoch)
+    schedule = cosine_schedule(config, 1024, per_epoch, 100 * per_epoch)
     for step in range(0, 100 * per_epoch, 997):
         epoch = step / per_epoch
         cosine = 1e-6 + (2e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi * (epoch - 5) / 95))

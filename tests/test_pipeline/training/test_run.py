@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from torch import nn
 
+from pipeline.configs.training import RunConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.training import run as run_module
 from pipeline.training.checkpoint import Checkpoint, save_checkpoint
-from pipeline.training.run import Run, RunConfig
+from pipeline.training.run import Run
 
 
 class Wandb(ModuleType):

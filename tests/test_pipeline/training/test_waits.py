@@ -15,15 +15,14 @@ from pipeline import pixels
 from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, LiveKnowledge
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.cache import Quantiser
+from pipeline.configs.data import ViewConfig
+from pipeline.configs.training import OptimConfig, RunConfig
 from pipeline.data.labelled import LabelledBatch
 from pipeline.data.masks import MaskSampler
-from pipeline.data.views import ViewConfig
 from pipeline.models import build_classifier, build_student
 from pipeline.steps import StepPlan
 from pipeline.teachers import build_teacher
 from pipeline.training import engine
-from pipeline.training.optim import OptimConfig
-from pipeline.training.run import RunConfig
 from pipeline.training.task import Task
 from stages import finetune, pretrain
 from tests.fake_cuda import CUDA, fake_cuda, to_fake

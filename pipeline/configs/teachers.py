@@ -1,9 +1,12 @@
-"""The teacher's part of a config."""
+"""The teacher."""
+
+from typing import Literal
 
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.teachers.teacher import TokenChoice
+
+TokenChoice = Literal["norm", "block", "projected"]
 
 
 class TeacherConfig(Config):

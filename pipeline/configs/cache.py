@@ -1,0 +1,7 @@
+"""What a cache may be: its store, its precision, the attention that it holds."""
+
+from typing import Literal
+
+StoreName = Literal["zarr", "webdataset"]
+AttentionKind = Literal["mean", "heads", "none"]
+QuantiserName = Literal["int8", "float16", "float32"]

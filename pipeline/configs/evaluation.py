@@ -1,0 +1,43 @@
+"""Frozen features, and k-NN during pre-training."""
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Config, PathField
+from pipeline.configs.data import DataConfig
+from pipeline.configs.models import StudentConfig
+from pipeline.configs.teachers import TeacherConfig
+
+
+class KnnCallbackConfig(Config):
+    """k-NN every so many epochs."""
+
+    data: DataConfig  # labelled images whose neighbours vote
+    val: DataConfig  # labelled images that are classified
+    every: float = Field(10, gt=0)  # epochs
+    k: int = Field(20, ge=1)
+    temperature: float | None = Field(0.07, gt=0)  # as in `knn`
+    crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
+    eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
+
+
+class FrozenConfig(Config):
+    """What is frozen, and the images that it is measured on."""
+
+    data: DataConfig  # labelled images that the classifier learns from, or a folder that holds train/ and val/
+    val: DataConfig | None = None  # labelled images that it is measured on; default: val/ in data.path
+    init: PathField | None = None  # a run, a checkpoint or a public weights file
+    student: StudentConfig | None = None  # for a lone weights file, or an untrained student
+    teacher: TeacherConfig | None = None  # measure a teacher instead
+    pixels: bool = False  # measure raw pixels instead
+    image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: what the model was built for, else 224
+    crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
+    eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
+    seed: int = Field(0, ge=0)  # of an untrained student
+    output: PathField | None = None  # folder for metrics.json
+    features: PathField | None = None  # folder that keeps features for the next command; default: features/ in output
+
+    @model_validator(mode="after")
+    def _one_subject(self) -> "FrozenConfig":
+        if self.pixels + (self.teacher is not None) + (self.init is not None) > 1:
+            raise ValueError("give one of init, teacher.spec and pixels=true")
+        return self

@@ -1,0 +1,50 @@
+"""A run of training, its optimiser and its average of weights."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.config import Config, Pair, PathField, Precision
+
+
+class RunConfig(Config):
+    """What every training command takes."""
+
+    output: PathField  # the run folder
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest sound checkpoint in output
+    seed: int = Field(0, ge=0, lt=2**63)
+    epochs: int = Field(100, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # stop (and let the learning rate reach its minimum) at this step
+    batch_size: int = Field(1024, ge=1)  # global: over all processes and accumulation
+    accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
+    precision: Precision = "auto"
+    compile: bool = False  # torch.compile the model: minutes at the start, faster steps after
+    peak_tflops: float | None = Field(None, gt=0)  # dense bf16 TFLOP/s of the card, for mfu; default: by its name
+    log_every: int = Field(20, ge=1)  # steps
+    checkpoint_every: int = Field(1000, ge=1)  # steps
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+class OptimConfig(Config):
+    """AdamW with warm-up and a cosine; the rate is given per 256 images, as in MAE."""
+
+    blr: float = Field(1.5e-4, ge=0)  # base learning rate: lr = blr × batch_size / 256
+    lr: float | None = Field(None, ge=0)  # absolute learning rate; in place of blr
+    min_lr: float = Field(0.0, ge=0)
+    warmup_epochs: float | None = Field(None, ge=0)  # null: a tenth of the run, as 40 of 400 epochs in the paper
+    weight_decay: float = Field(0.05, ge=0)
+    betas: Pair = (0.9, 0.95)
+    layer_decay: float = Field(1.0, gt=0, le=1)  # rate of layer i × layer_decay^(depth + 1 - i), fine-tuning only
+    clip_grad: float | None = Field(None, gt=0)  # maximal gradient norm
+
+    def peak_lr(self, batch_size: int) -> float:
+        return self.lr if self.lr is not None else self.blr * batch_size / 256
+
+
+class EmaConfig(Config):
+    """Exponential moving average of a model's weights (Polyak and Juditsky 1992, as Inception and DeiT train)."""
+
+    decay: float | None = Field(None, gt=0, lt=1)  # share kept at each step, such as 0.9999; null: no average
+    warmup: bool = True  # decay rises from 0 as 1 - step^(-2/3), so that short runs forget their first weights too

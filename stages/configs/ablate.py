@@ -1,0 +1,35 @@
+"""The keys of `ablate`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Config, PathField
+
+Measure = Literal["knn", "linear-probe", "finetune"]
+
+
+class VariantConfig(Config):
+    """What one row of the table changes."""
+
+    group: str = ""  # rows of one group are compared with each other
+    cache: str | None = None  # a name in `caches`; null: none, for an untrained student or plain MAE
+    pretrain: list[str] | None = None  # keys for `pretrain`; null: no pre-training
+    student: list[str] = Field(default_factory=list)  # keys for an untrained student, in place of init
+
+
+class AblateConfig(Config):
+    """Everything `ablate` takes."""
+
+    output: PathField
+    seeds: list[int] = Field(default=[0, 1], min_length=1)
+    measures: list[Measure] = Field(default=["knn", "linear-probe", "finetune"], min_length=1)
+    caches: dict[str, list[str]]  # name → keys for `extract-teacher-features`
+    variants: dict[str, VariantConfig]
+
+    @model_validator(mode="after")
+    def _known_caches(self) -> "AblateConfig":
+        for name, variant in self.variants.items():
+            if variant.cache is not None and variant.cache not in self.caches:
+                raise ValueError(f"variants.{name}.cache={variant.cache}: caches has {', '.join(self.caches)}")
+        return self

@@ -1,0 +1,60 @@
+"""The keys of `finetune`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, Strict, model_validator
+
+from pipeline.config import Config, PathField
+from pipeline.configs.data import DataConfig
+from pipeline.configs.models import StudentConfig
+from pipeline.configs.training import EmaConfig, OptimConfig, RunConfig
+
+
+class AugmentConfig(Config):
+    """Augmentation and label noise; null or 0 switches a part off."""
+
+    scale: tuple[float, float] = Field((0.08, 1.0), strict=False)  # random resized crop, share of the area
+    hflip: float = Field(0.5, ge=0, le=1)
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    mixup: float = Field(0.8, ge=0)
+    cutmix: float = Field(1.0, ge=0)
+    smoothing: float = Field(0.1, ge=0, lt=1)
+    erase: float = Field(0.25, ge=0, le=1)  # probability of random erasing
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> "AugmentConfig":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"augment.scale={list(self.scale)}: needs 0 < low <= high <= 1")
+        return self
+
+
+class FinetuneConfig(RunConfig):
+    """Everything `finetune` takes."""
+
+    epochs: int = Field(100, ge=1)
+    data: DataConfig  # labelled training images, or a folder that holds train/ and val/
+    val: DataConfig | None = None  # labelled validation images; default: val/ in data.path
+    init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
+    student: StudentConfig | None = None  # needed from scratch and for a lone weights file
+    image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: the student's. Positions are resampled
+    crop: float = Field(0.875, gt=0, le=1)  # central share of validation images; 1 for images cut already
+    pool: Literal["mean", "cls"] = "mean"
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65)
+    ema: EmaConfig = EmaConfig()
+    eval_every: int = Field(1, ge=1)  # epochs
+    eval_batch_size: int = Field(128, ge=1)  # validation images of a forward pass, in each process
+
+
+def _several(value: object) -> object:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+class EvaluateConfig(FinetuneConfig):
+    """What `finetune --eval` takes: the same keys, so that one section of a file serves both; it needs init and val."""
+
+    init: Annotated[tuple[PathField, ...], BeforeValidator(_several), Strict(False)] = Field(min_length=1)  # type: ignore[assignment]  # one classifier or several
+    val: DataConfig
+    data: DataConfig | None = None  # type: ignore[assignment]  # not read
+    output: PathField | None = None  # type: ignore[assignment]  # folder for metrics.json

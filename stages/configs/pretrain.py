@@ -1,0 +1,73 @@
+"""The keys of `pretrain`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Config, PathField
+from pipeline.configs.data import Focus, ViewConfig
+from pipeline.configs.evaluation import KnnCallbackConfig
+from pipeline.configs.models import MimicConfig, StudentConfig
+from pipeline.configs.teachers import TeacherConfig
+from pipeline.configs.training import OptimConfig, RunConfig
+
+
+class CacheInput(Config):
+    """One cache to learn from."""
+
+    path: PathField
+
+
+class PretrainData(Config):
+    """The images; a webdataset cache holds them itself and needs no path."""
+
+    path: str | None = Field(None, min_length=1)  # as in extraction
+    limit: int | None = Field(None, gt=0)  # as in extraction
+    workers: int = Field(2, ge=0, le=256)  # decoding processes per training process
+
+
+class MaskConfig(Config):
+    """Which patches the encoder sees."""
+
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    focus: Focus = "sampled"  # by the teacher's attention; random without a cache
+    masks_per_sample: int = Field(1, ge=1, le=8)  # masks trained of each image read; batch_size counts masks
+
+    @model_validator(mode="after")
+    def _several_differ(self) -> "MaskConfig":
+        if self.focus == "top-k" and self.masks_per_sample > 1:
+            raise ValueError("focus=top-k knows one mask a sample: use focus=sampled, or masks_per_sample=1")
+        return self
+
+
+class OrderConfig(Config):
+    """In which order an epoch visits its samples."""
+
+    kind: Literal["full", "block"] = "full"  # block: shuffle inside windows of shards, for disks that hate random reads
+    window: int = Field(16, ge=1)  # shards
+
+
+class PretrainConfig(RunConfig):
+    """Everything `pretrain` takes."""
+
+    data: PretrainData = PretrainData()
+    cache: CacheInput | None = None
+    caches: dict[str, CacheInput] = Field(default_factory=dict)  # several teachers: a name and a cache each
+    teacher: TeacherConfig | None = None  # in place of a cache: run it in every step
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)  # several of them
+    views: ViewConfig = ViewConfig()  # without a cache; a cache brings its own
+    student: StudentConfig = StudentConfig()
+    mimic: MimicConfig = MimicConfig()
+    mask: MaskConfig = MaskConfig()
+    order: OrderConfig = OrderConfig()
+    optim: OptimConfig = OptimConfig()
+    init: PathField | None = None  # start from these weights: a run, a checkpoint or a public file
+    knn: KnnCallbackConfig | None = None  # classify by nearest neighbours every few epochs; the best checkpoint is kept
+    check_records: int = Field(32, ge=0)  # random records held against the live images before the first step
+    grad_norms_every: int = Field(500, ge=0)  # steps between measurements of each loss's pull; 0: never
+
+    @model_validator(mode="after")
+    def _one_way_to_name_teachers(self) -> "PretrainConfig":
+        if sum(map(bool, (self.cache, self.caches, self.teacher, self.teachers))) > 1:
+            raise ValueError("give one of cache.path, caches.NAME.path, teacher.spec and teachers.NAME.spec")
+        return self
