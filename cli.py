@@ -131,6 +131,7 @@ STAGES = (  # in the order of a project
     Command("linear-probe", "LinearProbeConfig"),
     Command("knn", "KnnConfig"),
     Command("ablate", "AblateConfig", show=show_text, receives=("file", "say")),
+    Command("bootstrap", "BootstrapConfig", show=show_text, receives=("file", "say")),
     Command("visualize", "VisualizeConfig"),
     Command("export", "ExportConfig"),
     Command("report", "ReportConfig", (_PATH, _PAGE)),

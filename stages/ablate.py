@@ -14,30 +14,18 @@ again, it skips what is done and goes on where a run stopped.
 """
 
 import csv
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 import matplotlib
-import xxhash
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.errors import ConfigError, PipelineError
-from pipeline.files import write_text
-from pipeline.training.interruption import Interrupted, Interruption
+from pipeline.chain import Chain
 from stages.configs.ablate import AblateConfig, VariantConfig
 
 matplotlib.use("Agg")
-
-INTERRUPTED = 130  # exit code of a command that was stopped and has saved
 
 
 @dataclass
@@ -63,142 +51,57 @@ def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda li
         ConfigError: the file lacks a section that will be needed.
         PipelineError: a command failed; its log is named. Interrupted: it was stopped.
     """
-    _check_sections(config, file)
+    chain = Chain(file, say)
+    chain.check(_sections(config))
     for name in dict.fromkeys(variant.cache for variant in config.variants.values() if variant.cache is not None):
-        _extract(config, file, name, say)
+        folder = config.output / "caches"
+        keys = [*config.caches[name], f"cache.path={folder / name}"]
+        chain.run("extract-teacher-features", keys, folder / "logs" / name, f"cache {name}")
     rows: dict[str, Row] = {name: Row(variant.group) for name, variant in config.variants.items()}
     for seed in config.seeds:  # seed by seed: a whole table comes early, its spread later
         for name in config.variants:
-            figures, seconds = _run_one(config, file, name, seed, say)
+            figures, seconds = _run_one(config, chain, name, seed)
             for measure, value in figures.items():
                 rows[name].figures.setdefault(measure, []).append(value)
             rows[name].seconds.append(seconds)
     return _write(config, rows)
 
 
-def _check_sections(config: AblateConfig, file: Path) -> None:
-    """Before hours of work: the file has a section for each command that will run, and all of it resolves."""
-    steps: list[str] = [*config.measures]
+def _sections(config: AblateConfig) -> Iterator[str]:
+    """The commands that will run."""
+    yield from config.measures
     if any(variant.pretrain is not None for variant in config.variants.values()):
-        steps.append("pretrain")
+        yield "pretrain"
     if any(variant.cache is not None for variant in config.variants.values()):
-        steps.append("extract-teacher-features")
-    root = cast(DictConfig, OmegaConf.load(file))
-    for step in steps:
-        if not isinstance(root.get(step), DictConfig):
-            raise ConfigError(f"--config {file} has no section '{step}': add it, or leave it out of ablate.measures")
-        try:
-            OmegaConf.to_container(root[step], resolve=True)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"--config {file}, section '{step}': {str(error).splitlines()[0]}") from error
+        yield "extract-teacher-features"
 
 
-def _extract(config: AblateConfig, file: Path, name: str, say: Callable[[str], None]) -> None:
-    path = config.output / "caches" / name
-    record = config.output / "caches" / f"{name}.json"
-    step, keys = "extract-teacher-features", [*config.caches[name], f"cache.path={path}"]
-    what = _what(file, step, keys)
-    if not _is_done(_read(record), step, what, record):
-        say(f"cache {name}")
-        seconds = _command(step, file, keys, config.output / "caches" / f"{name}.log")
-        _note(record, step, {"what": what, "seconds": seconds})
-
-
-def _run_one(
-    config: AblateConfig, file: Path, name: str, seed: int, say: Callable[[str], None]
-) -> tuple[dict[str, float], float]:
+def _run_one(config: AblateConfig, chain: Chain, name: str, seed: int) -> tuple[dict[str, float], float]:
     """The commands of one variant and seed; figures by measure, and the seconds of all its commands together."""
-    variant, folder = config.variants[name], config.output / "runs" / name / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "done.json"
-    for step, keys in _steps(config, variant, folder, seed):
-        what = _what(file, step, keys)
-        if _is_done(_read(record), step, what, record):
-            continue
-        say(f"{name}, seed {seed}: {step}")
-        seconds = _command(step, file, keys, folder / "commands.log")
-        figure = None if step == "pretrain" else _figure(step, folder)
-        _note(record, step, {"what": what, "seconds": seconds, "top1": figure})
-    done = _read(record)
-    wanted = {step: entry for step, entry in done.items() if step == "pretrain" or step in config.measures}
-    figures = {step: entry["top1"] for step, entry in wanted.items() if entry["top1"] is not None}
-    return figures, sum(entry["seconds"] for entry in wanted.values())
+    folder = config.output / "runs" / name / f"seed{seed}"
+    figures, seconds = dict[str, float](), 0.0
+    for step, keys, output in _steps(config, config.variants[name], folder, seed):
+        done = chain.run(step, keys, folder, f"{name}, seed {seed}", output)
+        seconds += done.seconds
+        if done.top1 is not None:
+            figures[step] = done.top1
+    return figures, seconds
 
 
-def _steps(config: AblateConfig, variant: VariantConfig, folder: Path, seed: int) -> Iterator[tuple[str, list[str]]]:
-    """(command, its keys) in order."""
+Step = tuple[str, list[str], Path | None]  # a command, its keys, where a measure leaves its top-1
+
+
+def _steps(config: AblateConfig, variant: VariantConfig, folder: Path, seed: int) -> Iterator[Step]:
+    """The commands of one variant and seed, in order."""
     start = [f"init={folder / 'pretrained'}"]
     if variant.pretrain is None:
         start = ["init=null", *variant.student]
     else:
         cache = "cache=null" if variant.cache is None else f"cache.path={config.output / 'caches' / variant.cache}"
-        yield "pretrain", [cache, f"output={folder / 'pretrained'}", f"seed={seed}", *variant.pretrain]
+        yield "pretrain", [cache, f"output={folder / 'pretrained'}", f"seed={seed}", *variant.pretrain], None
     for measure in config.measures:
         output = folder / "finetuned" if measure == "finetune" else folder
-        yield measure, [*start, f"seed={seed}", f"output={output}"]
-
-
-def _what(file: Path, step: str, keys: list[str]) -> str:
-    """What a command was asked, resolved: it tells whether an edited file asks for something else."""
-    root = cast(DictConfig, OmegaConf.load(file))
-    root[step] = OmegaConf.merge(root[step], OmegaConf.from_dotlist(keys))
-    return xxhash.xxh3_128_hexdigest(OmegaConf.to_yaml(root[step], resolve=True).encode())
-
-
-def _read(record: Path) -> dict[str, Any]:
-    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
-
-
-def _note(record: Path, step: str, entry: dict[str, Any]) -> None:
-    write_text(record, json.dumps({**_read(record), step: entry}, indent=1) + "\n")
-
-
-def _is_done(done: Mapping[str, Any], step: str, what: str, record: Path) -> bool:
-    if step in done and done[step]["what"] != what:
-        raise ConfigError(
-            f"{record.parent} holds {step} with other keys than now: choose another ablate.output, or remove that "
-            "folder"
-        )
-    return step in done
-
-
-def _command(name: str, file: Path, keys: list[str], log: Path) -> float:
-    """Run one command in a process of its own; seconds. Its output goes to the log, after the command itself.
-
-    Stopped, it waits until the command has saved: ctrl-C reaches both, a SIGTERM is passed on.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    arguments = [name, "--config", str(file), *keys]
-    began = time.perf_counter()
-    with log.open("a", encoding="utf-8") as stream, Interruption() as interruption:
-        stream.write("$ mrmae " + " ".join(arguments) + "\n")
-        stream.flush()
-        command = [sys.executable, "-m", "cli", *arguments]
-        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
-        passed_on = False
-        while child.poll() is None:
-            time.sleep(0.1)
-            if interruption.requested and not passed_on:
-                child.terminate()
-                passed_on = True
-    if interruption.requested or child.returncode == INTERRUPTED:
-        raise Interrupted(f"{name} was stopped; the same command goes on from there")
-    if child.returncode:
-        last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
-        raise PipelineError(f"{name} failed: {last} (all of it in {log})")
-    return time.perf_counter() - began
-
-
-def _figure(measure: str, folder: Path) -> float:
-    """Top-1 as the command left it: in metrics.json of k-NN and probe, in the last evaluation of a fine-tuning."""
-    if measure != "finetune":
-        records = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return float(records[measure.replace("-", "_")]["top1"])
-    lines = (folder / "finetuned" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    evaluations = [row for row in map(json.loads, lines) if "top1" in row]
-    if not evaluations:
-        raise ConfigError(f"{folder / 'finetuned'} holds no evaluation: give finetune.val.path in the config")
-    return float(evaluations[-1]["top1"])
+        yield measure, [*start, f"seed={seed}", f"output={output}"], output
 
 
 def _write(config: AblateConfig, rows: Mapping[str, Row]) -> str:

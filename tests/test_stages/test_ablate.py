@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from pipeline import chain as chain_of_commands
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.training.interruption import Interrupted
@@ -57,8 +58,9 @@ def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None
     config = load_config(AblateConfig, file, section="ablate")
     table = ablate.run(config, file, said.append)
     out = tmp_path / "ablation"
-    assert said == ["cache one", "untrained, seed 0: knn", "mr_mae, seed 0: pretrain", "mr_mae, seed 0: knn",
-                    "untrained, seed 1: knn", "mr_mae, seed 1: pretrain", "mr_mae, seed 1: knn"]  # fmt: skip
+    runs = ["untrained, seed {}: knn", "mr_mae, seed {}: pretrain", "mr_mae, seed {}: knn"]
+    runs = ["untrained, seed {}: knn", "mr_mae, seed {}: pretrain", "mr_mae, seed {}: knn"]
+    assert said == ["cache one: extract-teacher-features", *(run.format(seed) for seed in (0, 1) for run in runs)]
     rows = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
     assert [(row["variant"], row["seed"]) for row in rows] == [
         ("untrained", "0"), ("untrained", "1"), ("mr_mae", "0"), ("mr_mae", "1"),
@@ -110,14 +112,16 @@ def test_a_command_that_is_stopped_may_save_first(tmp_path: Path, monkeypatch: p
 
     threading.Thread(target=stop).start()
     with pytest.raises(Interrupted, match="pretrain was stopped"):
-        ablate._command("pretrain", tmp_path / "chain.yaml", [], tmp_path / "log")
+        chain_of_commands._command(["pretrain"], tmp_path / "log")
     assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.usefixtures("forked_commands")
 def test_a_command_that_fails_is_named_with_its_log(image_tree: Path, tmp_path: Path) -> None:
     file = write_config(tmp_path, image_tree, caches={"one": ["views.count=0"]})
-    with pytest.raises(PipelineError, match=r"extract-teacher-features failed: error: .*views\.count=0.*one\.log"):
+    with pytest.raises(
+        PipelineError, match=r"extract-teacher-features failed: error: .*views\.count=0.*logs/one/commands\.log"
+    ):
         ablate.run(load_config(AblateConfig, file, section="ablate"), file)
 
 

@@ -1,0 +1,131 @@
+"""Commands of one --config file, run one after the other in processes of their own; what is done is not done again.
+
+    chain = Chain(file, say=print)
+    chain.check(["pretrain", "knn"])
+    done = chain.run("pretrain", ["output=runs/a/pretrained"], folder=Path("runs/a"), title="a")
+
+A folder's done.json holds for each step what was asked (a digest of the resolved section), its seconds, and the top-1
+of a measure; its commands.log what the commands printed.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import xxhash
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.files import write_text
+from pipeline.training.interruption import Interrupted, Interruption
+
+_INTERRUPTED = 130  # exit code of a command that was stopped and has saved
+_CLI = Path(__file__).parents[1] / "cli.py"  # by its path: `-m cli` would run a cli.py of the working folder
+
+
+class Done(NamedTuple):
+    """A step that ended well: its wall time, and the top-1 of a measure."""
+
+    seconds: float
+    top1: float | None
+
+
+class Chain:
+    """The sections of a file, each of which a command of that name reads.
+
+    Args:
+        say: gets a line when a command starts.
+    """
+
+    def __init__(self, file: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        self.file, self._say = file, say
+        self._root = cast(DictConfig, OmegaConf.load(file))
+
+    def check(self, steps: Iterable[str]) -> None:
+        """Before hours of work: each step has a section, and all of it resolves.
+
+        Raises:
+            ConfigError: a section is missing or doesn't resolve.
+        """
+        for step in steps:
+            if not isinstance(self._root.get(step), DictConfig):
+                raise ConfigError(f"--config {self.file} has no section '{step}': add it")
+            try:
+                OmegaConf.to_container(self._root[step], resolve=True)
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"--config {self.file}, section '{step}': {str(error).splitlines()[0]}") from error
+
+    def run(self, step: str, keys: Sequence[str], folder: Path, title: str, output: Path | None = None) -> Done:
+        """Run `mrmae STEP --config FILE KEYS`, unless it is done.
+
+        Args:
+            folder: of done.json and commands.log.
+            title: what the step is for, in the line that announces it.
+            output: folder where a measure leaves its top-1; None for a step that is no measure.
+
+        Raises:
+            ConfigError: the step was done with other keys.
+            PipelineError: the command failed. Interrupted: it was stopped, and has saved.
+        """
+        digest, record = self._digest(step, keys), folder / "done.json"
+        done = dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
+        if step in done and done[step]["what"] != digest:
+            raise ConfigError(
+                f"{folder} holds {step} with other keys than now: choose another output, or remove that folder"
+            )
+        if step not in done:
+            self._say(f"{title}: {step}")
+            seconds = _command([step, "--config", str(self.file), *keys], folder / "commands.log")
+            top1 = None if output is None else _top1(step, output)
+            done[step] = {"what": digest, "seconds": seconds, "top1": top1}
+            write_text(record, json.dumps(done, indent=1) + "\n")
+        return Done(done[step]["seconds"], done[step].get("top1"))
+
+    def _digest(self, step: str, keys: Sequence[str]) -> str:
+        """What a command is asked, resolved: it tells whether an edited file asks for something else."""
+        root = cast(DictConfig, OmegaConf.load(self.file))
+        root[step] = OmegaConf.merge(root[step], OmegaConf.from_dotlist(list(keys)))
+        return xxhash.xxh3_128_hexdigest(OmegaConf.to_yaml(root[step], resolve=True).encode())
+
+
+def _command(arguments: list[str], log: Path) -> float:
+    """Run one command in a process of its own; seconds. Its output goes to the log, after the command itself.
+
+    Stopped, it waits until the command has saved: ctrl-C reaches both, a SIGTERM is passed on.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with log.open("a", encoding="utf-8") as stream, Interruption() as interruption:
+        stream.write("$ mrmae " + " ".join(arguments) + "\n")
+        stream.flush()
+        command = [sys.executable, str(_CLI), *arguments]
+        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
+        passed_on = False
+        while child.poll() is None:
+            time.sleep(0.1)
+            if interruption.requested and not passed_on:
+                child.terminate()
+                passed_on = True
+    if interruption.requested or child.returncode == _INTERRUPTED:
+        raise Interrupted(f"{arguments[0]} was stopped; the same command goes on from there")
+    if child.returncode:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        raise PipelineError(f"{arguments[0]} failed: {last} (all of it in {log})")
+    return time.perf_counter() - began
+
+
+def _top1(measure: str, folder: Path) -> float:
+    """Top-1 as the command left it: in metrics.json of k-NN and probe, in the last evaluation of a fine-tuning."""
+    if measure != "finetune":
+        records = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return float(records[measure.replace("-", "_")]["top1"])
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    evaluations = [row for row in map(json.loads, lines) if "top1" in row]
+    if not evaluations:
+        raise ConfigError(f"{folder} holds no evaluation: give finetune.val.path in the config")
+    return float(evaluations[-1]["top1"])
