@@ -126,9 +126,11 @@ def _write(config: BootstrapConfig, results: list[Result]) -> str:
     spread = f"mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else "one seed: no spread was measured"
     text = f"Top-1 of each stage's student, {spread}.\n\n" + "\n".join(lines) + "\n"
     write_text(config.output / "table.md", text)
-    cells = [[row.seed, row.stage, *(row.top1[m] for m in measures), round(row.seconds, 1)] for row in results]
-    lines_of_csv = [["seed", "stage", *measures, "seconds"], *cells]
-    write_text(config.output / "table.csv", "".join(",".join(map(str, line)) + "\n" for line in lines_of_csv))
+    csv_lines = [",".join(["seed", "stage", *measures, "seconds"])]
+    for row in results:
+        top1 = ",".join(str(row.top1[measure]) for measure in measures)
+        csv_lines.append(f"{row.seed},{row.stage},{top1},{row.seconds:.1f}")
+    write_text(config.output / "table.csv", "\n".join(csv_lines) + "\n")
     _draw(config.output / "curve.png", results, measures)
     return text
 
