@@ -39,6 +39,7 @@ from pipeline.training.interruption import Interrupted, Interruption
 matplotlib.use("Agg")
 
 INTERRUPTED = 130  # exit code of a command that was stopped and has saved
+_CLI = Path(__file__).parents[1] / "cli.py"  # by its path: `-m cli` would run a cli.py of the working folder
 
 Measure = Literal["knn", "linear-probe", "finetune"]
 
@@ -202,7 +203,7 @@ def _command(name: str, file: Path, keys: list[str], log: Path) -> float:
     with log.open("a", encoding="utf-8") as stream, Interruption() as interruption:
         stream.write("$ mrmae " + " ".join(arguments) + "\n")
         stream.flush()
-        command = [sys.executable, "-m", "cli", *arguments]
+        command = [sys.executable, str(_CLI), *arguments]
         child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
         passed_on = False
         while child.poll() is None:

@@ -1,7 +1,7 @@
 """Python processes without the CPU seconds that an interpreter needs to import torch and every stage.
 
-One server imports them once and forks for each process that a test starts. There, `python -m cli WORDS` or
-`python -c CODE WORDS` runs as an interpreter runs it: in the caller's folder, environment and process group, with
+One server imports them once and forks for each process that a test starts. There, `python -m cli WORDS`,
+`python .../cli.py WORDS` or `python -c CODE WORDS` runs as an interpreter runs it: in the caller's folder, environment and process group, with
 signals as at a start, and at its end threads are joined, exit handlers run and garbage is collected. What differs: the
 seed of hashes, what is imported already and what libraries read from the environment while they were loaded are the
 server's, and the modules are not taken down, which takes longer than most commands here.
@@ -26,6 +26,7 @@ from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 CLI = [sys.executable, "-m", "cli"]
+CLI_FILE = [sys.executable, str(ROOT / "cli.py")]
 _start = subprocess.Popen  # also where a test puts ours in its place
 LARGEST = 2**17  # bytes of a request: words and environment
 
@@ -44,6 +45,7 @@ class Popen:
         text: bool = False,
         start_new_session: bool = False,
     ) -> None:
+        args = [*CLI, *args[2:]] if args[:2] == CLI_FILE else args
         self.args, self._text = args, text
         self.returncode: int | None = None
         self._kept = [tempfile.TemporaryFile() if output == subprocess.PIPE else None for output in (stdout, stderr)]
