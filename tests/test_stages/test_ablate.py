@@ -119,7 +119,7 @@ def test_a_cli_of_the_working_folder_is_not_run(tmp_path: Path, monkeypatch: pyt
         (tmp_path / f"{name}.py").write_text("open('started', 'w').close()\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    with pytest.raises(PipelineError, match="knn failed: error: .*missing.yaml"):
+    with pytest.raises(PipelineError, match=r"knn failed: error: .*missing\.yaml"):
         ablate._command("knn", Path("missing.yaml"), [], tmp_path / "log")
     assert not (tmp_path / "started").exists()
 
