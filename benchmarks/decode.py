@@ -11,7 +11,6 @@ Pillow's; `same_pixels` counts the images with Pillow's pixels.
 Reads images (data.path) into memory before it measures, writes nothing. Costs half a minute.
 """
 
-import io
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +20,13 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.harness import by_turns, open_bench
 from pipeline.config import Config
 from pipeline.configs.data import DataConfig
-from pipeline.data.decoding import decode
+from pipeline.data.decoding import decode, open_image
 from pipeline.data.images import open_images
 
 Pixels = NDArray[np.uint8]
@@ -75,7 +73,7 @@ def _decode_all(decoder: Callable[[bytes], Any], jpegs: list[bytes]) -> None:
 
 
 def _pillow(data: bytes) -> Pixels:
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         return np.asarray(image.convert("RGB"))
 
 

@@ -26,7 +26,7 @@ class DataError(PipelineError):
 
 
 class StorageError(PipelineError):
-    """A disk doesn't give what it holds, though it may the next time: no fault of the file that was asked for."""
+    """The machine lacks memory or descriptors, or a disk doesn't answer: no fault of the file that was asked for."""
 
 
 class CacheError(PipelineError):

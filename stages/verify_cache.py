@@ -1,6 +1,6 @@
 """Check that a cache is what was extracted.
 
-Exit code 0: it is sound; 1: it is damaged; 2: it could not be checked.
+Exit code 0: it is sound; 1: it is damaged or unfinished; 2: it could not be checked.
 
     mrmae verify-cache /data/clip
     mrmae verify-cache /data/clip --level deep --repair
@@ -84,9 +84,17 @@ class Verification:
             lines.append(f"repaired   shards {self.mended.shards}, files {self.mended.files}")
         counts = ", ".join(f"{count} {name}" for name, count in report.counts.items())
         figures = ", ".join(f"{name} {value:.5g}" for name, value in report.figures.items())
-        verdict = "sound" if self.sound else f"DAMAGED, {len(report.findings)} findings (--repair mends what it can)"
-        lines.append(f"{report.path}: {verdict} at level {report.level}; {counts}; images {self.images}")
+        lines.append(f"{report.path}: {self._verdict()} at level {report.level}; {counts}; images {self.images}")
         return "\n".join([*lines, figures] if figures else lines)
+
+    def _verdict(self) -> str:
+        report = self.report
+        if report.unfinished:
+            return (
+                f"unfinished, {len(report.missing)} of {report.counts['shards']} shards are missing (`mrmae extract-"
+                f"teacher-features` as before goes on, or `mrmae verify-cache {report.path} --repair`), the rest sound"
+            )
+        return "sound" if self.sound else f"DAMAGED, {len(report.findings)} findings (--repair mends what it can)"
 
 
 @stage

@@ -1,10 +1,10 @@
 """Python processes without the CPU seconds that an interpreter needs to import torch and every stage.
 
 One server imports them once and forks for each process that a test starts. There, `python -m cli WORDS`,
-`python .../cli.py WORDS` or `python -c CODE WORDS` runs as an interpreter runs it: in the caller's folder, environment and process group, with
-signals as at a start, and at its end threads are joined, exit handlers run and garbage is collected. What differs: the
-seed of hashes, what is imported already and what libraries read from the environment while they were loaded are the
-server's, and the modules are not taken down, which takes longer than most commands here.
+`python .../cli.py WORDS` or `python -c CODE WORDS` runs as an interpreter runs it: in the caller's folder, environment
+and process group, with signals as at a start, and at its end threads are joined, exit handlers run and garbage is
+collected. What differs: the seed of hashes, what is imported already and what libraries read from the environment
+while they were loaded are the server's, and the modules are not taken down, which takes longer than most commands here.
 """
 
 import atexit

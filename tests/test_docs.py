@@ -35,7 +35,7 @@ LAUNCHERS: dict[str, argparse.ArgumentParser] = {
     "torchrun": get_args_parser(),
 }
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-_CALL = re.compile(r"(?:^|\s)mrmae\s|-m cli\s")
+_CALL = re.compile(r"(?:^|\s)mrmae\s")
 _BLANKS = ("...", "…")  # where the reader fills something in
 
 
@@ -115,7 +115,7 @@ def test_no_call_hides_in_a_block_of_another_language() -> None:
 @pytest.mark.parametrize(("document", "line"), shown_commands() + named_commands() + helped_commands())
 def test_commands_exist_and_know_their_keys(document: str, line: str) -> None:
     words = shlex.split(line, comments=True)
-    place = words.index("mrmae" if "mrmae" in words else "cli") + 1
+    place = words.index("mrmae") + 1
     if words[0] in LAUNCHERS and "$" not in line:  # variables are filled in where the command is run
         launched(words[:place])
     words = [word for word in words[place:] if word not in _BLANKS]
@@ -145,7 +145,7 @@ def options(command: click.Command) -> set[str]:
 
 
 def launched(words: list[str]) -> list[str]:
-    """What `accelerate launch ... -m cli WORDS` or `torchrun ... -m cli WORDS` gives to the command: WORDS.
+    """What `accelerate launch ... --no_python mrmae WORDS` or `torchrun ...` gives to the command: WORDS.
 
     Their own parsers leave with an error at an option that they don't know.
     """
@@ -153,7 +153,8 @@ def launched(words: list[str]) -> list[str]:
     if program == "accelerate":
         assert rest.pop(0) == "launch"
     arguments = LAUNCHERS[program].parse_args(rest)
-    assert (arguments.module, arguments.training_script) == (True, "cli")
+    # Not `-m cli`: Python would run a cli.py of the working folder.
+    assert (arguments.no_python, bool(arguments.module), arguments.training_script) == (True, False, "mrmae")
     return list(arguments.training_script_args)
 
 

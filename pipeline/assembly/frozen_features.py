@@ -1,13 +1,15 @@
 """Frozen features of labelled images: what `knn` and `linear-probe` both start from.
 
 The subject is a checkpoint, an untrained student, a teacher, or raw pixels: the references that a number needs.
-Features are kept in a folder, by what they are features of, so that a second command finds what the first computed.
+Features are kept in a folder, by what they are features of: the weights, the images' bytes, how these are shown. A
+second command reads the images, which is cheap beside decoding them, and finds what the first one computed.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -17,9 +19,13 @@ from pipeline.assembly.teachers import load_teacher
 from pipeline.configs.evaluation import FrozenConfig
 from pipeline.data.images import ImageSource
 from pipeline.data.labelled import LabelledDataset, open_splits
-from pipeline.data.loader import load_in_order
+from pipeline.data.loader import Request, load_in_order
+from pipeline.data.rendering import preprocessing
+from pipeline.data.slots import Empty
+from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
-from pipeline.evaluation.features import FeatureFile, FeatureSets, extract_features
+from pipeline.evaluation.features import FeatureFiles, FeatureSets, content_digest, extract_features
+from pipeline.files import hash_source
 from pipeline.models import model_record
 from pipeline.processes import gather_rows, processes, share_of
 from pipeline.progress import track
@@ -36,8 +42,8 @@ def frozen_features(config: FrozenConfig) -> FeatureSets:
     torch.manual_seed(config.seed)
     subject = _subject(config, processes().device)
     workers = config.data.workers, (config.val or config.data).workers
-    train_x, train_y = _features(config, subject, train, workers[0], "features (train)")
-    val_x, val_y = _features(config, subject, val, workers[1], "features (val)")
+    train_x, train_y = _features(config, subject, train, workers[0], "train")
+    val_x, val_y = _features(config, subject, val, workers[1], "val")
     return FeatureSets(train_x, train_y, val_x, val_y, classes)
 
 
@@ -50,21 +56,61 @@ class _Subject(NamedTuple):
 
 
 def _features(
-    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, label: str
+    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, split: str
 ) -> tuple[Tensor, Tensor]:
     folder = config.features or (config.output / "features" if config.output else None)
-    identity = {"subject": subject.name, "data": source.digest(), "size": str(subject.size), "crop": str(config.crop)}
-    file = FeatureFile(folder, identity) if folder else None
-    kept = file.read() if file else None
+    files = FeatureFiles(folder, _description(config, subject, source, split)) if folder else None
     labels = torch.from_numpy(source.labels)
-    # One that finds none, as on a node without that disk, would wait for the others' shares for ever.
+    kept = None
+    # All or none: one that finds nothing, as on a node without that disk, would wait for the others' shares for ever.
+    if all(gather_object([files is not None and files.any()])) and files is not None:
+        kept = files.read(_content(source, workers, split))
     if all(gather_object([kept is not None and len(kept) == len(labels)])) and kept is not None:
         return kept, labels
-    share, _ = extract_features(subject.encode, _batches(config, subject, source, workers, label))
-    features = gather_rows(share, len(source))
-    if file and processes().is_main_process:
-        file.write(features)
+    hashes: list[int] = []
+    share, _ = extract_features(subject.encode, _batches(config, subject, source, workers, split, hashes))
+    features, content = gather_rows(share, len(source)), _digest(hashes, len(source))
+    if files and processes().is_main_process:
+        files.write(features, content)
     return features, labels
+
+
+def _description(config: FrozenConfig, subject: _Subject, source: ImageSource, split: str) -> dict[str, str]:
+    """What decides the features, but for the images' bytes."""
+    shown = preprocessing(ViewConfig(image_size=subject.size), "zarr")
+    return {
+        "subject": subject.name,
+        "split": split,
+        "data": source.digest(),
+        "size": str(subject.size),
+        "crop": str(config.crop),
+        "preprocessing": json.dumps(shown, sort_keys=True),
+    }
+
+
+class _Hashes:
+    """Reads and hashes images, decodes none; an `IndexedDataset`."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
+
+    def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> list[int]:
+        return [hash_source(self._source.read(index)) for _, index in requests]
+
+
+def _content(source: ImageSource, workers: int, split: str) -> str:
+    """The digest of the images' bytes as they are now; processes share the reading."""
+    share = _share(source)
+    batches = load_in_order(_Hashes(source), share, 64, workers)
+    hashes: list[int] = []
+    for batch in track(batches, -(-len(share) // 64), f"reading ({split})", "batch"):
+        hashes += batch
+    return _digest(hashes, len(source))
+
+
+def _digest(hashes: list[int], total: int) -> str:
+    """The digest of all images' hashes, of which this process brought those of its share."""
+    return content_digest(gather_rows(torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)), total))
 
 
 def _subject(config: FrozenConfig, device: torch.device) -> _Subject:
@@ -88,11 +134,17 @@ def _subject(config: FrozenConfig, device: torch.device) -> _Subject:
 
 
 def _batches(
-    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, label: str
+    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, split: str, hashes: list[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of this process's share. Where that is empty, of the last image: `gather_rows` leaves that row out."""
-    share = share_of(len(source)) or range(len(source) - 1, len(source))
+    """Images and labels of this process's share; the hashes of the files that were read are added to `hashes`."""
+    share = _share(source)
     dataset = LabelledDataset(source, subject.size, crop=config.crop)
     batches = load_in_order(dataset, share, config.eval_batch_size, workers)
-    for batch in track(batches, -(-len(share) // config.eval_batch_size), label, "batch"):
+    for batch in track(batches, -(-len(share) // config.eval_batch_size), f"features ({split})", "batch"):
+        hashes += batch.hashes
         yield batch.images, batch.labels
+
+
+def _share(source: ImageSource) -> Sequence[int]:
+    """This process's share. Where that is empty, the last image: `gather_rows` leaves that row out."""
+    return share_of(len(source)) or range(len(source) - 1, len(source))

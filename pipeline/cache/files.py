@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import resource
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from os import preadv
 from pathlib import Path
@@ -15,12 +16,13 @@ from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.errors import CacheDamage, CacheError
+from pipeline.errors import CacheDamage, CacheError, StorageError
 from pipeline.files import whole_file
 
 CHECKSUM_BYTES = 4
 BLOCK = 1 << 20  # bytes that are read or written at once
 _PAGE = 4096
+_LARGEST_SMALL_FILE = 256 << 20  # bytes of a header, or of a record that names 65,536 tombstones
 _MAX_OPEN_FILES = 1 << 16  # a process asks for no more: a hard limit of a billion is not meant to be used
 
 
@@ -100,11 +102,17 @@ class Descriptor:
         self._path = path  # as it came: making a Path takes longer than opening the file
         self.number = -1
         try:
-            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe without a writer would wait for one.
+            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            regular = stat.S_ISREG(os.fstat(self.number).st_mode)
         except FileNotFoundError as error:
             raise CacheDamage(f"{self.path.name} is missing") from error
         except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):  # a link to itself, a socket, no device
+                raise CacheDamage(f"{self.path.name} is no regular file: {error.strerror}") from error
             raise CacheError(f"{path}: {_reason(error)}") from error
+        if not regular:
+            raise CacheDamage(f"{self.path.name} is no regular file")
 
     def __del__(self) -> None:
         if self.number >= 0:
@@ -129,11 +137,18 @@ class Descriptor:
                 offset += part.nbytes
 
     def read_some(self, parts: Sequence[Any], offset: int) -> int:
-        """Put what one call gives from `offset` into the buffers; returns how many bytes, 0 at the end of the file."""
+        """Put what one call gives from `offset` into the buffers; returns how many bytes, 0 at the end of the file.
+
+        Raises:
+            StorageError: the disk doesn't answer, which says nothing about what it holds.
+        """
         try:
             return preadv(self.number, parts, offset)
         except OSError as error:
-            raise CacheDamage(f"{self.path.name} can't be read at byte {offset}: {error.strerror}") from error
+            raise StorageError(
+                f"{self._path} can't be read at byte {offset}: {error.strerror}: mend the disk or network, then run "
+                "again; if this file alone is bad, remove it and run `mrmae verify-cache ... --repair`"
+            ) from error
 
     def _read_in_pieces(self, buffer: memoryview, offset: int) -> None:
         """A signal or a network file system may cut a read short; only a read of nothing is the end of the file."""
@@ -144,13 +159,14 @@ class Descriptor:
             buffer, offset = buffer[count:], offset + count
 
 
-def read_table(path: Path, expected: int | None = None) -> bytes:
+def read_table(path: Path, expected: int | None = None, limit: int = _LARGEST_SMALL_FILE) -> bytes:
     """Read a small file that ends in its own crc32c (4 bytes, little-endian) and return what stands before it.
 
     Raises:
-        CacheDamage: missing, of another length than `expected` bytes of payload, or the checksum differs.
+        CacheDamage: missing, no regular file, longer than `limit`, of another length than `expected` bytes of payload,
+            or the checksum differs.
     """
-    content = read_whole(path)
+    content = read_whole(path, limit if expected is None else expected + CHECKSUM_BYTES)
     payload, stored = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
     if expected is not None and len(content) != expected + CHECKSUM_BYTES:
         raise CacheDamage(f"{path.name} has {len(content)} bytes instead of {expected + CHECKSUM_BYTES}")
@@ -159,9 +175,16 @@ def read_table(path: Path, expected: int | None = None) -> bytes:
     return payload
 
 
-def read_whole(path: Path) -> bytes:
-    """The bytes of a small file; CacheDamage when it is missing or can't be read, CacheError when not opened."""
+def read_whole(path: Path, limit: int = _LARGEST_SMALL_FILE) -> bytes:
+    """The bytes of a small file.
+
+    Raises:
+        CacheDamage: it is missing, no regular file or longer than `limit`. CacheError: it may not be opened.
+        StorageError: the disk doesn't answer.
+    """
     file = Descriptor(path)
+    if file.size() > limit:
+        raise CacheDamage(f"{path.name} has {file.size()} bytes, at most {limit} belong there")
     buffer = bytearray(file.size())
     if buffer:
         file.read_into(memoryview(buffer), 0)
@@ -174,7 +197,7 @@ def checksum(payload: bytes) -> bytes:
 
 
 def hash_file(path: Path) -> FileEntry:
-    """Measure a file as a commit record states it; CacheDamage when it is missing or can't be read."""
+    """Measure a file as a commit record states it; CacheDamage when it is missing or no regular file."""
     file, hasher, size = Descriptor(path), xxhash.xxh3_128(), 0
     buffer = aligned(BLOCK).data
     while count := file.read_some((buffer,), size):

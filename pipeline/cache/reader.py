@@ -116,9 +116,8 @@ class CacheReader:
 
     def live_indices(self) -> NDArray[np.int64]:
         """Samples that can be read: committed and no tombstones, ascending."""
-        live = np.repeat(self._committed, self._size)[: len(self)]
-        live[list(self.tombstones)] = False
-        return np.flatnonzero(live)
+        rows = np.flatnonzero(self._committed)[:, None] * self._size + np.arange(self._size)  # [shards, samples]
+        return np.setdiff1d(rows[rows < len(self)], np.fromiter(self.tombstones, np.int64), assume_unique=True)
 
     def missing_shards(self) -> list[int]:
         """Shards that extraction has still to finish."""

@@ -113,7 +113,8 @@ class CacheWriter:
     def withdraw(self, shard: int) -> None:
         """Take back a commit, so that the shard counts as unwritten; the first step of its repair."""
         with one_line(f"{self.path}: shard {shard} can't be withdrawn"), contextlib.suppress(FileNotFoundError):
-            commit_path(self.path, shard).unlink()
+            commit = commit_path(self.path, shard)
+            commit.rmdir() if commit.is_dir() and not commit.is_symlink() else commit.unlink()
             sync(commit_path(self.path, shard).parent)
 
     def _commit(self, shard: int, data: ShardData, files: dict[str, Any]) -> Commit:

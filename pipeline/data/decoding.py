@@ -8,19 +8,30 @@ import zlib
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 
 _BOMB_PIXELS = 178_956_970  # Pillow's own refusal: an image that would unpack to half a gigabyte
+_LONGEST_SIDE = (2**31 - 1) // 64 - 8  # pixels of a row that Pillow's decoders can count in bits
 
 _ORIENTATION = 0x0112  # EXIF's tag
 
+# Pillow opens nothing else. Its EPS plugin starts Ghostscript, its WMF plugin asks the system, IPTC opens any other.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_REFUSED = {
+    b"%!PS": "EPS",
+    b"\xc5\xd0\xd3\xc6": "EPS",
+    b"\xd7\xcd\xc6\x9a": "WMF",
+    b"\x01\0\0\0": "EMF",
+}  # by first bytes
+
 # What Pillow's decoders raise on bytes that are no image, or only the beginning of one.
 _DECODE_ERRORS = (
-    OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
-    ZeroDivisionError, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+    OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, RuntimeError,
+    AssertionError, BufferError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+_SPARE = 64 << 20  # bytes that a decoder may need beside the pixels
 
 
 def decode(data: bytes) -> Image.Image:
@@ -43,7 +54,7 @@ def decode_pixels(data: bytes, out: NDArray[np.uint8]) -> None:
     """Decode as `decode` does, into `out` uint8 [H, W, 3], C-contiguous: no image object and no copy.
 
     Raises:
-        DataError: as `decode`, or the image isn't H × W.
+        DataError, StorageError: as `decode`, or the image isn't H × W.
     """
     try:
         if _is_plain_jpeg(data, out.shape[:2]):
@@ -58,18 +69,58 @@ def decode_pixels(data: bytes, out: NDArray[np.uint8]) -> None:
 
 
 def _decode(data: bytes) -> NDArray[np.uint8] | Image.Image:
+    pixels = 0
     try:
-        pixels = _plain_jpeg(data)
-        if pixels is not None:
-            return pixels
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > _BOMB_PIXELS:
+        decoded = _plain_jpeg(data)
+        if decoded is not None:
+            return decoded
+        with open_image(data) as image:
+            pixels = image.width * image.height
+            if pixels > _BOMB_PIXELS or max(image.size) > _LONGEST_SIDE:
                 raise DataError(f"{image.width}x{image.height} pixels are more than the {_BOMB_PIXELS} allowed")
             return _convert(image)
+    except MemoryError as error:
+        raise _memory_is_full() from error
     except _DECODE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's word; a decoder's has no number
+            raise StorageError(f"an image can't be decoded: {error.strerror}; mend that, then run again") from error
+        _check_memory(pixels)
         # Without Pillow's "<_io.BytesIO object at 0x7f...>": a tombstone must say the same whoever meets the image.
         reason = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", str(error)).split())
         raise DataError(f"not a readable image: {reason or type(error).__name__}") from error
+
+
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """Encoded bytes → Pillow's image, not yet decoded. The only place that asks Pillow: it starts no other program.
+
+    Raises:
+        DataError: EPS, PostScript, WMF or EMF. UnidentifiedImageError, OSError, ...: what Pillow raises.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        refused = _REFUSED.get(data[:4])
+        if refused is None:
+            raise
+        raise DataError(f"not a readable image: {refused} is no raster format and is never opened") from error
+
+
+def _check_memory(pixels: int) -> None:
+    """StorageError where memory is short: libjpeg and others call their lack of it a broken stream.
+
+    The memory that the decoder needed is asked for and given back untouched.
+    """
+    try:
+        np.empty(8 * min(pixels, _BOMB_PIXELS) + _SPARE, np.uint8)
+    except MemoryError as error:
+        raise _memory_is_full() from error
+
+
+def _memory_is_full() -> StorageError:
+    return StorageError(
+        "memory is full where an image is decoded, which says nothing about the image: lower data.workers or "
+        "batch_size, or give the job more memory, then run again"
+    )
 
 
 def _plain_jpeg(data: bytes) -> NDArray[np.uint8] | None:
@@ -104,7 +155,7 @@ def _is_turned(data: bytes) -> bool:
         if data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] == b"\xda":
             return False
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         return bool(image.getexif().get(_ORIENTATION, 1) != 1)
 
 

@@ -80,8 +80,9 @@ class ImageSource:
                 if error.errno in _LASTING:
                     raise DataError(problem) from error
                 if pause is None:
-                    times = len(_PAUSES) + 1
-                    raise StorageError(f"{problem}, {times} times: mend the disk or network, then run again") from error
+                    short = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+                    mend = "raise `ulimit -n` or free memory" if short else "mend the disk or network"
+                    raise StorageError(f"{problem}, {len(_PAUSES) + 1} times: {mend}, then run again") from error
                 time.sleep(pause)
         if self.index and len(data) != self.lengths[index]:
             self._forget(index, len(data))

@@ -25,6 +25,7 @@ from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.slots import Empty
 from pipeline.data.views import center_view, draw_view, render, to_chw
 from pipeline.errors import ConfigError, DataError, naming_image
+from pipeline.files import hash_source
 
 log = logging.getLogger(__name__)
 
@@ -193,13 +194,15 @@ def _split_folder(data: DataConfig) -> tuple[DataConfig, DataConfig]:
 
 @dataclass
 class LabelledBatch:
-    """images uint8 [B, 3, S, S], labels int64 [B]."""
+    """images uint8 [B, 3, S, S], labels int64 [B], `hash_source` of the B files that were read."""
 
     images: Tensor
     labels: Tensor
+    hashes: list[int]
 
     def to(self, device: torch.device) -> "LabelledBatch":
-        return LabelledBatch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
+        return LabelledBatch(images, labels, self.hashes)
 
 
 class LabelledDataset:
@@ -226,13 +229,15 @@ class LabelledDataset:
 
     def __getitems__(self, requests: list[Request], empty: Empty = np.empty) -> LabelledBatch:
         pixels = empty((len(requests), self.image_size, self.image_size, 3), np.uint8)
+        hashes = []
         for row, (epoch, index) in enumerate(requests):
-            pixels[row] = np.asarray(self._image(epoch, index))
+            data = self.source.read(index)
+            hashes.append(hash_source(data))
+            pixels[row] = np.asarray(self._image(data, epoch, index))
         labels = [self.source.label(index) for _, index in requests]
-        return LabelledBatch(to_chw(pixels), torch.tensor(labels))
+        return LabelledBatch(to_chw(pixels), torch.tensor(labels), hashes)
 
-    def _image(self, epoch: int, index: int) -> Image.Image:
-        data = self.source.read(index)
+    def _image(self, data: bytes, epoch: int, index: int) -> Image.Image:
         try:
             image = decode(data)
         except DataError as error:

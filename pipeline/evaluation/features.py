@@ -54,39 +54,54 @@ def extract_features(
     return torch.cat(features), torch.cat(labels)
 
 
-class FeatureFile:
-    """Features in `folder`, under a name made of their description; safetensors, so no pickle.
+class FeatureFiles:
+    """Features in `folder`, under names made of their description and of the images' content; safetensors, no pickle.
 
     Args:
         folder: made when something is written.
-        description: all that decides the features: digests of the weights and of the data, sizes, ...
+        description: all that decides the features beside the images: digest of the weights, split, sizes, ...
     """
 
     def __init__(self, folder: Path, description: Mapping[str, str]) -> None:
-        self._description = {"format": "mrmae-features-1", **description}
-        name = xxhash.xxh3_128_hexdigest(json.dumps(self._description, sort_keys=True).encode())
-        self.path = folder / f"{name}.safetensors"
+        self._folder = folder
+        self._description = {"format": "mrmae-features-2", **description}
+        self._name = xxhash.xxh3_128_hexdigest(json.dumps(self._description, sort_keys=True).encode())
 
-    def read(self) -> Tensor | None:
+    def path(self, content: str) -> Path:
+        """The file of the images whose content has this digest."""
+        return self._folder / f"{self._name}-{content}.safetensors"
+
+    def any(self) -> bool:
+        """Whether there are features of images of whatever content: then it is worth to hash the images."""
+        return next(self._folder.glob(f"{self._name}-*.safetensors"), None) is not None
+
+    def read(self, content: str) -> Tensor | None:
         """The features [N,D] float32, or None if there are none; damaged ones count as none, with a warning."""
-        if not self.path.is_file():
+        path = self.path(content)
+        if not path.is_file():
             return None
         try:
-            with safe_open(self.path, "pt") as file:
+            with safe_open(path, "pt") as file:
                 features: Tensor = file.get_tensor("features")
                 metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            log.warning("%s can't be read (%s): computing the features again", self.path, error)
+            log.warning("%s can't be read (%s): computing the features again", path, error)
             return None
-        if metadata != {**self._description, "xxh3_128": _fingerprint(features)}:
-            log.warning("%s is not what was written: computing the features again", self.path)
+        if metadata != {**self._description, "content": content, "xxh3_128": _fingerprint(features)}:
+            log.warning("%s is not what was written: computing the features again", path)
             return None
         return features
 
-    def write(self, features: Tensor) -> None:
+    def write(self, features: Tensor, content: str) -> None:
         """Keep features [N,D] float32: whole or not at all."""
         features = features.contiguous()
-        save_tensors({"features": features}, self.path, {**self._description, "xxh3_128": _fingerprint(features)})
+        facts = {**self._description, "content": content, "xxh3_128": _fingerprint(features)}
+        save_tensors({"features": features}, self.path(content), facts)
+
+
+def content_digest(hashes: Tensor) -> str:
+    """xxh3-128 of the hashes (int64 [N]) of a data set's files, in their order."""
+    return xxhash.xxh3_128_hexdigest(hashes.numpy().data)
 
 
 def _fingerprint(features: Tensor) -> str:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.evaluation.features import FeatureFile
+from pipeline.evaluation.features import FeatureFiles
 from pipeline.models import build_student, save_weights
 from pipeline.tensor_files import save_tensors
 from pipeline.training.checkpoint import Checkpoint, save_checkpoint
@@ -38,7 +38,7 @@ def test_all_files_of_runs_and_exports_have_the_mode_that_the_umask_gives(tmp_pa
     model, checkpoint = nn.Linear(2, 2), Checkpoint(tmp_path / "step-1", 1, identity={}, metrics={})
     optimizer_state = torch.optim.AdamW(model.parameters()).state_dict()
     save_checkpoint(checkpoint, model, {}, optimizer_state=optimizer_state, trained=model)
-    FeatureFile(tmp_path, {}).write(torch.ones(2, 2))
+    FeatureFiles(tmp_path, {}).write(torch.ones(2, 2), "0")
     found = modes(tmp_path)
     assert {"model.safetensors", "trained.safetensors", "optimizer.pt", "config.json"} <= found.keys()
     assert set(found.values()) == {mode}, found

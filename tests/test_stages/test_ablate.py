@@ -116,6 +116,16 @@ def test_a_command_that_is_stopped_may_save_first(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "saved").exists()
 
 
+def test_a_cli_of_the_working_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cli", "pipeline", "stages"):
+        (tmp_path / f"{name}.py").write_text("open('started', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(PipelineError, match=r"knn failed: error: .*missing\.yaml"):
+        chain_of_commands._command(["knn", "--config", "missing.yaml"], tmp_path / "log")
+    assert not (tmp_path / "started").exists()
+
+
 @pytest.mark.usefixtures("forked_commands")
 def test_a_command_that_fails_is_named_with_its_log(image_tree: Path, tmp_path: Path) -> None:
     file = write_config(tmp_path, image_tree, caches={"one": ["views.count=0"]})

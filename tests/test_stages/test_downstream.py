@@ -5,8 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline.assembly.teachers import load_teacher
@@ -105,6 +107,35 @@ def test_the_second_command_reads_what_the_first_one_kept(
     for changes in ({"crop": 0.5}, {"init": None, "student": MICRO}, {"data": {**keys["data"], "limit": 9}}):
         with pytest.raises(AssertionError, match="computed again"):
             knn.run(knn.KnnConfig.model_validate({**keys, **changes}))
+
+
+def write_noise(folder: Path, seed: int) -> None:
+    """Two classes of noise in files whose names and lengths don't depend on the seed."""
+    random = np.random.default_rng(seed)
+    for number in range(12):
+        file = folder / str(number % 2) / f"{number}.bmp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+
+
+def test_features_of_equal_names_and_lengths_are_kept_apart(tmp_path: Path) -> None:
+    """Training and validation images, and images that were changed in place."""
+    for split, seed in (("train", 0), ("val", 1)):
+        write_noise(tmp_path / split, seed)
+    keys = {
+        "data": {"path": str(tmp_path / "train"), "workers": 0}, "val": {"path": str(tmp_path / "val"), "workers": 0},
+        "pixels": True, "image_size": 8, "crop": 1.0, "k": 1,
+    }  # fmt: skip
+    kept = {**keys, "features": str(tmp_path / "features")}
+
+    def top1(keys: dict[str, Any]) -> float:
+        return float(knn.run(knn.KnnConfig.model_validate(keys))["top1"])
+
+    assert top1(kept) == top1(keys) < 1  # of shared features each image would be its own neighbour
+    write_noise(tmp_path / "val", 0)
+    assert top1(kept) == top1(keys) == 1
+    write_noise(tmp_path / "train", 2)
+    assert top1(kept) == top1(keys) < 1
 
 
 def test_teachers_of_equal_weights_keep_features_apart(

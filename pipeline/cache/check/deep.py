@@ -60,7 +60,7 @@ def compare(path: Path, reextract: Reextract, samples: int, report: Report) -> N
             record = _read(reader, index, view)
             if record is None:
                 continue
-            cosine, nmse = _agreement(record.tokens, fresh.tokens)
+            cosine, nmse = _agreement(record.tokens, fresh.tokens, header.quantiser.std)
             cosines.append(cosine)
             errors.append(nmse)
             for problem in _problems(record, fresh, cosine, nmse):
@@ -98,10 +98,17 @@ def _problems(record: Record, fresh: Reextracted, cosine: float, nmse: float) ->
     return problems
 
 
-def _agreement(stored: NDArray[np.float32], fresh: NDArray[np.float32]) -> tuple[float, float]:
-    """Mean cosine of LayerNormed tokens [L, D], and the squared error over the variance of channels, summed."""
+def _agreement(
+    stored: NDArray[np.float32], fresh: NDArray[np.float32], deviation: NDArray[np.float32]
+) -> tuple[float, float]:
+    """Mean cosine of LayerNormed tokens [L, D], and the squared error over the variance of channels, summed.
+
+    All tokens of a constant image may be the same: `deviation`, each channel's over the data set ([D], or [0] where
+    it was not measured), and a thousandth of the tokens' squares bound the variance from below.
+    """
     a, b = (tokens - tokens.mean(-1, keepdims=True) for tokens in (stored, fresh))
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     cosine = np.where(lengths > 0, (a * b).sum(-1) / np.maximum(lengths, 1e-12), 1.0)
-    spread = np.square(fresh - fresh.mean(0)).sum()
-    return float(cosine.mean()), float(np.square(stored - fresh).sum() / max(float(spread), 1e-12))
+    usual = max(len(fresh) * np.square(deviation).sum(), 1e-3 * np.square(fresh).sum(), 1e-12)
+    spread = max(float(np.square(fresh - fresh.mean(0)).sum()), float(usual))
+    return float(cosine.mean()), float(np.square(stored - fresh).sum() / spread)

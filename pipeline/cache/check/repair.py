@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cache.check.report import Report
+from pipeline.cache.files import file_of, one_line
 from pipeline.cache.format.commits import commit_path, committed_shards, read_commit
 from pipeline.cache.format.header import CacheHeader, read_header
 from pipeline.cache.format.records import ShardData
@@ -51,16 +52,33 @@ def repair(path: Path, report: Report, extract_shard: ExtractShard, also: Iterab
     store = store_of(path, writer.header)
     done = Repair()
     for file in report.rebuilt_files():
+        _make_way(path, [file])
         store.rebuild(file)
         done.files.append(file)
     for shard in sorted({*report.damaged_shards(), *also}):
         data = extract_shard(shard)
         _check_lost(path, writer.header, shard, data)
         writer.withdraw(shard)
+        _make_way(path, [*store.files(shard), *store.derived(shard)])
         writer.clean_partial(shard)
         writer.write_shard(shard, data)
         done.shards.append(shard)
     return done
+
+
+def _make_way(path: Path, files: Iterable[str]) -> None:
+    """Remove what stands where files are written and is no file: pipes, devices, links to them, empty folders.
+
+    Raises:
+        CacheError: a folder that isn't empty.
+    """
+    for file in files:
+        place = file_of(path, file)
+        with one_line(f"{place} is no regular file and can't be removed"):
+            if place.is_dir() and not place.is_symlink():
+                place.rmdir()
+            elif not place.is_file():
+                place.unlink(missing_ok=True)
 
 
 def _check_lost(path: Path, header: CacheHeader, shard: int, data: ShardData) -> None:

@@ -35,10 +35,16 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)  # of the deep level
     seconds: float = 0.0
+    missing: list[int] = field(default_factory=list)  # shards without a commit record, ascending; findings name some
 
     @property
     def sound(self) -> bool:
         return not self.findings
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether nothing is wrong but that shards are still to be extracted."""
+        return bool(self.missing) and all(finding.kind == "missing" for finding in self.findings)
 
     def add(self, kind: str, message: str, **place: Any) -> None:
         """Record damage; `place` are Finding's shard, sample, view, file."""
@@ -57,7 +63,8 @@ class Report:
 
     def damaged_shards(self) -> list[int]:
         """Shards to extract again, ascending."""
-        return sorted({f.shard for f in self.findings if f.shard is not None and f.kind in _REPAIRED_BY_EXTRACTION})
+        found = {f.shard for f in self.findings if f.shard is not None and f.kind in _REPAIRED_BY_EXTRACTION}
+        return sorted(found.union(self.missing))
 
     def rebuilt_files(self) -> list[str]:
         """Files to make again from others, those of damaged shards left out."""
@@ -65,4 +72,4 @@ class Report:
         return [f.file for f in self.findings if f.kind == _REBUILT and f.file is not None and f.shard not in damaged]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "sound": self.sound}
+        return {**asdict(self), "sound": self.sound, "unfinished": self.unfinished}

@@ -9,18 +9,22 @@ The teacher and the images are handed in; this wing imports neither.
 """
 
 import os
+import re
+import stat
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
 from pipeline.cache.check.report import Report
 from pipeline.cache.check.values import ViewContent
 from pipeline.cache.files import FileEntry, file_of, hash_file
-from pipeline.cache.format.commits import Commit, commit_file, commit_path, read_commit
+from pipeline.cache.format.commits import Commit, commit_file, committed_shards, read_commit
 from pipeline.cache.format.header import FILE, CacheHeader, read_header
 from pipeline.cache.format.records import Seal
 from pipeline.cache.stores import store_of
@@ -68,7 +72,7 @@ def verify(
 
     Raises:
         CacheError: there is no cache at `path`, or a file of it may not be read.
-        StorageError: the disk with the images doesn't answer.
+        StorageError: the disk with the cache or the images doesn't answer.
     """
     started = time.monotonic()
     report = Report(path=str(path), level=level)
@@ -82,10 +86,12 @@ def verify(
         raise PipelineError("deep verification needs the images and the teacher: give --data, or use --level full")
     verifier = _Verifier(path, header, source, level != "quick")
     verifier.check_cache(report)
-    for shard, part in enumerate(_in_order(verifier.check_shard, header.shards, threads)):
+    committed = committed_shards(path, header)
+    verifier.add_missing(committed, report)
+    for done, part in enumerate(_in_order(verifier.check_shard, committed, threads), header.shards - len(committed)):
         report.merge(part)
         if progress is not None:
-            progress(shard + 1, header.shards)
+            progress(done + 1, header.shards)
     foreign = any(finding.kind == "dataset" for finding in report.findings)
     if level == "deep" and deep is not None and not foreign:  # of other images a teacher says other things
         deep(report)
@@ -93,15 +99,15 @@ def verify(
     return report
 
 
-def _in_order(check: Callable[[int], Report], shards: int, threads: int) -> Iterator[Report]:
+def _in_order(check: Callable[[int], Report], shards: Sequence[int], threads: int) -> Iterator[Report]:
     """What `check` finds in each shard, in their order, while it is at work on the next ones."""
     if threads == 1:
-        yield from map(check, range(shards))
+        yield from map(check, shards)
         return
     with ThreadPoolExecutor(threads) as pool:
         under_way: deque[Future[Report]] = deque()
         try:
-            for shard in range(shards):
+            for shard in shards:
                 under_way.append(pool.submit(check, shard))
                 if len(under_way) > threads:
                     yield under_way.popleft().result()
@@ -138,23 +144,32 @@ class _Verifier:
         self._source = None  # joining keys one by one would only repeat it
 
     def _check_strays(self, report: Report) -> None:
-        shards = range(self._header.shards)
-        expected = {FILE, *map(commit_file, shards), *(file for shard in shards for file in self._store.files(shard))}
-        expected |= {file for shard in (None, *shards) for file in self._store.derived(shard)}
+        """Files of no shard. The first number of a file's name is its shard, if it has one."""
+        expected = {FILE, *self._store.derived(None)}
+        shards: dict[int, set[str]] = {}
         for name in _files(self._path):
-            if name in expected:
+            number = re.search(r"\d{1,9}", name.rpartition("/")[2])
+            shard = int(number[0]) if number else -1
+            if 0 <= shard < self._header.shards and shard not in shards:
+                shards[shard] = {commit_file(shard), *self._store.files(shard), *self._store.derived(shard)}
+            if name in expected or name in shards.get(shard, ()):
                 continue
             if name.endswith(PARTIAL):
                 report.note("partial", f"{name} is what a killed writer left, or one is at work; harmless", file=name)
             else:
                 report.note("stray", f"{name} is not part of the cache", file=name)
 
-    def check_shard(self, shard: int) -> Report:
-        """The shard's commit, its files' sizes, and at the higher levels every byte and record. Safe in threads."""
-        report = Report(path=str(self._path), level="")
-        if not commit_path(self._path, shard).is_file():
+    def add_missing(self, committed: Sequence[int], report: Report) -> None:
+        """Shards without a commit record: a finding for each of the first, and one for all others."""
+        report.missing = np.setdiff1d(np.arange(self._header.shards), np.array(committed, np.int64)).tolist()
+        for shard in report.missing[:_NAMED]:
             report.add("missing", f"shard {shard} is not extracted, or its commit record is lost", shard=shard)
-            return report
+        if len(report.missing) > _NAMED:
+            report.add("missing", f"{len(report.missing) - _NAMED} more shards are not extracted")
+
+    def check_shard(self, shard: int) -> Report:
+        """A committed shard's record, its files' sizes, and at the higher levels every byte. Safe in threads."""
+        report = Report(path=str(self._path), level="")
         try:
             commit = read_commit(self._path, self._header, shard)
         except CacheDamage as error:
@@ -169,17 +184,20 @@ class _Verifier:
         return report
 
     def _check_sizes(self, shard: int, commit: Commit, report: Report) -> set[str]:
-        """Report files that are missing or of another length; returns their names."""
+        """Report files that are missing, no regular files or of another length; returns their names."""
         broken = set()
         expected = set(self._store.files(shard))
         if set(commit.files) != expected:
             report.add("commit", f"shard {shard}: its commit record lists other files", shard=shard)
         for file in sorted(expected & set(commit.files)):
             try:
-                size = os.stat(f"{self._path}/{file}").st_size
-                problem = f"has {size} bytes instead of {commit.files[file].bytes}"
-                if size == commit.files[file].bytes:
+                found = os.stat(f"{self._path}/{file}")
+                if not stat.S_ISREG(found.st_mode):
+                    problem = "is no regular file"
+                elif found.st_size == commit.files[file].bytes:
                     continue
+                else:
+                    problem = f"has {found.st_size} bytes instead of {commit.files[file].bytes}"
             except OSError as error:
                 gone = isinstance(error, FileNotFoundError)
                 problem = "is missing" if gone else f"can't be looked at: {error.strerror}"
@@ -197,7 +215,8 @@ class _Verifier:
     def _check_content(self, shard: int, commit: Commit, report: Report, broken: set[str], stale: bool) -> None:
         """Hash every file, in a second thread, and read every record as training does."""
         with ThreadPoolExecutor(1) as second:
-            files = {file: entry for file, entry in commit.files.items() if file not in broken}
+            sound = set(self._store.files(shard)) - broken
+            files = {file: entry for file, entry in commit.files.items() if file in sound}
             hashing = second.submit(self._check_hashes, shard, files)
             for view in range(self._header.views):
                 part = self._check_view(shard, view, commit, stale)
@@ -273,7 +292,7 @@ class _Verifier:
         """Compare sound records with the images that they were made of: (kind of finding, sample, problem).
 
         Raises:
-            StorageError: the disk doesn't answer, which says nothing about the cache.
+            StorageError: the images' disk doesn't answer, which says nothing about the cache.
         """
         hashes = content.tails["source_hash"].tolist()
         for row, name, source_hash in zip(content.rows, content.keys, hashes, strict=True):

@@ -7,6 +7,7 @@ was cut between members as a shorter one.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.errors import CacheDamage
 from pipeline.files import sync
 
 FOLDER = "commits"
+_INSIDE = re.compile(r"(\w[\w.-]*/)*\w[\w.-]*", re.ASCII)  # a file in the cache's folder; no part starts with a dot
 
 
 class Tombstone(BaseModel):
@@ -88,7 +90,7 @@ def read_commit(root: Path, header: CacheHeader, shard: int) -> Commit:
     problem = ""
     try:
         commit = Commit.from_bytes(read_whole(path))
-    except ValueError as error:
+    except (ValueError, CacheDamage) as error:
         problem = str(error)
     else:
         span = header.shard_range(shard)
@@ -98,6 +100,8 @@ def read_commit(root: Path, header: CacheHeader, shard: int) -> Commit:
             problem = f"it states shard {commit.shard} with {commit.count} samples"
         elif any(stone.index not in span for stone in commit.tombstones):
             problem = "a tombstone lies outside its shard"
+        elif not all(map(_INSIDE.fullmatch, commit.files)):
+            problem = "it names a file outside the cache"
     if problem:
         raise CacheDamage(
             f"shard {shard}: commit record {path.name}: {problem}; run `mrmae verify-cache {root} --repair`"
@@ -108,5 +112,6 @@ def read_commit(root: Path, header: CacheHeader, shard: int) -> Commit:
 def committed_shards(root: Path, header: CacheHeader) -> list[int]:
     """The shards that have a commit record, ascending; the records are not read. Other files are left to `verify`."""
     folder = root / FOLDER
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return [shard for shard in range(header.shards) if f"{shard:06d}.json" in names]
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    shards = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{6,9}\.json", name))
+    return [shard for shard in shards if shard < header.shards and commit_path(root, shard).name in names]

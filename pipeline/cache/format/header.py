@@ -18,6 +18,10 @@ from pipeline.configs.cache import AttentionKind, StoreName
 from pipeline.errors import CacheDamage, CacheError
 
 FILE = "cache.json"
+# Bounds of what a header may ask for: tools make room by them before they have seen a byte of data.
+MAX_SHARDS = 10**6  # the names of commit records have six digits
+_MAX_SAMPLES = 10**9  # the names of tar members have nine
+_MAX_VALUES = 1 << 28  # of one view's tokens, or of its attention
 
 
 def canonical(value: Any) -> bytes:
@@ -45,7 +49,7 @@ class DatasetSection(_Section):
 
     source: str
     kind: str
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, le=_MAX_SAMPLES)
     digest: str
 
 
@@ -56,7 +60,7 @@ class ViewSection(_Section):
 
     count: int = Field(ge=1, le=1000)
     seed: int
-    image_size: int = Field(ge=1)
+    image_size: int = Field(ge=1, le=1 << 16)
 
 
 class CacheHeader(_Section):
@@ -78,7 +82,7 @@ class CacheHeader(_Section):
     attention: AttentionKind = "mean"
     heads: int = Field(default=0, ge=0)
     compression: None = None
-    samples_per_shard: int = Field(ge=1)
+    samples_per_shard: int = Field(ge=1, le=1 << 20)
 
     @model_validator(mode="after")
     def _shapes_are_known(self) -> "CacheHeader":
@@ -87,6 +91,10 @@ class CacheHeader(_Section):
             raise ValueError("teacher.grid must be [height, width]")
         if not _positive(dim):
             raise ValueError("teacher.dim must be a positive integer")
+        if max(self.tokens * self.dim, self.tokens * self.heads) > _MAX_VALUES:
+            raise ValueError(f"a view of more than {_MAX_VALUES} values: grid, dim or heads are too large")
+        if self.shards > MAX_SHARDS:
+            raise ValueError(f"{self.shards} shards are more than the {MAX_SHARDS} allowed: raise samples_per_shard")
         if self.attention == "heads" and self.heads < 1:
             raise ValueError("attention per head needs heads >= 1")
         if len(self.quantiser.mean) not in (0, dim):

@@ -21,6 +21,7 @@ FIELDS = 4  # of an index row: start of the first member's header, then the byte
 _ROW = struct.Struct(f"={FIELDS}q")  # such a row in memory
 NONE = -1  # start of a tombstone in the index
 _OUTSIDE = -2  # start of a record that its tar is too short for
+_LARGEST_MEMBER = 2 << 30  # bytes; a hole in a file may pretend to more than memory holds
 _SAFETENSORS_TYPES = {"int8": "I8", "float16": "F16", "float32": "F32"}
 
 
@@ -189,7 +190,7 @@ class TarView:
 def within(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """Index rows [n, 4], those that no tar of `size` bytes can hold marked as outside."""
     sizes = rows[:, 1:]
-    sound = ((sizes >= 0) & (sizes <= size)).all(1) & (rows[:, 0] >= 0) & (rows[:, 0] <= size)
+    sound = ((sizes >= 0) & (sizes <= min(size, _LARGEST_MEMBER))).all(1) & (rows[:, 0] >= 0) & (rows[:, 0] <= size)
     ends = rows[:, 0] + 3 * BLOCKSIZE + padded(sizes[:, 0]) + padded(sizes[:, 1]) + sizes[:, 2]
     result = rows.astype(np.int64)
     result[~(sound & (ends <= size)) & (rows[:, 0] != NONE), 0] = _OUTSIDE

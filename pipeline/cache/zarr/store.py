@@ -17,7 +17,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from pipeline.cache.files import Descriptor, FileEntry, file_of, one_line, read_table, write_file
+from pipeline.cache.files import Descriptor, FileEntry, file_of, one_line, read_table, read_whole, write_file
 from pipeline.cache.format.header import CacheHeader
 from pipeline.cache.format.records import Seal, ShardData
 from pipeline.cache.zarr.chunks import parse_texts, raw_chunk, text_chunk
@@ -31,9 +31,10 @@ from pipeline.cache.zarr.view import (
     key_table,
     table_sizes,
 )
-from pipeline.errors import CacheError
+from pipeline.errors import CacheDamage, CacheError
 from pipeline.files import sync
 
+_LONGEST_KEY = 4096  # bytes, as a path: what a shard's keys have on average at most
 _KEY_ENCODING: Any = {"name": "default", "separator": "."}  # one flat folder an array: one fsync a shard, not five
 
 
@@ -127,7 +128,7 @@ class ZarrStore:
         S = self._header.samples_per_shard
         if view is None:
             path = self._path("key", shard, 0)
-            return key_table(parse_texts(read_table(path), S, path.name))
+            return key_table(parse_texts(read_table(path, limit=8 + S * _LONGEST_KEY), S, path.name))
         return entry_table(
             {name: read_table(self._path(name, shard, view), size) for name, size in table_sizes(S).items()}
         )
@@ -139,10 +140,12 @@ class ZarrStore:
     def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
         problems = {}
         for file, expected in self._metadata.items() if shard is None else ():
-            path = file_of(self._root, file)
-            if not path.is_file():
-                problems[file] = "is missing"
-            elif not _same_json(path.read_bytes(), expected):
+            try:
+                content = read_whole(file_of(self._root, file))
+            except CacheDamage as error:
+                problems[file] = str(error).removeprefix("zarr.json ")
+                continue
+            if not _same_json(content, expected):
                 problems[file] = "is not what this cache's header asks for"
         return problems
 
@@ -157,9 +160,9 @@ class ZarrStore:
 
 
 def _same_json(found: bytes, expected: bytes) -> bool:
-    """Equal bytes, or equal content: another version of zarr may lay out the file otherwise."""
+    """Equal bytes, or equal content: another version of zarr may lay out the file otherwise, but adds nothing."""
     try:
-        return found == expected or bool(json.loads(found) == json.loads(expected))
+        return found == expected or (found == found.strip() and bool(json.loads(found) == json.loads(expected)))
     except (ValueError, RecursionError):
         return False
 

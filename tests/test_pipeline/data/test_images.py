@@ -339,7 +339,7 @@ def test_the_same_bytes_fail_with_the_same_words(content: bytes) -> None:
 def test_formats_that_a_decoder_gives_up_on_are_unreadable_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow's decoders also raise RuntimeError, and NotImplementedError for variants that they don't know."""
 
-    def refuse(*_args: object) -> Any:
+    def refuse(*_args: object, **_keys: object) -> Any:
         raise NotImplementedError("pixel format unimplemented")
 
     monkeypatch.setattr(Image, "open", refuse)

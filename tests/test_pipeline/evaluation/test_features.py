@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.evaluation import FeatureFile, extract_features
+from pipeline.evaluation import FeatureFiles, content_digest, extract_features
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -40,32 +40,36 @@ KNOWN = {"subject": "model abc", "data": "def", "size": "64", "crop": "0.875"}
 
 
 def test_kept_features_come_back_and_others_do_not(tmp_path: Path) -> None:
-    file = FeatureFile(tmp_path / "kept", KNOWN)
-    assert file.read() is None
+    files, content = FeatureFiles(tmp_path / "kept", KNOWN), content_digest(torch.arange(5))
+    assert not files.any()
+    assert files.read(content) is None
     features = torch.randn(5, 3)
-    file.write(features)
-    again = FeatureFile(tmp_path / "kept", KNOWN).read()
-    assert again is not None
-    assert torch.equal(again, features)
+    files.write(features, content)
+    again = FeatureFiles(tmp_path / "kept", KNOWN)
+    assert again.any()
+    kept = again.read(content)
+    assert kept is not None
+    assert torch.equal(kept, features)
+    assert again.read(content_digest(torch.tensor([0, 1, 2, 3, 5]))) is None
     for key in KNOWN:
-        assert FeatureFile(tmp_path / "kept", {**KNOWN, key: "other"}).read() is None
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == [file.path.name]  # no partial file stays
+        other = FeatureFiles(tmp_path / "kept", {**KNOWN, key: "other"})
+        assert not other.any()
+        assert other.read(content) is None
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [files.path(content).name]  # no partial file stays
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "empty", "renamed"])
 def test_damaged_features_are_computed_again_with_a_warning(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = FeatureFile(tmp_path, KNOWN)
-    file.write(torch.randn(5, 3))
-    content = bytearray(file.path.read_bytes())
+    files = FeatureFiles(tmp_path, KNOWN)
+    files.write(torch.randn(5, 3), "a")
+    content = bytearray(files.path("a").read_bytes())
     if how == "renamed":
-        other = FeatureFile(tmp_path, {**KNOWN, "data": "other"})
-        file.path.rename(other.path)
-        file = other
+        files.path("a").rename(files.path("b"))
     else:
         content[-5] ^= 1
-        file.path.write_bytes({"flip": content, "cut": content[:-7], "empty": b""}[how])
+        files.path("a").write_bytes({"flip": content, "cut": content[:-7], "empty": b""}[how])
     with caplog.at_level(logging.WARNING):
-        assert file.read() is None
+        assert files.read("b" if how == "renamed" else "a") is None
     assert "computing the features again" in caplog.text

@@ -117,7 +117,7 @@ def test_finetuning(tmp_path: Path, augment: str) -> None:
         with CUDA:
             images, labels = torch.zeros(4, 3, 64, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
         losses = finetune._Losses(config, 3)
-        assert waits(tmp_path, waited, to_fake(model), LabelledBatch(images, labels), losses) == []
+        assert waits(tmp_path, waited, to_fake(model), LabelledBatch(images, labels, []), losses) == []
 
 
 def test_what_waits_is_seen() -> None:
