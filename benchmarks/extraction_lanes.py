@@ -49,8 +49,7 @@ def write_caches(
         Seconds without calibration and the creation of the caches: on the clock, and of this thread's own work.
     """
     bounds = {"max_nmse": float("inf"), "min_cosine": 0.0}
-    quantisers = [quantiser.to_json() for quantiser in extractor.calibrate("int8", 16)]
-    headers = extractor.describe("mean", samples_per_shard, quantisers)
+    headers = extractor.describe("mean", samples_per_shard, extractor.calibrate("int8", 16))
     paths = [folder / str(number) for number in range(len(headers))]
     for path, header in zip(paths, headers, strict=True):
         create_cache(path, header)

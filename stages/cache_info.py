@@ -35,7 +35,7 @@ def run(config: CacheInfoConfig) -> dict[str, Any]:
     stones = [stone for commit in commits for stone in commit.tombstones]
     size = sum(entry.bytes for commit in commits for entry in commit.files.values())
     live = sum(commit.count for commit in commits) - len(stones)
-    token_bytes = header.tokens * header.dim * header.quantiser.dtype.itemsize
+    token_bytes = header.rows * header.dim * header.quantiser.dtype.itemsize
     fidelity = FidelityFigures.merge(commit.fidelity for commit in commits)
     return {
         "path": str(path),
@@ -49,6 +49,7 @@ def run(config: CacheInfoConfig) -> dict[str, Any]:
         "dim": header.dim,
         "quantiser": header.quantiser.name,
         "attention": header.attention,
+        "summary": header.summary,
         "reads": f"one pread and one checksum a record, {token_bytes} bytes of tokens",
         "samples_per_shard": header.samples_per_shard,
         "shards": header.shards,
@@ -58,7 +59,7 @@ def run(config: CacheInfoConfig) -> dict[str, Any]:
         "bytes": size,
         "size": readable(size),
         "bytes_per_view": round(size / (live * header.views)) if live else 0,
-        "fidelity": None if fidelity is None else fidelity.model_dump(),
+        "fidelity": None if fidelity is None else fidelity.model_dump(exclude_none=True),
         "tombstones": len(stones),
         "tombstone_list": [stone.model_dump() for stone in stones[: config.tombstones]],
         "seconds": _seconds(commits),

@@ -15,6 +15,7 @@ of the shards.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -91,16 +92,16 @@ def _open(paths: Sequence[Path], output: CacheOutput, extractor: Extractor, firs
         CacheError: a folder holds another cache than the one asked for, or the disk lacks the room.
     """
     states: list[dict[str, Any]] = [{"name": output.quantiser}] * len(paths)
-    wishes = extractor.describe(output.attention, output.samples_per_shard, states)
+    wishes = extractor.describe(output.attention, output.samples_per_shard, states, output.summary)
     if first:
         missing = [number for number, path in enumerate(paths) if not (path / "cache.json").exists()]
         if missing:
             _require_room(output.path, [wishes[number] for number in missing])
             for wish in (wishes[number] for number in missing if wishes[number].attention == "none"):
                 log.warning("teacher %s: %s", wish.teacher["name"], NO_ATTENTION)
-            quantisers = extractor.calibrate(output.quantiser, output.calibration)
-            states = [q.to_json() | ({"calibration": output.calibration} if q.mean.size else {}) for q in quantisers]
-            headers = extractor.describe(output.attention, output.samples_per_shard, states)
+            states = extractor.calibrate(output.quantiser, output.calibration, output.summary)
+            states = [state | ({"calibration": output.calibration} if "mean" in state else {}) for state in states]
+            headers = extractor.describe(output.attention, output.samples_per_shard, states, output.summary)
             for number in missing:
                 create_cache(paths[number], headers[number])
     for path, wish in zip(paths, wishes, strict=True):
@@ -113,7 +114,7 @@ def _require_room(path: Path, wishes: Sequence[CacheHeader]) -> None:
     needed = 0
     for wish in wishes:
         quantiser = wish.quantiser.name
-        view = estimate_bytes(wish.tokens, wish.dim, wish.store, quantiser, wish.attention, wish.heads)
+        view = estimate_bytes(wish.rows, wish.dim, wish.store, quantiser, math.prod(wish.attention_shape or (0,)))
         needed += wish.count * wish.views * view
     require_room(path, needed)
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cache.budget import estimate_bytes, readable
 from pipeline.data.masks import visible_count
+from pipeline.errors import TeacherError
 from pipeline.models import build_student
 from pipeline.teachers import NO_ATTENTION, describe_teacher
 from stages.configs.plan import PlanConfig
@@ -28,8 +29,11 @@ def run(config: PlanConfig) -> dict[str, Any]:
     """Answer in one JSON-able dict: bytes, hours and what limits them, bytes a second, the factor that can be saved."""
     teacher = describe_teacher(config.teacher)
     attention = config.attention if teacher.has_attention else "none"
-    tokens, heads = teacher.grid[0] * teacher.grid[1], teacher.dim // 64
-    view = estimate_bytes(tokens, teacher.dim, config.store, config.quantiser, attention, heads)
+    if config.summary and not teacher.has_summary:
+        raise TeacherError(f"teacher '{config.teacher}' has no class token to keep: set summary=false")
+    tokens = teacher.grid[0] * teacher.grid[1]
+    attended = tokens * {"mean": 1, "heads": teacher.dim // 64, "none": 0}[attention]
+    view = estimate_bytes(tokens + config.summary, teacher.dim, config.store, config.quantiser, attended)
     size = config.samples * config.views * view
     step = step_gmac(config.student, config.mask_ratio)
     cores = config.gpus * config.cores

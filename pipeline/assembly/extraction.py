@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.assembly.filling import PendingTargets, ShardInProgress, StoredTargets, start_copies
+from pipeline.assembly.filling import PendingTargets, ShardInProgress, StoredTargets, start_copies, store_targets
 from pipeline.cache import (
     CacheHeader,
     CacheWriter,
-    Fidelity,
     FidelityFigures,
     Quantiser,
     Reextracted,
@@ -34,7 +33,7 @@ from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource
 from pipeline.data.loader import load
 from pipeline.data.rendering import RenderedViews, ViewRenderer, preprocessing
-from pipeline.errors import DataError
+from pipeline.errors import DataError, TeacherError
 from pipeline.teachers import Teacher, TeacherOutput, run_teachers, share_backbones
 
 
@@ -62,9 +61,13 @@ class Extractor:
         share_backbones(self.teachers)
 
     def describe(
-        self, attention: str, samples_per_shard: int, quantisers: Sequence[dict[str, Any]]
+        self, attention: str, samples_per_shard: int, quantisers: Sequence[dict[str, Any]], summary: bool = False
     ) -> list[CacheHeader]:
-        """The headers of the caches that this extractor would write, one a teacher."""
+        """The headers of the caches that this extractor would write, one a teacher.
+
+        Raises:
+            TeacherError: a `summary` of a teacher that has no class token.
+        """
         common = {
             "store": self.store,
             "dataset": {
@@ -79,28 +82,36 @@ class Extractor:
         }
         headers = []
         for teacher, quantiser in zip(self.teachers, quantisers, strict=True):
+            if summary and not teacher.has_summary:
+                raise TeacherError(f"teacher '{teacher.name}' has no class token to keep: set cache.summary=false")
             identity = teacher.identity()
             kept = attention if teacher.has_attention else "none"
             heads = identity["num_heads"] if kept == "heads" else 0
-            headers.append(
-                CacheHeader.model_validate(
-                    common | {"teacher": identity, "quantiser": quantiser, "attention": kept, "heads": heads}
-                )
-            )
+            fields = {"teacher": identity, "quantiser": quantiser, "attention": kept, "heads": heads}
+            fields["summary"] = "class" if summary else None
+            headers.append(CacheHeader.model_validate(common | fields))
         return headers
 
-    def calibrate(self, name: str, samples: int) -> list[Quantiser]:
-        """Channel statistics for each teacher, by the tokens of `sample_tokens`.
+    def calibrate(self, name: str, samples: int, summary: bool = False) -> list[dict[str, Any]]:
+        """The quantiser of each teacher as a header has it, with channel statistics of the outputs of `sample`.
 
         Raises:
             DataError: none of the samples can be decoded.
         """
         if name != "int8":
-            return [Quantiser(name) for _ in self.teachers]
-        return [Quantiser.calibrate(name, tokens) for tokens in self.sample_tokens(samples)]
+            return [Quantiser(name).to_json() for _ in self.teachers]
+        states = []
+        for output in self.sample(samples):
+            state = Quantiser.calibrate(name, output.tokens).to_json()
+            if summary:
+                assert output.summary is not None
+                of_summary = Quantiser.calibrate(name, output.summary)
+                state |= {"summary_mean": of_summary.mean.tolist(), "summary_std": of_summary.std.tolist()}
+            states.append(state)
+        return states
 
-    def sample_tokens(self, samples: int) -> list[Tensor]:
-        """Each teacher's tokens [N, L, D] of view 0 of so many samples, spread evenly over the dataset.
+    def sample(self, samples: int) -> list[TeacherOutput]:
+        """Each teacher's tokens and summaries, without attention, of view 0 of samples spread evenly over the dataset.
 
         The first ones of a class-folder tree would all be of one class. Unreadable ones are passed over.
 
@@ -108,16 +119,17 @@ class Extractor:
             DataError: none of them can be decoded.
         """
         views = self.views.model_copy(update={"count": 1})
-        tokens: list[list[Tensor]] = [[] for _ in self.teachers]
+        outputs: list[list[TeacherOutput]] = [[] for _ in self.teachers]
         count = min(samples, len(self.source))
         spread = np.arange(count, dtype=np.int64) * len(self.source) // count
         for batch in self._render_batches(spread.tolist(), views):
             if batch.readable:
-                for tokens_of_teacher, out in zip(tokens, self._forward(batch), strict=True):
-                    tokens_of_teacher.append(out.tokens.cpu())
-        if not tokens[0]:
+                for outputs_of_teacher, out in zip(outputs, self._forward(batch), strict=True):
+                    summary = None if out.summary is None else out.summary.cpu()
+                    outputs_of_teacher.append(TeacherOutput(out.tokens.cpu(), None, summary=summary))
+        if not outputs[0]:
             raise DataError(f"none of {count} images, spread over all, can be decoded: check data.path")
-        return [torch.cat(batches) for batches in tokens]
+        return [_join(batches) for batches in outputs]
 
     def run(
         self,
@@ -204,6 +216,7 @@ class Extractor:
                 yield Reextracted(
                     tokens=out.tokens[0].float().cpu().numpy(),
                     attention=None if rows is None else rows[0].float().cpu().numpy(),
+                    summary=None if out.summary is None else out.summary[0].float().cpu().numpy(),
                     box=(top, left, height, width),
                     hflip=bool(batch.hflip[row, view]),
                     source_hash=int(batch.source_hash[row]),
@@ -217,11 +230,9 @@ class Extractor:
         outputs = self._forward(batch, heads=any(header.attention == "heads" for header in headers))
         targets = []
         for out, header in zip(outputs, headers, strict=True):
-            stored, scale = header.quantiser.quantise(out.tokens)
-            fidelity = Fidelity()
-            fidelity.update(out.tokens, header.quantiser.dequantise(stored, scale))
             attention = _attention(out, header.attention)
-            targets.append(StoredTargets(stored, scale, None if attention is None else attention.half(), fidelity))
+            kept = None if attention is None else attention.half()
+            targets.append(store_targets(header, out.tokens, out.summary, kept))
         return PendingTargets(batch, *start_copies(targets))
 
     def _forward(self, batch: RenderedViews, heads: bool = False) -> list[TeacherOutput]:
@@ -275,6 +286,14 @@ def _one_ahead(started: Iterable[PendingTargets]) -> Iterator[tuple[RenderedView
         last = pending
     if last is not None:
         yield last.wait()
+
+
+def _join(batches: Sequence[TeacherOutput]) -> TeacherOutput:
+    """Tokens and summaries of several batches as of one."""
+    summaries = [out.summary for out in batches if out.summary is not None]
+    return TeacherOutput(
+        torch.cat([out.tokens for out in batches]), None, summary=torch.cat(summaries) if summaries else None
+    )
 
 
 def _attention(out: TeacherOutput, kind: str) -> Tensor | None:

@@ -18,16 +18,34 @@ from pipeline.errors import TeacherError
 class StoredTargets(NamedTuple):
     """What one cache stores of the m views of a batch, and how faithful it is."""
 
-    tokens: Tensor  # [m, L, D] as stored
-    scale: Tensor | None  # [m, L] fp16
+    tokens: Tensor  # [m, R, D] as stored
+    scale: Tensor | None  # [m, R] fp16
     attention: Tensor | None  # [m, (H,) L] fp16
     fidelity: Fidelity
+    summary_fidelity: Fidelity  # of nothing where the cache keeps no summary
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "StoredTargets":
-        tokens, scale, attention, fidelity = self
+        tokens, scale, attention, fidelity, of_summary = self
         moved_scale = None if scale is None else move(scale)
         moved_attention = None if attention is None else move(attention)
-        return StoredTargets(move(tokens), moved_scale, moved_attention, fidelity.map(move))
+        return StoredTargets(move(tokens), moved_scale, moved_attention, fidelity.map(move), of_summary.map(move))
+
+
+def store_targets(
+    header: CacheHeader, tokens: Tensor, summary: Tensor | None, attention: Tensor | None
+) -> StoredTargets:
+    """Quantise tokens [m, L, D], and in front of them the summary [m, 1, D] where the cache keeps it."""
+    stored, scale = header.quantiser.quantise(tokens)
+    fidelity, of_summary = Fidelity(), Fidelity()
+    fidelity.update(tokens, header.quantiser.dequantise(stored, scale))
+    if header.summary is not None:
+        assert summary is not None
+        first, first_scale = header.summary_quantiser.quantise(summary)
+        of_summary.update(summary, header.summary_quantiser.dequantise(first, first_scale))
+        stored = torch.cat([first, stored], 1)
+        if scale is not None and first_scale is not None:
+            scale = torch.cat([first_scale, scale], 1)
+    return StoredTargets(stored, scale, attention, fidelity, of_summary)
 
 
 class PendingTargets(NamedTuple):
@@ -71,8 +89,8 @@ class ShardInProgress:
 
     def __init__(self, header: CacheHeader, samples: range, source: ImageSource, arrays: ShardArrays) -> None:
         n, v = len(samples), header.views
-        self.fidelity = Fidelity()
-        self.first, self.teacher, self.deviations = samples.start, header.teacher["name"], header.quantiser.std
+        self.fidelity, self.summary_fidelity = Fidelity(), Fidelity()
+        self.header, self.first, self.teacher = header, samples.start, header.teacher["name"]
         self.data = ShardData(
             tokens=arrays.tokens,
             scale=arrays.scale,
@@ -104,6 +122,7 @@ class ShardInProgress:
         if data.attention is not None:
             data.attention[at] = self._checked(targets.attention, batch)
         self.fidelity.merge(targets.fidelity)
+        self.summary_fidelity.merge(targets.summary_fidelity)
         data.box[at], data.hflip[at] = batch.box[rows], batch.hflip[rows]
         data.source_hash[at] = batch.source_hash[rows]
         if data.images is not None and batch.images is not None:
@@ -111,8 +130,11 @@ class ShardInProgress:
                 data.images[place] = batch.images[row]
 
     def finish(self, times: dict[str, Any]) -> ShardData:
-        self.data.fidelity = self.fidelity.figures(self.deviations).model_dump()
-        self.data.times = times
+        figures = self.fidelity.figures(self.header.quantiser.std)
+        if self.header.summary is not None:
+            of_summary = self.summary_fidelity.figures(self.header.summary_quantiser.std)
+            figures = figures.model_copy(update={"summary": of_summary})
+        self.data.fidelity, self.data.times = figures.model_dump(exclude_none=True), times
         return self.data
 
     def _checked(self, values: Tensor | None, batch: RenderedViews) -> NDArray[Any]:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from pipeline.assembly.students import features_of, load_encoder
 from pipeline.assembly.teachers import load_teacher
+from pipeline.configs.data import ViewConfig
 from pipeline.configs.evaluation import FrozenConfig
 from pipeline.data.images import ImageSource
 from pipeline.data.labelled import LabelledDataset, open_splits
 from pipeline.data.loader import Request, load_in_order
 from pipeline.data.rendering import preprocessing
 from pipeline.data.slots import Empty
-from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.features import FeatureFiles, FeatureSets, content_digest, extract_features
 from pipeline.files import hash_source

@@ -20,7 +20,7 @@ from pipeline.assembly.caches import check_records, live_samples, match_images, 
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.resizing import Grid, resize_attention, resize_tokens
 from pipeline.assembly.samples import PretrainBatch, PretrainDataset
-from pipeline.cache import CacheReader
+from pipeline.cache import CacheReader, Quantiser
 from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.masks import MaskSampler, select_visible
@@ -172,7 +172,8 @@ class LiveKnowledge:
         """The channel statistics of the first images' tokens, where `target_norm` asks for them."""
         if not self.teachers or target_norm == "layernorm":
             return {}
-        quantisers = self._extractor(workers).calibrate("int8", _CALIBRATION)
+        outputs = self._extractor(workers).sample(_CALIBRATION)
+        quantisers = [Quantiser.calibrate("int8", output.tokens) for output in outputs]
         return {name: (q.mean, q.std) for name, q in zip(self.teachers, quantisers, strict=True)}
 
     def covariances(self, workers: int) -> Covariances:
@@ -180,8 +181,8 @@ class LiveKnowledge:
         if not self.teachers:
             return {}
         images = max(_images_for(teacher.dim, math.prod(teacher.grid)) for teacher in self.teachers.values())
-        tokens = self._extractor(workers).sample_tokens(images)
-        return {name: mean_and_covariance(batches) for name, batches in zip(self.teachers, tokens, strict=True)}
+        outputs = self._extractor(workers).sample(images)
+        return {name: mean_and_covariance(out.tokens) for name, out in zip(self.teachers, outputs, strict=True)}
 
     def _extractor(self, workers: int) -> Extractor:
         return Extractor(self.source, self.views, list(self.teachers.values()), 64, workers, store="zarr")

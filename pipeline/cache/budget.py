@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.configs.cache import AttentionKind, StoreName
+from pipeline.configs.cache import StoreName
 from pipeline.errors import CacheError
 
 JPEG_BYTES = 25_000  # of a photo at 224 px, quality 95
@@ -15,18 +15,16 @@ _TAR_BYTES = 3 * 512 + 512 + 2 * 256 + 200  # headers, JSON, padding on average,
 _ITEM = {"int8": 1, "float16": 2, "float32": 4}
 
 
-def estimate_bytes(
-    tokens: int, dim: int, store: StoreName, quantiser: str, attention: AttentionKind, heads: int
-) -> int:
+def estimate_bytes(rows: int, dim: int, store: StoreName, quantiser: str, attention: int) -> int:
     """Bytes of a view in a cache, within a few percent; the size of a stored JPEG is an assumption.
 
     Args:
-        tokens, dim: L and D of the teacher.
-        attention, heads: as in `CacheHeader`.
+        rows, dim: stored rows (patches, and the summary if there is one) and their channels.
+        attention: attention values of a view.
     """
-    record = tokens * dim * _ITEM[quantiser]
-    record += 2 * tokens * (quantiser == "int8")
-    record += 2 * tokens * {"mean": 1, "heads": heads, "none": 0}[attention]
+    record = rows * dim * _ITEM[quantiser]
+    record += 2 * rows * (quantiser == "int8")
+    record += 2 * attention
     return record + (25 + _KEY_BYTES + 8 if store == "zarr" else JPEG_BYTES + _TAR_BYTES)
 
 

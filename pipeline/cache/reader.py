@@ -50,6 +50,7 @@ class CacheReader:
         self._committed = committed
         self._store = store_of(path, header)
         self._seal = Seal(header.fingerprint)
+        self._has_summary = header.summary is not None
         self._count, self._views, self._size = header.count, header.views, header.samples_per_shard
         self._tables = Tables()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -95,7 +96,7 @@ class CacheReader:
         Args:
             index: the sample, 0 to len - 1.
             view: 0 to header.views - 1.
-            dequantise: float32 tokens in place of stored ones.
+            dequantise: float32 tokens and summary in place of stored ones.
             keep: arrays of the record's own. Without it, this thread's next read overwrites them.
 
         Raises:
@@ -111,8 +112,13 @@ class CacheReader:
                 raise CacheDamage("its checksum differs")
         except CacheDamage as error:
             raise CacheDamage(self._damage(shard, index, view, error)) from error
-        tokens = self.header.quantiser.dequantise(raw.tokens, raw.scale) if dequantise else raw.tokens
-        return Record(index, view, raw, tokens)
+        record = Record(index, view, raw, self._has_summary)
+        if dequantise:
+            record.tokens = self.header.quantiser.dequantise(record.tokens, record.scale)
+            if record.summary is not None:
+                summary = self.header.summary_quantiser.dequantise(record.summary, record.summary_scale)
+                record.summary = summary
+        return record
 
     def live_indices(self) -> NDArray[np.int64]:
         """Samples that can be read: committed and no tombstones, ascending."""

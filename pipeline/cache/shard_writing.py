@@ -48,11 +48,11 @@ class ShardBuffers:
     def _fresh(self, samples: int) -> ShardArrays:
         header = self._header
         quantiser, shape = header.quantiser, header.attention_shape
-        rows = samples, header.views
+        views = samples, header.views
         return ShardArrays(
-            np.empty((*rows, header.tokens, header.dim), quantiser.dtype),
-            np.empty((*rows, header.tokens), np.float16) if quantiser.has_scale else None,
-            np.empty((*rows, *shape), np.float16) if shape else None,
+            np.empty((*views, header.rows, header.dim), quantiser.dtype),
+            np.empty((*views, header.rows), np.float16) if quantiser.has_scale else None,
+            np.empty((*views, *shape), np.float16) if shape else None,
         )
 
 

@@ -136,11 +136,11 @@ class CacheWriter:
 
 def _check(header: CacheHeader, shard: int, data: ShardData, stores_images: bool) -> None:
     span = header.shard_range(shard)
-    n, V, L, D = len(span), header.views, header.tokens, header.dim
+    n, V, R, D = len(span), header.views, header.rows, header.dim
     attention = header.attention_shape
     expected: dict[str, tuple[Any, tuple[int, ...] | None, Any]] = {
-        "tokens": (data.tokens, (n, V, L, D), header.quantiser.dtype),
-        "scale": (data.scale, (n, V, L) if header.quantiser.has_scale else None, np.float16),
+        "tokens": (data.tokens, (n, V, R, D), header.quantiser.dtype),
+        "scale": (data.scale, (n, V, R) if header.quantiser.has_scale else None, np.float16),
         "attention": (data.attention, None if attention is None else (n, V, *attention), np.float16),
         "box": (data.box, (n, V, 4), np.int32),
         "hflip": (data.hflip, (n, V), np.uint8),

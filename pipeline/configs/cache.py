@@ -4,4 +4,5 @@ from typing import Literal
 
 StoreName = Literal["zarr", "webdataset"]
 AttentionKind = Literal["mean", "heads", "none"]
+SummaryKind = Literal["class"]
 QuantiserName = Literal["int8", "float16", "float32"]

@@ -62,6 +62,7 @@ class ClipBackbone(nn.Module):
         self.final_norm: nn.Module = visual.attn_pool.ln_k if pooled else visual.ln_post
         self.projected_dim: int | None = None if pooled or visual.proj is None else visual.proj.shape[1]
         self.has_attention = self.depth > 1 and _can_focus(visual)
+        self.has_summary = _pools_by_class_token(visual)
 
     def trace(self, x: Tensor, layers: int) -> Trace:
         """See `Backbone.trace`. One block more than asked is kept: the last block's input, for the attention row."""
@@ -191,10 +192,14 @@ def _resample_positions(visual: Any, size: int) -> tuple[int, int]:
 
 def _can_focus(visual: Any) -> bool:
     """Whether the class token's row can be used: the model pools by it, and its attention is one computed here."""
-    if visual.attn_pool is None and visual.pool_type != "tok":
+    if visual.attn_pool is None and not _pools_by_class_token(visual):
         return False
     block = visual.transformer.resblocks[-1]
     if type(block) is ResidualAttentionBlock:
         return True
     custom = type(block) is CustomResidualAttentionBlock and type(block.attn) is Attention
     return custom and block.attn.logit_scale is None
+
+
+def _pools_by_class_token(visual: Any) -> bool:
+    return visual.attn_pool is None and visual.pool_type == "tok"

@@ -64,6 +64,9 @@ class MrmaeBackbone(nn.Module):
         attn = getattr(module.blocks[-1], "attn", None)
         self.has_attention = module.attention_query != "none" and isinstance(attn, Attention)
         self.num_heads: int = getattr(attn, "num_heads", 0)
+        self.has_summary = module.attention_query == "cls"
+        # Under a classifier lies an encoder, whose norm its class token passes.
+        self.class_norm: nn.Module | None = getattr(module, "encoder", module).norm if self.has_summary else None
 
     def trace(self, x: Tensor, layers: int) -> Trace:
         """See `Backbone.trace`."""
@@ -71,11 +74,12 @@ class MrmaeBackbone(nn.Module):
         with _capture(self.model.blocks[-layers:], last) as (outputs, attention_inputs):
             final = self.model.forward_tokens(x)
         rows = None
+        final_class = None if self.class_norm is None else self.class_norm(outputs[-1][:, :1])
         if self.has_attention and self.model.attention_query == "cls":
             rows = class_row(last.attn, attention_inputs[0])
         elif self.has_attention:
             rows = mean_row(last.attn, attention_inputs[0], self.num_prefix)
-        return Trace(tuple(outputs), rows, final)
+        return Trace(tuple(outputs), rows, final, final_class)
 
     def macs(self) -> int:
         """See `Backbone.macs`. Counted on one black image, since what comes before the blocks may be anything."""

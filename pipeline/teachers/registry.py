@@ -112,6 +112,7 @@ class TeacherRow(NamedTuple):
     gmacs: float  # billions of multiply-accumulates a view
     bytes_per_view: int  # in an int8 cache: tokens, and an fp16 scale and attention a token
     has_attention: bool  # whether masks can be drawn by it
+    has_summary: bool  # whether it has a class token
     about: str
     licence: str
 
@@ -189,7 +190,7 @@ def _dry_run(name: str, build: Callable[[], Teacher]) -> None:
     try:
         teacher = build()
         size = teacher.image_size
-        tokens, attention, _ = teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=teacher.device))
+        output = teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=teacher.device))
     except PipelineError:
         raise
     except Exception as error:
@@ -199,9 +200,11 @@ def _dry_run(name: str, build: Callable[[], Teacher]) -> None:
             "image_size"
         ) from error
     length = teacher.grid[0] * teacher.grid[1]
-    if tokens.shape != (1, length, teacher.dim) or (attention is not None and attention.shape != (1, length)):
+    found = [None if values is None else values.shape for values in (output.tokens, output.attention, output.summary)]
+    expected = [(1, length, teacher.dim), (1, length), (1, 1, teacher.dim)]
+    if any(shape not in (None, wanted) for shape, wanted in zip(found, expected, strict=True)):
         raise TeacherError(
-            f"teacher '{name}' gives tokens {list(tokens.shape[1:])} and not one of {teacher.dim} channels for "
+            f"teacher '{name}' gives tokens {list(output.tokens.shape[1:])} and not one of {teacher.dim} channels for "
             f"each of {length} patches: choose a plain ViT"
         )
 
@@ -230,6 +233,7 @@ def describe_teacher(spec: str) -> TeacherRow:
         gmacs=backbone.macs() / 1e9,
         bytes_per_view=length * (backbone.dim + 2 + (2 if backbone.has_attention else 0)),
         has_attention=backbone.has_attention,
+        has_summary=backbone.has_summary,
         about=TEACHERS[spec].about if spec in TEACHERS else "",
         licence=TEACHERS[spec].licence if spec in TEACHERS else Entry.licence,
     )

@@ -1,7 +1,7 @@
 """A teacher: uint8 views in, patch tokens and the attention row that focus samples by out.
 
     teacher = build_teacher("dino_vitb16")
-    tokens, attention, _ = teacher(views)  # uint8 [B,3,S,S] -> fp32 [B,L,D], [B,L]
+    out = teacher(views)  # uint8 [B,3,S,S] -> fp32 tokens [B,L,D], attention [B,L], summary [B,1,D]
 
 The steps are `prepare` (pixels, resized and normalised for this network), `trace` (the forward) and `read` (the tokens
 and the row that were asked for). What differs between libraries is a `Backbone`, each in a file of its own.
@@ -30,6 +30,7 @@ class TeacherOutput(NamedTuple):
     tokens: Tensor  # [B,L,D] fp32
     attention: Tensor | None  # [B,L] fp32, rows sum to 1; None if the model has no row to focus by
     attention_heads: Tensor | None = None  # [B,H,L] fp32, the row of each head, not renormalised; only on request
+    summary: Tensor | None = None  # [B,1,D] fp32, the class token, read where the tokens are; None if there is none
 
 
 class Trace(NamedTuple):
@@ -38,6 +39,7 @@ class Trace(NamedTuple):
     blocks: tuple[Tensor, ...]  # outputs of the last k blocks, oldest first, each [B,P+L,D]
     rows: Tensor | None  # [B,H,P+L] fp32, the attention row of every head
     final: Tensor | None = None  # [B,L,D], the last block normed, if the network computes that itself
+    final_class: Tensor | None = None  # [B,1,D], the class token beside `final`
 
 
 class Backbone(Protocol):
@@ -53,6 +55,7 @@ class Backbone(Protocol):
     num_heads: int
     num_prefix: int  # class and register tokens before the patches
     has_attention: bool
+    has_summary: bool  # whether the first prefix token is a class token
     mean: tuple[float, ...]  # of the pixels in 0..1, a channel
     std: tuple[float, ...]
     native: Mapping[str, Tensor]  # by names of `state_dict`, as the file has them: tensors resampled to `image_size`
@@ -95,6 +98,7 @@ class Teacher(nn.Module):
         dim: D, channels of a token as it is read.
         image_size: pixels a side of the network's input; views of another size are resized to it.
         has_attention: whether there is a row to focus by. Without one, pre-train with `focus: random`.
+        has_summary: whether there is a class token, which stands for the whole view.
 
     Raises:
         TeacherError: `tokens` or `layers` ask for what this model doesn't have.
@@ -119,7 +123,8 @@ class Teacher(nn.Module):
         super().__init__()
         _check_choice(backbone, name, tokens, layers)
         self.backbone = backbone
-        self.grid, self.image_size, self.has_attention = backbone.grid, backbone.image_size, backbone.has_attention
+        self.grid, self.image_size = backbone.grid, backbone.image_size
+        self.has_attention, self.has_summary = backbone.has_attention, backbone.has_summary
         self.dim = (backbone.projected_dim if tokens == "projected" else None) or backbone.dim
         self.spec, self.name, self.weights = spec, name, weights
         self.tokens, self.layers, self.dtype = tokens, layers, dtype
@@ -168,17 +173,19 @@ class Teacher(nn.Module):
                 return self._trace(pixels, layers or self.layers)
 
     def read(self, trace: Trace, heads: bool = False) -> TeacherOutput:
-        """Tokens and attention from a forward of the same weights. No gradients."""
+        """Tokens, attention and summary from a forward of the same weights. No gradients."""
         prefix = self.backbone.num_prefix
         with torch.no_grad():
             if trace.final is not None and self.tokens == "norm" and self.layers == 1:
                 tokens = trace.final.float()
+                summary = None if trace.final_class is None else trace.final_class.float()
             else:
-                chosen = [self._choose(block[:, prefix:].float()) for block in trace.blocks[-self.layers :]]
-                tokens = chosen[0] if len(chosen) == 1 else torch.stack(chosen).mean(dim=0)
+                tokens = self._read_blocks(trace, slice(prefix, None))
+                summary = self._read_blocks(trace, slice(1)) if self.has_summary else None
             if trace.rows is None:
-                return TeacherOutput(tokens, None)
-            return TeacherOutput(tokens, patches_only(trace.rows, prefix), trace.rows[:, :, prefix:] if heads else None)
+                return TeacherOutput(tokens, None, None, summary)
+            rows = trace.rows[:, :, prefix:] if heads else None
+            return TeacherOutput(tokens, patches_only(trace.rows, prefix), rows, summary)
 
     def forward(self, views: Tensor, heads: bool = False) -> TeacherOutput:
         """`TeacherOutput` of uint8 RGB views [B,3,S,S] on this teacher's device.
@@ -234,6 +241,11 @@ class Teacher(nn.Module):
         if self.backbone.native and digest == state_digest(self.backbone.state_dict()):
             self._digest = digest
         return digest == self.weights_sha256
+
+    def _read_blocks(self, trace: Trace, where: slice) -> Tensor:
+        """Some tokens of the blocks, as asked for, fp32: the mean over several blocks."""
+        chosen = [self._choose(block[:, where].float()) for block in trace.blocks[-self.layers :]]
+        return chosen[0] if len(chosen) == 1 else torch.stack(chosen).mean(dim=0)
 
     def _choose(self, block: Tensor) -> Tensor:
         """Block output [B,L,D] → the tokens asked for, fp32."""

@@ -69,6 +69,7 @@ class TimmBackbone(nn.Module):
         self.num_prefix: int = model.num_prefix_tokens
         self.row = _choose_row(model)
         self.has_attention = self.row is not None
+        self.has_summary = getattr(model, "cls_token", None) is not None
         attn = getattr(model.blocks[-1], "attn", None)  # parallel blocks have several, or none apart
         self.num_heads: int = getattr(attn, "num_heads", 0)
 

@@ -20,6 +20,7 @@ class CacheOutput(Config):
     quantiser: QuantiserName = "int8"
     samples_per_shard: int = Field(1024, ge=1, le=65536)  # one file a shard and view: 154 MB at 196x768
     attention: Literal["mean", "heads"] = "mean"  # heads: one row each, for people who want to look
+    summary: bool = False  # also the teacher's class token: one row more a view, which mimic.summary_weight needs
     calibration: int = Field(256, ge=1)  # samples that the channel statistics are measured on
     max_nmse: float = Field(1e-2, gt=0)  # what a shard may lose in its worst channel; int8 loses about 5e-5
     min_cosine: float = Field(0.999, gt=0, le=1)  # of its LayerNormed tokens, on average; int8 keeps about 0.99997

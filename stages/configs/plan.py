@@ -16,6 +16,7 @@ class PlanConfig(Config):
     store: StoreName = "zarr"
     quantiser: QuantiserName = "int8"
     attention: AttentionKind = "mean"
+    summary: bool = False  # as cache.summary of extraction
     epochs: int = Field(default=400, ge=1)
     gpus: int = Field(default=8, ge=1)
     cores: int = Field(default=16, ge=1)  # CPU cores a GPU, for decoding

@@ -28,8 +28,8 @@ def start(processes: int, images: Path, cache: Path, store: str) -> "subprocess.
     command = [
         sys.executable, *run, "-m", "cli", "extract-teacher-features", f"data={{path: {images}, workers: 1}}",
         "teacher={spec: timm:test_vit, weights: random, image_size: 64}",
-        "views={count: 2, image_size: 64}", f"cache={{path: {cache}, store: {store}, samples_per_shard: 1}}",
-        "batch_size=16",
+        "views={count: 2, image_size: 64}", "batch_size=16",
+        f"cache={{path: {cache}, store: {store}, samples_per_shard: 1, summary: true}}",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -57,7 +57,7 @@ def test_killed_and_resumed_extraction_gives_the_same_bytes(tmp_path: Path, stor
     for number in range(IMAGES):
         smooth_picture(number, 48 + number % 30, 70).save(images / f"{number:03d}.jpg")
     extract_teacher_features.run(
-        extract_config(images, tmp_path / "whole", cache__store=store, cache__samples_per_shard=1)
+        extract_config(images, tmp_path / "whole", cache__store=store, cache__samples_per_shard=1, cache__summary=True)
     )
 
     cache, moments = tmp_path / "killed", random.Random(store)
@@ -78,7 +78,9 @@ def test_killed_and_resumed_extraction_gives_the_same_bytes(tmp_path: Path, stor
         process.wait()
         kills += 1
 
-    extract_teacher_features.run(extract_config(images, cache, cache__store=store, cache__samples_per_shard=1))
+    extract_teacher_features.run(
+        extract_config(images, cache, cache__store=store, cache__samples_per_shard=1, cache__summary=True)
+    )
     assert open_cache(cache).missing_shards() == []
     assert content(cache) == content(tmp_path / "whole")
     assert verify_cache.run(verify_cache.VerifyConfig(path=cache)).sound

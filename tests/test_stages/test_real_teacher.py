@@ -22,13 +22,15 @@ def test_int8_is_faithful_to_real_tokens_and_they_tell_photos_apart(real_data: P
             "data": {"path": path, "limit": PHOTOS, "workers": 1},
             "teacher": {"spec": "timm:vit_tiny_patch16_224", "weights": str(real_data / WEIGHTS)},
             "views": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "hflip": 0.0},  # the whole photo
-            "cache": {"path": str(tmp_path / "cache"), "samples_per_shard": 128, "calibration": 64},
+            "cache": {"path": str(tmp_path / "cache"), "samples_per_shard": 128, "calibration": 64, "summary": True},
         }
     )
     facts = extract_teacher_features.run(config)
     assert facts["tokens"] == PHOTOS * 196
     assert facts["cosine_mean"] >= 0.9995
     assert facts["nmse_worst"] <= 1e-4
+    assert facts["summary"]["cosine_mean"] >= facts["cosine_mean"]  # by statistics of its own
+    assert facts["summary"]["nmse_worst"] <= 1e-3
     options = {"path": tmp_path / "cache", "level": "deep", "samples": 8, "weights": str(real_data / WEIGHTS)}
     assert verify_cache.run(verify_cache.VerifyConfig.model_validate(options)).sound
 

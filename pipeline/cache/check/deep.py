@@ -28,6 +28,7 @@ class Reextracted:
     box: tuple[int, int, int, int]  # top, left, height, width, drawn again
     hflip: bool
     source_hash: int  # of the image as it is now
+    summary: NDArray[np.float32] | None = None  # [1, D]
     image: bytes | None = None  # the stored view rendered again, where that is the same to the byte; else None
 
 
@@ -85,6 +86,13 @@ def _problems(record: Record, fresh: Reextracted, cosine: float, nmse: float) ->
             f"the teacher now sees other tokens (cosine {cosine:.4f}, at least {MIN_COSINE}; error {nmse:.2g}, at most "
             f"{MAX_NMSE}): other weights, preprocessing or image"
         )
+    if record.summary is not None and fresh.summary is not None:
+        cosine, error = _agreement(record.summary, fresh.summary, np.empty(0, np.float32))
+        if not (cosine >= MIN_COSINE and error <= MAX_NMSE):
+            problems.append(
+                f"the teacher now gives another class token (cosine {cosine:.4f}, at least {MIN_COSINE}; error "
+                f"{error:.2g}, at most {MAX_NMSE}): other weights, preprocessing or image"
+            )
     if record.attention is not None and fresh.attention is not None:
         distance = np.abs(record.attention.astype(np.float32) - fresh.attention).sum(-1).max()
         if not distance <= MAX_ATTENTION:
@@ -104,11 +112,13 @@ def _agreement(
     """Mean cosine of LayerNormed tokens [L, D], and the squared error over the variance of channels, summed.
 
     All tokens of a constant image may be the same: `deviation`, each channel's over the data set ([D], or [0] where
-    it was not measured), and a thousandth of the tokens' squares bound the variance from below.
+    it was not measured), and a thousandth of the tokens' squares bound the variance from below. One token alone has no
+    variance over tokens: that over its channels takes its place.
     """
     a, b = (tokens - tokens.mean(-1, keepdims=True) for tokens in (stored, fresh))
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     cosine = np.where(lengths > 0, (a * b).sum(-1) / np.maximum(lengths, 1e-12), 1.0)
     usual = max(len(fresh) * np.square(deviation).sum(), 1e-3 * np.square(fresh).sum(), 1e-12)
-    spread = max(float(np.square(fresh - fresh.mean(0)).sum()), float(usual))
+    center = fresh.mean(0) if len(fresh) > 1 else fresh.mean()
+    spread = max(float(np.square(fresh - center).sum()), float(usual))
     return float(cosine.mean()), float(np.square(stored - fresh).sum() / spread)

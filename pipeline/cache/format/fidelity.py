@@ -20,7 +20,7 @@ class FidelityFigures(BaseModel):
 
     `nmse_*`: squared error of a channel over the variance of that channel, in the shard or in calibration, whichever is
     larger: a shard of a few blank images hardly varies. `cosine_*`: of tokens after an affine-free LayerNorm, which is
-    how the mimic loss sees them.
+    how the mimic loss sees them. `summary`: the same figures of class tokens, where the cache keeps them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +30,7 @@ class FidelityFigures(BaseModel):
     nmse_worst: float  # the worst channel
     cosine_mean: float
     cosine_worst: float  # the worst token
+    summary: "FidelityFigures | None" = None
 
     def check(self, max_nmse: float, min_cosine: float) -> None:
         """Fail when quantisation lost more than allowed.
@@ -37,11 +38,13 @@ class FidelityFigures(BaseModel):
         Raises:
             CacheError: naming both figures.
         """
-        if not (self.nmse_worst <= max_nmse and self.cosine_mean >= min_cosine):
-            raise CacheError(
-                f"stored tokens are not faithful: worst channel NMSE {self.nmse_worst:.2g} (at most {max_nmse:.2g}), "
-                f"cosine {self.cosine_mean:.5f} (at least {min_cosine:.5f}); calibrate on more images or use float16"
-            )
+        for what, figures in (("tokens", self), ("class tokens", self.summary)):
+            if figures and not (figures.nmse_worst <= max_nmse and figures.cosine_mean >= min_cosine):
+                raise CacheError(
+                    f"stored {what} are not faithful: worst channel NMSE {figures.nmse_worst:.2g} (at most "
+                    f"{max_nmse:.2g}), cosine {figures.cosine_mean:.5f} (at least {min_cosine:.5f}); calibrate on more "
+                    "images or use float16"
+                )
 
     @staticmethod
     def merge(shards: Iterable[dict[str, Any]]) -> "FidelityFigures | None":
@@ -56,6 +59,7 @@ class FidelityFigures(BaseModel):
             nmse_worst=max(f.nmse_worst for f in figures),
             cosine_mean=sum(f.cosine_mean * f.tokens for f in figures) / total,
             cosine_worst=min(f.cosine_worst for f in figures),
+            summary=FidelityFigures.merge(f.summary.model_dump() for f in figures if f.summary),
         )
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pipeline.cache.files import read_whole
 from pipeline.cache.format.quantiser import Quantiser
-from pipeline.configs.cache import AttentionKind, StoreName
+from pipeline.configs.cache import AttentionKind, StoreName, SummaryKind
 from pipeline.errors import CacheDamage, CacheError
 
 FILE = "cache.json"
@@ -69,10 +69,13 @@ class CacheHeader(_Section):
     `teacher` is the teacher's own description; `grid` [h, w] and `dim` of it fix the shapes: L = h·w tokens of D = dim.
     `quantiser` is `Quantiser.to_json()`, with `calibration` beside it if wanted; `{"name": "int8"}` alone states a wish
     (see `match_header`) and can't be created. `compression` stays in the file's form: earlier versions knew Blosc.
+    `summary` is in the file only where each view has one: with "class", row 0 of the stored tokens is the teacher's
+    class token, and `quantiser` has channel statistics for it too, `summary_mean` and `summary_std`. Such a file has
+    `version` 2, all others have 1.
     """
 
     format: Literal["mrmae-cache"] = "mrmae-cache"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     store: StoreName
     dataset: DatasetSection
     teacher: JsonDict
@@ -81,8 +84,21 @@ class CacheHeader(_Section):
     quantiser_state: JsonDict = Field(alias="quantiser")
     attention: AttentionKind = "mean"
     heads: int = Field(default=0, ge=0)
+    summary: SummaryKind | None = None
     compression: None = None
     samples_per_shard: int = Field(ge=1, le=1 << 20)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_version(cls, fields: Any) -> Any:
+        """The lowest version that can say it: caches of before stay as they are, byte for byte."""
+        return {"version": 2 if fields.get("summary") else 1, **fields} if isinstance(fields, dict) else fields
+
+    @model_validator(mode="after")
+    def _version_is_the_lowest(self) -> "CacheHeader":
+        if (self.version == 2) != (self.summary is not None):
+            raise ValueError(f"version {self.version} doesn't fit what the cache holds")
+        return self
 
     @model_validator(mode="after")
     def _shapes_are_known(self) -> "CacheHeader":
@@ -99,6 +115,8 @@ class CacheHeader(_Section):
             raise ValueError("attention per head needs heads >= 1")
         if len(self.quantiser.mean) not in (0, dim):
             raise ValueError(f"quantiser.mean has {len(self.quantiser.mean)} channels, teacher.dim is {dim}")
+        if self.summary and len(self.summary_quantiser.mean) != len(self.quantiser.mean):
+            raise ValueError(f"quantiser.summary_mean has {len(self.summary_quantiser.mean)} channels, not {dim}")
         return self
 
     @property
@@ -111,6 +129,11 @@ class CacheHeader(_Section):
     def tokens(self) -> int:
         """L, tokens a view."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def rows(self) -> int:
+        """R, stored rows of a view: L, and one before them where there is a summary."""
+        return self.tokens + (self.summary is not None)
 
     @property
     def dim(self) -> int:
@@ -148,12 +171,19 @@ class CacheHeader(_Section):
         return Quantiser.from_json(self.quantiser_state)
 
     @cached_property
+    def summary_quantiser(self) -> Quantiser:
+        """The quantiser with the channel statistics of the summary, which are not those of the patches."""
+        own = {key: self.quantiser_state.get(f"summary_{key}", []) for key in ("mean", "std")}
+        return Quantiser.from_json(self.quantiser_state | own)
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical JSON of every other field."""
         return hashlib.sha256(canonical(self._fields())).hexdigest()
 
     def _fields(self) -> dict[str, Any]:
-        return self.model_dump(mode="python", by_alias=True)
+        absent = {"summary"} if self.summary is None else set()
+        return self.model_dump(mode="python", by_alias=True, exclude=absent)
 
     def to_json(self) -> dict[str, Any]:
         return {**self._fields(), "fingerprint": self.fingerprint}
@@ -188,7 +218,7 @@ class CacheHeader(_Section):
                 ) from error
             raise CacheDamage(f"{where}: {key}: {problem['msg']}; {remedy}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CacheDamage(f"{where} is no cache.json of version 1; {remedy}") from error
+            raise CacheDamage(f"{where} is no cache.json of version 1 or 2; {remedy}") from error
         if stated != header.fingerprint or not unchanged:
             raise CacheDamage(f"{where} was edited: its fingerprint is not that of its content; {remedy}")
         return header
@@ -214,7 +244,7 @@ def match_header(path: Path, found: CacheHeader, wanted: CacheHeader) -> None:
     Raises:
         CacheError: naming the first key that differs, and the remedy.
     """
-    ignored = ["dataset.source"]
+    ignored = ["dataset.source", "version"]
     if not wanted.quantiser.calibrated:
         ignored += [f"quantiser.{key}" for key in found.quantiser_state if key != "name"]
     present, wish = dict(_flat(found._fields())), dict(_flat(wanted._fields()))

@@ -24,11 +24,12 @@ _HEAD = Struct("<QI")  # sample index, view
 class ShardData:
     """Every record of one shard: n samples (the shard's range), V views, L tokens, D channels, H heads.
 
-    Rows of tombstones may hold anything: the writer sets them to zero.
+    R is L, or L + 1 where the cache has a summary, which is row 0. Rows of tombstones may hold anything: the writer
+    sets them to zero.
     """
 
-    tokens: NDArray[Any]  # [n, V, L, D] int8, float16 or float32, as quantised
-    scale: NDArray[np.float16] | None  # [n, V, L], int8 only
+    tokens: NDArray[Any]  # [n, V, R, D] int8, float16 or float32, as quantised
+    scale: NDArray[np.float16] | None  # [n, V, R], int8 only
     attention: NDArray[np.float16] | None  # [n, V, L], [n, V, H, L], or None when the cache keeps none
     box: NDArray[np.int32]  # [n, V, 4] top, left, height, width in source pixels
     hflip: NDArray[np.uint8]  # [n, V] 1 = mirrored
@@ -64,8 +65,8 @@ class Raw(NamedTuple):
     key: bytes  # UTF-8
     tail: bytes  # TAIL
     crc32c: int
-    tokens: NDArray[Any]  # [L, D]
-    scale: NDArray[np.float16] | None  # [L]
+    tokens: NDArray[Any]  # [R, D]
+    scale: NDArray[np.float16] | None  # [R]
     attention: NDArray[np.float16] | None  # [L] or [H, L]
     image: bytes | None
     body: Sequence[Any]  # buffers that make up tokens‖scale‖attention‖image, as the checksum covers them
@@ -75,16 +76,24 @@ class Record:
     """One checked view of one sample.
 
     `tokens` is [L, D] as stored, or float32 when dequantised; `scale` float16 [L] or None; `attention` float16 [L],
-    [H, L] or None; `image` the stored JPEG or None.
+    [H, L] or None; `image` the stored JPEG or None. `summary` [1, D] and `summary_scale` [1] are the teacher's class
+    token in the same forms, or None.
     """
 
-    __slots__ = ("_key", "_tail", "attention", "image", "index", "scale", "tokens", "view")
+    __slots__ = (
+        "_key", "_tail", "attention", "image", "index", "scale", "summary", "summary_scale", "tokens", "view",
+    )  # fmt: skip
 
-    def __init__(self, index: int, view: int, raw: Raw, tokens: NDArray[Any]) -> None:
+    def __init__(self, index: int, view: int, raw: Raw, has_summary: bool) -> None:
         self.index = index
         self.view = view
-        self.tokens, self.scale, self.attention = tokens, raw.scale, raw.attention
+        self.tokens, self.scale, self.attention = raw.tokens, raw.scale, raw.attention
         self._key, self._tail, self.image = raw.key, raw.tail, raw.image
+        self.summary = self.summary_scale = None
+        if has_summary:
+            self.summary, self.tokens = raw.tokens[:1], raw.tokens[1:]
+            if raw.scale is not None:
+                self.summary_scale, self.scale = raw.scale[:1], raw.scale[1:]
 
     @property
     def key(self) -> str:

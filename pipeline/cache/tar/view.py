@@ -34,10 +34,10 @@ class TensorLayout:
     def __init__(self, header: CacheHeader) -> None:
         half = np.dtype("<f2")
         self._specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-            "tokens": (header.quantiser.dtype, (header.tokens, header.dim))
+            "tokens": (header.quantiser.dtype, (header.rows, header.dim))
         }
         if header.quantiser.has_scale:
-            self._specs["scale"] = (half, (header.tokens,))
+            self._specs["scale"] = (half, (header.rows,))
         if header.attention_shape is not None:
             self._specs["attention"] = (half, header.attention_shape)
         self._starts, entries, offset = dict[str, int](), {}, 0

@@ -14,9 +14,9 @@ from pipeline.cache.format.records import TAIL, TAILS, Raw
 
 def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
     """Arrays of the group: name → (shape, dtype, dimension names). Those of 2 dimensions or more run over views."""
-    N, V, L, D = header.count, header.views, header.tokens, header.dim
+    N, V, R, D = header.count, header.views, header.rows, header.dim
     specs: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {
-        "tokens": ((N, V, L, D), header.quantiser.dtype.name, ("sample", "view", "token", "channel")),
+        "tokens": ((N, V, R, D), header.quantiser.dtype.name, ("sample", "view", "token", "channel")),
         "box": ((N, V, 4), "int32", ("sample", "view", "edge")),
         "hflip": ((N, V), "uint8", ("sample", "view")),
         "crc32c": ((N, V), "uint32", ("sample", "view")),
@@ -24,7 +24,7 @@ def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tu
         "key": ((N,), "str", ("sample",)),
     }
     if header.quantiser.has_scale:
-        specs["scale"] = ((N, V, L), "float16", ("sample", "view", "token"))
+        specs["scale"] = ((N, V, R), "float16", ("sample", "view", "token"))
     if header.attention_shape is not None:
         names = ("sample", "view", "head", "token") if header.attention == "heads" else ("sample", "view", "token")
         specs["attention"] = ((N, V, *header.attention_shape), "float16", names)
@@ -41,10 +41,10 @@ class Layout:
     """Tokens, scale and attention of one record side by side, as its checksum covers them."""
 
     def __init__(self, header: CacheHeader) -> None:
-        half, L = np.dtype("<f2"), header.tokens
-        kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {"tokens": (header.quantiser.dtype, (L, header.dim))}
+        half, R = np.dtype("<f2"), header.rows
+        kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {"tokens": (header.quantiser.dtype, (R, header.dim))}
         if header.quantiser.has_scale:
-            kinds["scale"] = (half, (L,))
+            kinds["scale"] = (half, (R,))
         if header.attention_shape is not None:
             kinds["attention"] = (half, header.attention_shape)
         self.names, self.bytes = tuple(kinds), 0

@@ -10,6 +10,10 @@ from pipeline.cache import CacheHeader, Quantiser, ShardData, create_cache, open
 from pipeline.files import hash_source
 
 STORES = ("zarr", "webdataset")
+SUMMARIES = (None, "class")
+
+
+SUMMARY_SCALE = 50.0
 
 
 def make_header(store: str = "zarr", **changes: Any) -> CacheHeader:
@@ -18,13 +22,17 @@ def make_header(store: str = "zarr", **changes: Any) -> CacheHeader:
     dim = changes.pop("dim", 8)
     grid = changes.pop("grid", [3, 2])
     tokens = torch.from_numpy(np.random.default_rng(7).normal(size=(4, 6, dim)).astype(np.float32))
+    quantiser = Quantiser.calibrate(name, tokens).to_json()
+    if changes.get("summary") and name == "int8":
+        of_summary = Quantiser.calibrate(name, SUMMARY_SCALE * tokens[:, :1]).to_json()
+        quantiser |= {"summary_mean": of_summary["mean"], "summary_std": of_summary["std"]}
     sections: dict[str, Any] = {
         "store": store,
         "dataset": {"source": "photos", "kind": "folder", "count": 10, "digest": "d" * 32},
         "teacher": {"name": "fake", "spec": "fake", "weights_sha256": "0" * 64, "grid": grid, "dim": dim},
         "preprocessing": {"mean": [0.5, 0.5, 0.5], "resize": "bicubic"},
         "views": {"count": 2, "seed": 3, "image_size": 32},
-        "quantiser": Quantiser.calibrate(name, tokens).to_json(),
+        "quantiser": quantiser,
         "samples_per_shard": 4,
     }
     return CacheHeader(**(sections | changes))
@@ -45,6 +53,12 @@ def float_tokens(header: CacheHeader, index: int, view: int) -> torch.Tensor:
     return torch.from_numpy(generator.normal(size=(header.tokens, header.dim)).astype(np.float32))
 
 
+def float_summary(header: CacheHeader, index: int, view: int) -> torch.Tensor:
+    """The fake teacher's class token, [1, D], of another scale than its tokens."""
+    generator = np.random.default_rng([index, view, 2])
+    return SUMMARY_SCALE * torch.from_numpy(generator.normal(size=(1, header.dim)).astype(np.float32))
+
+
 def attention_of(header: CacheHeader, index: int, view: int) -> np.ndarray | None:
     """Attention that sums to 1, float32 [L] or [H, L]."""
     if header.attention_shape is None:
@@ -59,6 +73,11 @@ def make_shard(header: CacheHeader, shard: int, tombstones: dict[int, str] | Non
     tombstones = {i: e for i, e in (tombstones or {}).items() if i in span}
     tokens = torch.stack([torch.stack([float_tokens(header, i, v) for v in range(V)]) for i in span])
     stored, scale = header.quantiser.quantise(tokens)
+    if header.summary is not None:
+        summaries = torch.stack([torch.stack([float_summary(header, i, v) for v in range(V)]) for i in span])
+        rows, scales = header.summary_quantiser.quantise(summaries)
+        stored = torch.cat([rows, stored], 2)
+        scale = None if scale is None or scales is None else torch.cat([scales, scale], 2)
     attention = None
     if header.attention_shape is not None:
         rows = [np.stack([attention_of(header, i, v) for v in range(V)]) for i in span]

@@ -29,7 +29,7 @@ def test_the_estimate_is_what_is_written(
     path = make_cache(tmp_path / "cache", header)
     written = sum(f.stat().st_size for f in path.rglob("*") if f.parent.name not in ("cache", "commits", "index"))
     monkeypatch.setattr(budget, "JPEG_BYTES", 200)
-    expected = 40 * 2 * estimate_bytes(100, 64, store, quantiser, "mean", heads=0)
+    expected = 40 * 2 * estimate_bytes(header.rows, 64, store, quantiser, attention=100)
     assert written == pytest.approx(expected, rel=0.08, abs=20_000)
 
 

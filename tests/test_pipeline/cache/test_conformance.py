@@ -19,6 +19,7 @@ import pytest
 
 from pipeline.cache import (
     CacheHeader,
+    Record,
     create_cache,
     match_header,
     open_cache,
@@ -34,7 +35,10 @@ from pipeline.files import hash_source
 from tests import forked
 from tests.test_pipeline.cache.samples import (
     STORES,
+    SUMMARIES,
+    SUMMARY_SCALE,
     attention_of,
+    float_summary,
     float_tokens,
     key_of,
     make_cache,
@@ -61,6 +65,7 @@ def check_everything(path: Path, header: CacheHeader) -> None:
             stored, scale = header.quantiser.quantise(float_tokens(header, index, view))
             np.testing.assert_array_equal(record.tokens, stored.numpy())
             assert record.tokens.dtype == header.quantiser.dtype
+            check_summary(header, record)
             if scale is None:
                 assert record.scale is None
             else:
@@ -78,14 +83,29 @@ def check_everything(path: Path, header: CacheHeader) -> None:
             assert record.image == (image if reader.stores_images else None)
 
 
+def check_summary(header: CacheHeader, record: Record) -> None:
+    if header.summary is None:
+        assert record.summary is record.summary_scale is None
+        return
+    stored, scale = header.summary_quantiser.quantise(float_summary(header, record.index, record.view))
+    np.testing.assert_array_equal(record.summary, stored.numpy())
+    np.testing.assert_array_equal(record.summary_scale, None if scale is None else scale.numpy())
+
+
 def test_round_trip(cache: Path, store: str) -> None:
     check_everything(cache, make_header(store))
 
 
-@pytest.mark.parametrize("attention", ["mean", "heads", "none"])
+@pytest.mark.parametrize(
+    ("attention", "summary"), [("mean", None), ("heads", None), ("none", "class"), ("heads", "class")]
+)
 @pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
-def test_round_trip_of_every_layout(tmp_path: Path, store: str, quantiser: str, attention: str) -> None:
-    header = make_header(store, quantiser_name=quantiser, attention=attention, heads=3, dim=5, grid=[3, 1])
+def test_round_trip_of_every_layout(
+    tmp_path: Path, store: str, quantiser: str, attention: str, summary: str | None
+) -> None:
+    header = make_header(
+        store, quantiser_name=quantiser, attention=attention, heads=3, dim=5, grid=[3, 1], summary=summary
+    )
     check_everything(make_cache(tmp_path / "cache", header), header)
 
 
@@ -99,6 +119,51 @@ def test_dequantised_tokens_are_the_teachers(cache: Path, store: str) -> None:
     assert record.tokens.dtype == np.float32
     expected = float_tokens(make_header(store), 7, 0).numpy()
     np.testing.assert_allclose(record.tokens, expected, atol=0.05)
+
+
+def test_a_dequantised_summary_is_the_teachers(tmp_path: Path, store: str) -> None:
+    """Also where an int8 of the patches' statistics would be too coarse: they are a fiftieth of the class token's."""
+    header = make_header(store, summary="class")
+    record = open_cache(make_cache(tmp_path / "cache", header)).read(7, 0, dequantise=True)
+    np.testing.assert_allclose(record.summary, float_summary(header, 7, 0).numpy(), atol=0.05 * SUMMARY_SCALE)
+    np.testing.assert_allclose(record.tokens, float_tokens(header, 7, 0).numpy(), atol=0.05)
+
+
+def test_only_a_cache_with_a_summary_has_version_2(tmp_path: Path, cache: Path) -> None:
+    """Caches without one keep the bytes that earlier versions read: no new key, version 1."""
+    fields = json.loads((cache / "cache.json").read_bytes())
+    assert fields["version"] == 1
+    assert "summary" not in fields
+    header = make_header("zarr", summary="class")
+    assert header.to_json()["version"] == 2
+    assert CacheHeader.from_bytes(header.to_bytes()) == header
+    for changes, problem in (
+        ({"version": 1}, "version 1 doesn't fit what the cache holds"),
+        ({"version": 3}, "version: Input should be 1 or 2"),
+        ({"summary": "pooled"}, "summary: Input should be 'class'"),
+        ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
+    ):
+        (tmp_path / "cache.json").write_text(json.dumps(header.to_json() | changes, sort_keys=True, indent=1) + "\n")
+        with pytest.raises(CacheDamage, match=problem) as refused:
+            read_header(tmp_path)
+        assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_summary_needs_statistics_of_its_own() -> None:
+    plain = make_header().quantiser_state
+    with pytest.raises(ValueError, match=r"quantiser.summary_mean has 0 channels, not 8"):
+        make_header(summary="class", quantiser=plain)
+
+
+def test_a_summary_that_is_wanted_or_not_names_the_difference() -> None:
+    present = {summary: make_header(summary=summary) for summary in SUMMARIES}
+    wishes = {summary: make_header(summary=summary, quantiser={"name": "int8"}) for summary in SUMMARIES}
+    for summary in SUMMARIES:
+        match_header(Path("there"), present[summary], wishes[summary])
+    with pytest.raises(CacheError, match="summary is absent there, class here; choose another folder"):
+        match_header(Path("there"), present[None], wishes["class"])
+    with pytest.raises(CacheError, match="summary is class there, absent here; choose another folder"):
+        match_header(Path("there"), present["class"], wishes[None])
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -202,6 +267,13 @@ def test_data_that_does_not_fit_is_refused(tmp_path: Path, store: str, field: st
     with pytest.raises(CacheError, match=field):
         open_writer(tmp_path).write_shard(0, data)
     assert not open_writer(tmp_path).is_committed(0)
+
+
+def test_a_shard_without_the_summary_row_is_refused(tmp_path: Path, store: str) -> None:
+    header = make_header(store, summary="class")
+    create_cache(tmp_path, header)
+    with pytest.raises(CacheError, match=r"tokens is int8 \(4, 2, 6, 8\), this cache wants int8 \(4, 2, 7, 8\)"):
+        open_writer(tmp_path).write_shard(0, make_shard(make_header(store), 0))
 
 
 def test_creating_twice_is_accepted_wherever_the_images_lie(cache: Path, store: str) -> None:
@@ -317,7 +389,7 @@ while True:
 
 def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path, store: str) -> None:
     """Killed anywhere in a loop of writing and withdrawing, every shard is whole or not there."""
-    header = make_header(store)
+    header = make_header(store, summary="class")
     expected = contents(make_cache(tmp_path / "whole", header, {5: "bad"}))
     create_cache(tmp_path / "cache", header)
     command = [sys.executable, "-c", WRITER, str(tmp_path / "cache")]

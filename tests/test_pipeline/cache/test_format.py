@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.cache import create_cache, open_cache, open_writer, read_header
 from pipeline.cache.tar.store import member_header
-from tests.test_pipeline.cache.samples import make_cache, make_header, make_shard
+from tests.test_pipeline.cache.samples import STORES, SUMMARIES, make_cache, make_header, make_shard
 
 # webdataset leaves an open tar to the garbage collector
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
@@ -125,15 +125,31 @@ def test_webdataset_decodes_the_images(tmp_path: Path) -> None:
 
 
 @LEFT_OPEN
-@pytest.mark.parametrize("store", ["zarr", "webdataset"])
-def test_the_documented_example_runs(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize("store", STORES)
+def test_the_documented_example_runs(
+    tmp_path: Path, store: str, summary: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each example of the document uses one library alone and prints dequantised tokens of a record."""
+    path = make_cache(tmp_path / "cache", make_header(store, summary=summary))
+    monkeypatch.chdir(tmp_path)
+    names = run_example(f"import {store}")
+    np.testing.assert_allclose(names["tokens"], open_cache(path).read(0, 0, dequantise=True).tokens, rtol=1e-5)
+
+
+def test_the_documented_class_token_is_read_by_numpy_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_cache(tmp_path / "cache", make_header("zarr", summary="class"))
+    monkeypatch.chdir(tmp_path)
+    summary = open_cache(path).read(0, 0, dequantise=True).summary
+    np.testing.assert_allclose(run_example("import numpy")["summary"], summary[0], rtol=1e-5)
+
+
+def run_example(library: str) -> dict[str, object]:
+    """The document's example that imports a library; returns its names."""
     examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    example = next(e for e in examples if f"import {store}" in e)
+    example = next(e for e in examples if library in e)
     assert "pipeline" not in example
     assert len(example.strip().splitlines()) <= 15
-    path = make_cache(tmp_path / "cache", make_header(store))
-    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(example, names)
-    np.testing.assert_allclose(names["tokens"], open_cache(path).read(0, 0, dequantise=True).tokens, rtol=1e-5)
+    return names

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.cache import CacheHeader, Quantiser, ShardData, create_cache, open_cache, open_writer, verify
 from pipeline.cache.format.commits import Commit
 from pipeline.errors import CacheDamage
-from tests.test_pipeline.cache.samples import STORES, make_cache, make_header
+from tests.test_pipeline.cache.samples import STORES, SUMMARIES, make_cache, make_header
 
 QUICKLY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -30,7 +30,7 @@ KEYS = ["format", "version", "store", "dataset", "teacher", "views", "quantiser"
 @pytest.fixture(scope="module", params=STORES)
 def intact(request: pytest.FixtureRequest) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        yield make_cache(Path(folder) / "cache", make_header(request.param))
+        yield make_cache(Path(folder) / "cache", make_header(request.param, summary="class"))
 
 
 def must_be_found(path: Path, file: Path, content: bytes) -> None:
@@ -108,20 +108,25 @@ def test_any_edit_of_any_file(intact: Path, data: st.DataObject) -> None:
     D=st.integers(1, 9),
     heads=st.integers(0, 2),
     name=st.sampled_from(["int8", "float16", "float32"]),
+    summary=st.sampled_from(SUMMARIES),
     seed=st.integers(0, 2**32),
     keys=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=300), min_size=4, max_size=4),
 )
 def test_records_round_trip_for_any_shape(
-    store: str, n: int, V: int, grid: tuple[int, int], D: int, heads: int, name: str, seed: int, keys: list[str]
-) -> None:
+    store: str, n: int, V: int, grid: tuple[int, int], D: int, heads: int, name: str, summary: str | None, seed: int,
+    keys: list[str],
+) -> None:  # fmt: skip
     random = np.random.default_rng(seed)
-    L, flat = grid[0] * grid[1], np.ones(D, np.float32)
+    flat = np.ones(D, np.float32)
+    quantiser = Quantiser(name, flat, flat).to_json()
+    R = grid[0] * grid[1] + bool(summary)
     header = make_header(
         store,
         dataset={"source": "", "kind": "", "count": n, "digest": ""},
         teacher={"grid": list(grid), "dim": D},
         views={"count": V, "seed": 0, "image_size": 8},
-        quantiser=Quantiser(name, flat, flat).to_json(),
+        quantiser=quantiser | {f"summary_{key}": quantiser[key] for key in ("mean", "std") if key in quantiser},
+        summary=summary,
         attention="heads" if heads else "mean",
         heads=heads,
     )
@@ -130,8 +135,8 @@ def test_records_round_trip_for_any_shape(
     images: list[list[bytes] | None]
     images = [[random.bytes(int(random.integers(1, 1500))) for _ in range(V)] for _ in range(n)]
     data = ShardData(
-        tokens=random.integers(-127, 128, (n, V, L, D)).astype(header.quantiser.dtype),
-        scale=random.uniform(0.1, 9, (n, V, L)).astype(np.float16) if name == "int8" else None,
+        tokens=random.integers(-127, 128, (n, V, R, D)).astype(header.quantiser.dtype),
+        scale=random.uniform(0.1, 9, (n, V, R)).astype(np.float16) if name == "int8" else None,
         attention=random.uniform(0, 1, (n, V, *shape)).astype(np.float16),
         box=random.integers(0, 2**31, (n, V, 4)).astype(np.int32),
         hflip=random.integers(0, 2, (n, V)).astype(np.uint8),
@@ -150,7 +155,9 @@ def test_records_round_trip_for_any_shape(
                 assert record.key == keys[i]
                 assert record.source_hash == data.source_hash[i]
                 assert record.hflip == data.hflip[i, v]
-                np.testing.assert_array_equal(record.tokens, data.tokens[i, v])
+                np.testing.assert_array_equal(record.tokens, data.tokens[i, v, bool(summary) :])
+                if summary:
+                    np.testing.assert_array_equal(record.summary, data.tokens[i, v, :1])
                 np.testing.assert_array_equal(record.attention, data.attention[i, v])  # type: ignore[index]
                 np.testing.assert_array_equal(record.box, data.box[i, v])
                 assert record.image == (images[i][v] if store == "webdataset" else None)  # type: ignore[index]

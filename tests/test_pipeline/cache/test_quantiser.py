@@ -151,7 +151,8 @@ def test_fidelity_merges_as_if_seen_at_once() -> None:
         part = Fidelity()
         part.update(some, same)
         parts.merge(part)
-    assert parts.figures().model_dump() == pytest.approx(whole.figures().model_dump(), rel=1e-6)
+    merged, expected = (meter.figures().model_dump(exclude_none=True) for meter in (parts, whole))
+    assert merged == pytest.approx(expected, rel=1e-6)
 
 
 def test_figures_of_shards_merge() -> None:
@@ -163,7 +164,25 @@ def test_figures_of_shards_merge() -> None:
     assert merged.nmse_worst == 3e-5
     assert merged.cosine_mean == pytest.approx(0.9995)
     assert merged.cosine_worst == 0.98
+    assert merged.summary is None
     assert FidelityFigures.merge([{}]) is None
+
+
+def test_figures_of_class_tokens_are_kept_apart() -> None:
+    """A commit without them has the keys that it always had."""
+    a, b = (
+        FidelityFigures(tokens=n, nmse_mean=0, nmse_worst=worst, cosine_mean=1, cosine_worst=1)
+        for n, worst in ((1, 3e-2), (3, 2e-2))
+    )
+    both = a.model_copy(update={"summary": b})
+    merged = FidelityFigures.merge(f.model_dump(exclude_none=True) for f in (a, both, both))
+    assert merged is not None
+    assert merged.summary is not None
+    assert (merged.tokens, merged.nmse_worst) == (3, 3e-2)
+    assert (merged.summary.tokens, merged.summary.nmse_worst) == (6, 2e-2)
+    assert "summary" not in a.model_dump(exclude_none=True)
+    with pytest.raises(CacheError, match=r"stored class tokens are not faithful: worst channel NMSE 0\.02"):
+        a.model_copy(update={"nmse_worst": 0.0, "summary": b}).check(max_nmse=1e-2, min_cosine=0.999)
 
 
 def test_the_bound_is_kept() -> None:
@@ -178,7 +197,7 @@ def test_the_bound_is_kept() -> None:
 def test_flat_tokens_count_as_kept() -> None:
     meter = Fidelity()
     meter.update(torch.ones(2, 3, 4), torch.ones(2, 3, 4))
-    assert meter.figures().model_dump() == {
+    assert meter.figures().model_dump(exclude_none=True) == {
         "tokens": 6,
         "nmse_mean": 0,
         "nmse_worst": 0,

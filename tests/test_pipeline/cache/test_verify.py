@@ -32,7 +32,9 @@ from pipeline.errors import CacheDamage, CacheError, DataError, PipelineError, S
 from pipeline.files import hash_source
 from tests.test_pipeline.cache.samples import (
     STORES,
+    SUMMARIES,
     attention_of,
+    float_summary,
     float_tokens,
     key_of,
     make_cache,
@@ -76,6 +78,7 @@ def teacher(header: CacheHeader, **changes: object) -> Callable[[Sequence[int], 
                 "box": (i, v, i + 1, v + 1),
                 "hflip": bool((i + v) % 2),
                 "source_hash": hash_source(source_bytes(i)),
+                "summary": float_summary(header, i, v).numpy(),
             }
             yield Reextracted(**(fresh | {k: f(fresh[k]) if callable(f) else f for k, f in changes.items()}))
 
@@ -115,17 +118,20 @@ def test_a_sound_cache_passes(cache: Path, level: str) -> None:
 
 
 @pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
-@pytest.mark.parametrize("attention", ["mean", "heads", "none"])
-def test_every_layout_passes(tmp_path: Path, store: str, quantiser: str, attention: str) -> None:
-    header = make_header(store, quantiser_name=quantiser, attention=attention, heads=2)
+@pytest.mark.parametrize(
+    ("attention", "summary"), [("mean", None), ("heads", None), ("none", "class"), ("heads", "class")]
+)
+def test_every_layout_passes(tmp_path: Path, store: str, quantiser: str, attention: str, summary: str | None) -> None:
+    header = make_header(store, quantiser_name=quantiser, attention=attention, heads=2, summary=summary)
     report = verify(make_cache(tmp_path / "cache", header), "full")
     assert report.sound, report.findings
 
 
+@pytest.mark.parametrize("summary", SUMMARIES)
 @pytest.mark.parametrize("store", STORES)
-def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: str) -> None:
+def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: str, summary: str | None) -> None:
     """Three bits of every file, among them the first and the last."""
-    path = make_cache(tmp_path / "cache", make_header(store), TOMBSTONES)
+    path = make_cache(tmp_path / "cache", make_header(store, summary=summary), TOMBSTONES)
     random = np.random.default_rng(0)
     for file in [f for f in path.rglob("*") if f.is_file()]:
         content = file.read_bytes()
@@ -138,10 +144,11 @@ def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: str) -> Non
     assert verify(path, "full").sound
 
 
+@pytest.mark.parametrize("summary", SUMMARIES)
 @pytest.mark.parametrize("store", STORES)
-def test_no_flipped_bit_reaches_training(tmp_path: Path, store: str) -> None:
+def test_no_flipped_bit_reaches_training(tmp_path: Path, store: str, summary: str | None) -> None:
     """A reader gives what was written or names shard and sample, whichever bit of whichever file is flipped."""
-    path = make_cache(tmp_path / "cache", make_header(store), TOMBSTONES)
+    path = make_cache(tmp_path / "cache", make_header(store, summary=summary), TOMBSTONES)
     written, caught, random = everything(path), set(), np.random.default_rng(1)
     places: list[tuple[Path, str]] = []
     for file in [f for f in path.rglob("*") if f.is_file()]:
@@ -166,7 +173,8 @@ def test_no_flipped_bit_reaches_training(tmp_path: Path, store: str) -> None:
 def everything(path: Path) -> list[object]:
     reader = open_cache(path)
     records = [reader.read(index, view) for index in reader.live_indices().tolist() for view in (0, 1)]
-    arrays = [(r.tokens.tobytes(), None if r.attention is None else r.attention.tobytes()) for r in records]
+    kept = [(r.tokens, r.scale, r.attention, r.summary, r.summary_scale) for r in records]
+    arrays = [[None if array is None else array.tobytes() for array in of_record] for of_record in kept]
     return [arrays, [(r.key, r.box.tolist(), r.hflip, r.source_hash, r.image) for r in records]]
 
 
@@ -436,6 +444,17 @@ def test_another_teacher_or_preprocessing_is_found(
     assert all(f.kind == "deep" and message in f.message for f in report.findings)
 
 
+@pytest.mark.parametrize("quantiser", ["int8", "float32"])
+def test_another_class_token_is_found_though_the_tokens_agree(tmp_path: Path, store: str, quantiser: str) -> None:
+    header = make_header(store, quantiser_name=quantiser, summary="class")
+    path = make_cache(tmp_path / "cache", header, TOMBSTONES)
+    assert verify(path, "deep", deep=partial(compare, path, teacher(header), 9)).sound
+    for change in (lambda s: s[:, ::-1], lambda s: 1.3 * s, lambda s: s * np.nan):
+        report = verify(path, "deep", deep=partial(compare, path, teacher(header, summary=change), 9))
+        assert {f.sample for f in report.findings} == {0, 1, 2, 3, 4, 6, 7, 8, 9}
+        assert all(f.kind == "deep" and "another class token" in f.message for f in report.findings)
+
+
 def test_deep_needs_a_teacher(cache: Path) -> None:
     with pytest.raises(PipelineError, match="needs the images and the teacher"):
         verify(cache, "deep")
@@ -454,10 +473,11 @@ def test_deep_needs_a_teacher(cache: Path) -> None:
     ],
 )
 def test_values_that_cannot_be(tmp_path: Path, store: str, field: str, value: float, message: str) -> None:
-    header = make_header(store)
+    header = make_header(store, summary="class")
     path = make_cache(tmp_path / "cache", header)
     data = make_shard(header, 1)
-    getattr(data, field)[2, 1] = value
+    place = (2, 1, 0) if field == "scale" else (2, 1)  # the scale of the summary alone
+    getattr(data, field)[place] = value
     open_writer(path).write_shard(1, data)
     found = verify(path, "full").findings
     assert [(f.kind, f.shard, f.sample, f.view) for f in found] == [("values", 1, 6, 1)]
@@ -588,7 +608,8 @@ def test_a_tar_whose_index_is_lost_still_reads(tmp_path: Path) -> None:
     reads_all(path)
 
 
-def test_repair_extracts_what_is_damaged_and_nothing_else(cache: Path, store: str) -> None:
+def test_repair_extracts_what_is_damaged_and_nothing_else(tmp_path: Path, store: str) -> None:
+    cache = make_cache(tmp_path / "cache", make_header(store, summary="class"), TOMBSTONES)
     before = {f: f.read_bytes() for f in cache.rglob("*") if f.is_file() and "commits" not in f.parts}
     file = target_of(cache, "attention", 2, 0)
     file.write_bytes(file.read_bytes()[:-1] + b"!")

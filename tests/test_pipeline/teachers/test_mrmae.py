@@ -60,6 +60,11 @@ def test_tokens_and_attention(
     pixels = (views(32) / 255.0 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(output.tokens, module.forward_tokens(pixels))
+        module.num_prefix_tokens = 0  # with what comes before the patches
+        assert (output.summary is not None) == (query == "cls")
+        if output.summary is not None:
+            torch.testing.assert_close(output.summary, module.forward_tokens(pixels)[:, :1])
+        module.num_prefix_tokens = prefix
     rows = full_map(module, pixels)[..., prefix:]
     row = (rows[:, :, 0] if query == "cls" else rows[:, :, prefix:].mean(2)).mean(1)
     assert output.attention is not None

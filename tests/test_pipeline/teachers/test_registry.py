@@ -116,10 +116,11 @@ def test_unknown_specs_list_near_names(spec: str, message: str) -> None:
 def test_networks_without_a_row_or_a_prefix_are_teachers_without_attention(spec: str) -> None:
     """No prefix tokens at all, and parallel blocks, whose attention is no module of its own."""
     teacher = build_teacher(spec, weights="random", image_size=32)
-    tokens, attention, _ = teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    assert tokens.shape == (1, teacher.grid[0] * teacher.grid[1], teacher.dim)
-    assert attention is None
+    output = teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert output.tokens.shape == (1, teacher.grid[0] * teacher.grid[1], teacher.dim)
+    assert output.attention is output.summary is None
     assert not teacher.has_attention
+    assert not teacher.has_summary
 
 
 def test_a_pooling_head_without_prefix_tokens_is_the_focus() -> None:

@@ -99,15 +99,20 @@ def compare_with_timm(teacher: Teacher) -> tuple[str, str | None]:
     """Which row a timm teacher focuses by, and what is wrong with its tokens or its row."""
     model: Any = teacher.model
     images = random_views(teacher)
-    tokens, attention, _ = teacher(images)
+    tokens, attention, _, summary = teacher(images)
     pixels = teacher.prepare(images)
     features, maps = caught_maps(lambda: model.forward_features(pixels))
-    expected = features[:, model.num_prefix_tokens :]
     norm = final_norm(model)
     if norm is not model.norm:
-        expected = norm(expected)
+        features = norm(features)
+    expected = features[:, model.num_prefix_tokens :]
     if not torch.allclose(tokens, expected, atol=1e-5, rtol=1e-5):
         return "no row", f"tokens differ by {(tokens - expected).abs().max()}"
+    has_class = getattr(model, "cls_token", None) is not None
+    if has_class != (summary is not None) or (
+        summary is not None and not torch.allclose(summary, features[:, :1], atol=1e-5, rtol=1e-5)
+    ):
+        return "no row", "its summary is not the class token"
     if getattr(model, "cls_token", None) is not None:
         rows = maps[-1][:, :, 0]
         return "class row", row_fault(attention, rows, type(model.blocks[-1]).__name__)
@@ -121,7 +126,7 @@ def compare_with_open_clip(teacher: Teacher) -> tuple[str, str | None]:
     """The same for open_clip's own towers, all of which have a class token."""
     visual: Any = teacher.model
     images = random_views(teacher)
-    tokens, attention, _ = teacher(images)
+    tokens, attention, _, summary = teacher(images)
     pixels = teacher.prepare(images)
     blocks: list[Tensor] = []
     last = visual.transformer.resblocks[-1]
@@ -130,6 +135,8 @@ def compare_with_open_clip(teacher: Teacher) -> tuple[str, str | None]:
     handle.remove()
     norm = visual.ln_post if visual.attn_pool is None else visual.attn_pool.ln_k
     expected = norm(blocks[0][:, 1:])
+    if summary is not None and not torch.allclose(summary, norm(blocks[0][:, :1]), atol=1e-5, rtol=1e-5):
+        return "no row", "its summary is not the class token"
     if not torch.allclose(tokens, expected, atol=1e-5, rtol=1e-5):
         return "no row", f"tokens differ by {(tokens - expected).abs().max()}"
     pooled = visual.attn_pool is None and visual.pool_type == "avg"
