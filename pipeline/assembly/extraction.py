@@ -95,7 +95,7 @@ class Extractor:
         Raises:
             DataError: none of the samples can be decoded.
         """
-        if name != "int8":
+        if not Quantiser(name).has_scale:
             return [Quantiser(name) for _ in self.teachers]
         return [Quantiser.calibrate(name, tokens) for tokens in self.sample_tokens(samples)]
 

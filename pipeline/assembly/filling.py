@@ -18,7 +18,7 @@ from pipeline.errors import TeacherError
 class StoredTargets(NamedTuple):
     """What one cache stores of the m views of a batch, and how faithful it is."""
 
-    tokens: Tensor  # [m, L, D] as stored
+    tokens: Tensor  # [m, L, D or D/2] as stored
     scale: Tensor | None  # [m, L] fp16
     attention: Tensor | None  # [m, (H,) L] fp16
     fidelity: Fidelity

@@ -50,7 +50,7 @@ class ShardBuffers:
         quantiser, shape = header.quantiser, header.attention_shape
         rows = samples, header.views
         return ShardArrays(
-            np.empty((*rows, header.tokens, header.dim), quantiser.dtype),
+            np.empty((*rows, header.tokens, header.stored_dim), quantiser.dtype),
             np.empty((*rows, header.tokens), np.float16) if quantiser.has_scale else None,
             np.empty((*rows, *shape), np.float16) if shape else None,
         )

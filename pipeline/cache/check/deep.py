@@ -3,20 +3,30 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.cache.check.report import Report
+from pipeline.cache.format.quantiser import Quantiser
 from pipeline.cache.format.records import Record
 from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.errors import CacheDamage, CacheError
 
-MIN_COSINE = 0.998  # int8 gives 0.99997; a q95 JPEG between teacher and student 0.987
+# What may be lost besides what the quantiser loses of the same tokens.
+MIN_COSINE = 0.998  # a q95 JPEG between teacher and student gives 0.987
 MAX_NMSE = 0.01  # sees what a LayerNormed cosine doesn't: tokens of another scale or offset
 MAX_ATTENTION = 0.02  # L1 distance of two distributions over tokens
 _BATCH = 32
+
+
+class _Agreement(NamedTuple):
+    """How well tokens [L, D] agree with others."""
+
+    cosine: float  # of LayerNormed tokens, on average
+    nmse: float  # squared error over the variance of channels, summed
 
 
 @dataclass(slots=True)
@@ -60,10 +70,10 @@ def compare(path: Path, reextract: Reextract, samples: int, report: Report) -> N
             record = _read(reader, index, view)
             if record is None:
                 continue
-            cosine, nmse = _agreement(record.tokens, fresh.tokens)
-            cosines.append(cosine)
-            errors.append(nmse)
-            for problem in _problems(record, fresh, cosine, nmse):
+            found = _agreement(record.tokens, fresh.tokens)
+            cosines.append(found.cosine)
+            errors.append(found.nmse)
+            for problem in _problems(record, fresh, found, _bounds(header.quantiser, fresh.tokens)):
                 message = f"shard {index // header.samples_per_shard}, sample {index}, view {view}: {problem}"
                 report.add("deep", message, shard=index // header.samples_per_shard, sample=index, view=view)
     report.counts["deep"] = len(cosines)
@@ -78,12 +88,12 @@ def _read(reader: CacheReader, index: int, view: int) -> Record | None:
         return None  # the full pass has reported it
 
 
-def _problems(record: Record, fresh: Reextracted, cosine: float, nmse: float) -> list[str]:
+def _problems(record: Record, fresh: Reextracted, found: _Agreement, bounds: _Agreement) -> list[str]:
     problems = []
-    if not (cosine >= MIN_COSINE and nmse <= MAX_NMSE):
+    if not (found.cosine >= bounds.cosine and found.nmse <= bounds.nmse):
         problems.append(
-            f"the teacher now sees other tokens (cosine {cosine:.4f}, at least {MIN_COSINE}; error {nmse:.2g}, at most "
-            f"{MAX_NMSE}): other weights, preprocessing or image"
+            f"the teacher now sees other tokens (cosine {found.cosine:.4f}, at least {bounds.cosine:.3f}; error "
+            f"{found.nmse:.2g}, at most {bounds.nmse:.2g}): other weights, preprocessing or image"
         )
     if record.attention is not None and fresh.attention is not None:
         distance = np.abs(record.attention.astype(np.float32) - fresh.attention).sum(-1).max()
@@ -98,10 +108,16 @@ def _problems(record: Record, fresh: Reextracted, cosine: float, nmse: float) ->
     return problems
 
 
-def _agreement(stored: NDArray[np.float32], fresh: NDArray[np.float32]) -> tuple[float, float]:
-    """Mean cosine of LayerNormed tokens [L, D], and the squared error over the variance of channels, summed."""
+def _bounds(quantiser: Quantiser, fresh: NDArray[np.float32]) -> _Agreement:
+    """What the stored tokens must reach: the fixed bounds, less what the quantiser loses of the fresh tokens [L, D]."""
+    stored, scale = quantiser.quantise(torch.from_numpy(np.ascontiguousarray(fresh)))
+    kept = _agreement(quantiser.dequantise(stored, scale).numpy(), fresh)
+    return _Agreement(MIN_COSINE - (1 - kept.cosine), MAX_NMSE + kept.nmse)
+
+
+def _agreement(stored: NDArray[np.float32], fresh: NDArray[np.float32]) -> _Agreement:
     a, b = (tokens - tokens.mean(-1, keepdims=True) for tokens in (stored, fresh))
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     cosine = np.where(lengths > 0, (a * b).sum(-1) / np.maximum(lengths, 1e-12), 1.0)
     spread = np.square(fresh - fresh.mean(0)).sum()
-    return float(cosine.mean()), float(np.square(stored - fresh).sum() / max(float(spread), 1e-12))
+    return _Agreement(float(cosine.mean()), float(np.square(stored - fresh).sum() / max(float(spread), 1e-12)))

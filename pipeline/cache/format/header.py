@@ -66,10 +66,10 @@ class CacheHeader(_Section):
     `teacher` is the teacher's own description; `grid` [h, w] and `dim` of it fix the shapes: L = h·w tokens of D = dim.
     `quantiser` is `Quantiser.to_json()`, with `calibration` beside it if wanted; `{"name": "int8"}` alone states a wish
     (see `match_header`) and can't be created. `compression` stays in the file's form: earlier versions knew Blosc.
+    `version` is 1 unless the cache needs a reader of version 2.
     """
 
     format: Literal["mrmae-cache"] = "mrmae-cache"
-    version: Literal[1] = 1
     store: StoreName
     dataset: DatasetSection
     teacher: JsonDict
@@ -80,6 +80,7 @@ class CacheHeader(_Section):
     heads: int = Field(default=0, ge=0)
     compression: None = None
     samples_per_shard: int = Field(ge=1)
+    version: Literal[1, 2] = Field(default_factory=lambda fields: _version(fields))
 
     @model_validator(mode="after")
     def _shapes_are_known(self) -> "CacheHeader":
@@ -92,6 +93,9 @@ class CacheHeader(_Section):
             raise ValueError("attention per head needs heads >= 1")
         if len(self.quantiser.mean) not in (0, dim):
             raise ValueError(f"quantiser.mean has {len(self.quantiser.mean)} channels, teacher.dim is {dim}")
+        self.quantiser.width(dim)
+        if self.version != (needed := _version({"quantiser_state": self.quantiser_state})):
+            raise ValueError(f"version is {self.version}, and its content is of version {needed}")
         return self
 
     @property
@@ -109,6 +113,11 @@ class CacheHeader(_Section):
     def dim(self) -> int:
         """D, channels a token."""
         return int(self.teacher["dim"])
+
+    @property
+    def stored_dim(self) -> int:
+        """Items of a stored token: D, or half of it for int4, which packs two channels in a byte."""
+        return self.quantiser.width(self.dim)
 
     @property
     def count(self) -> int:
@@ -181,7 +190,7 @@ class CacheHeader(_Section):
                 ) from error
             raise CacheDamage(f"{where}: {key}: {problem['msg']}; {remedy}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CacheDamage(f"{where} is no cache.json of version 1; {remedy}") from error
+            raise CacheDamage(f"{where} is no cache.json of version 1 or 2; {remedy}") from error
         if stated != header.fingerprint or not unchanged:
             raise CacheDamage(f"{where} was edited: its fingerprint is not that of its content; {remedy}")
         return header
@@ -228,6 +237,11 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 def _short(value: Any) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _version(fields: dict[str, Any]) -> int:
+    """The lowest version whose readers understand a header of these fields."""
+    return 2 if fields.get("quantiser_state", {}).get("name") == "int4" else 1
 
 
 def _positive(value: object) -> bool:

@@ -27,8 +27,8 @@ class ShardData:
     Rows of tombstones may hold anything: the writer sets them to zero.
     """
 
-    tokens: NDArray[Any]  # [n, V, L, D] int8, float16 or float32, as quantised
-    scale: NDArray[np.float16] | None  # [n, V, L], int8 only
+    tokens: NDArray[Any]  # [n, V, L, D], for int4 [n, V, L, D/2], as quantised
+    scale: NDArray[np.float16] | None  # [n, V, L], int8 and int4 only
     attention: NDArray[np.float16] | None  # [n, V, L], [n, V, H, L], or None when the cache keeps none
     box: NDArray[np.int32]  # [n, V, 4] top, left, height, width in source pixels
     hflip: NDArray[np.uint8]  # [n, V] 1 = mirrored
@@ -64,7 +64,7 @@ class Raw(NamedTuple):
     key: bytes  # UTF-8
     tail: bytes  # TAIL
     crc32c: int
-    tokens: NDArray[Any]  # [L, D]
+    tokens: NDArray[Any]  # [L, D], for int4 [L, D/2]
     scale: NDArray[np.float16] | None  # [L]
     attention: NDArray[np.float16] | None  # [L] or [H, L]
     image: bytes | None
@@ -74,8 +74,8 @@ class Raw(NamedTuple):
 class Record:
     """One checked view of one sample.
 
-    `tokens` is [L, D] as stored, or float32 when dequantised; `scale` float16 [L] or None; `attention` float16 [L],
-    [H, L] or None; `image` the stored JPEG or None.
+    `tokens` is [L, D] as stored (for int4 [L, D/2]), or float32 [L, D] when dequantised; `scale` float16 [L] or None;
+    `attention` float16 [L], [H, L] or None; `image` the stored JPEG or None.
     """
 
     __slots__ = ("_key", "_tail", "attention", "image", "index", "scale", "tokens", "view")

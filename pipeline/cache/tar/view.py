@@ -21,7 +21,7 @@ FIELDS = 4  # of an index row: start of the first member's header, then the byte
 _ROW = struct.Struct(f"={FIELDS}q")  # such a row in memory
 NONE = -1  # start of a tombstone in the index
 _OUTSIDE = -2  # start of a record that its tar is too short for
-_SAFETENSORS_TYPES = {"int8": "I8", "float16": "F16", "float32": "F32"}
+_SAFETENSORS_TYPES = {"int8": "I8", "uint8": "U8", "float16": "F16", "float32": "F32"}
 
 
 class TensorLayout:
@@ -33,7 +33,7 @@ class TensorLayout:
     def __init__(self, header: CacheHeader) -> None:
         half = np.dtype("<f2")
         self._specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-            "tokens": (header.quantiser.dtype, (header.tokens, header.dim))
+            "tokens": (header.quantiser.dtype, (header.tokens, header.stored_dim))
         }
         if header.quantiser.has_scale:
             self._specs["scale"] = (half, (header.tokens,))

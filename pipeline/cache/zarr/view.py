@@ -14,9 +14,10 @@ from pipeline.cache.format.records import TAIL, TAILS, Raw
 
 def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
     """Arrays of the group: name → (shape, dtype, dimension names). Those of 2 dimensions or more run over views."""
-    N, V, L, D = header.count, header.views, header.tokens, header.dim
+    N, V, L, D = header.count, header.views, header.tokens, header.stored_dim
+    items = "channel" if header.dim == D else "pair of channels"
     specs: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {
-        "tokens": ((N, V, L, D), header.quantiser.dtype.name, ("sample", "view", "token", "channel")),
+        "tokens": ((N, V, L, D), header.quantiser.dtype.name, ("sample", "view", "token", items)),
         "box": ((N, V, 4), "int32", ("sample", "view", "edge")),
         "hflip": ((N, V), "uint8", ("sample", "view")),
         "crc32c": ((N, V), "uint32", ("sample", "view")),
@@ -42,7 +43,9 @@ class Layout:
 
     def __init__(self, header: CacheHeader) -> None:
         half, L = np.dtype("<f2"), header.tokens
-        kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {"tokens": (header.quantiser.dtype, (L, header.dim))}
+        kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+            "tokens": (header.quantiser.dtype, (L, header.stored_dim))
+        }
         if header.quantiser.has_scale:
             kinds["scale"] = (half, (L,))
         if header.attention_shape is not None:

@@ -83,9 +83,9 @@ def test_round_trip(cache: Path, store: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["mean", "heads", "none"])
-@pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("quantiser", ["int8", "int4", "float16", "float32"])
 def test_round_trip_of_every_layout(tmp_path: Path, store: str, quantiser: str, attention: str) -> None:
-    header = make_header(store, quantiser_name=quantiser, attention=attention, heads=3, dim=5, grid=[3, 1])
+    header = make_header(store, quantiser_name=quantiser, attention=attention, heads=3, dim=6, grid=[3, 1])
     check_everything(make_cache(tmp_path / "cache", header), header)
 
 
@@ -221,8 +221,9 @@ def test_creating_another_cache_there_names_the_difference(cache: Path, store: s
 @pytest.mark.parametrize("store", STORES)
 def test_a_wish_without_statistics_matches_and_is_not_created(cache: Path, store: str, tmp_path: Path) -> None:
     wish = make_header(store, quantiser={"name": "int8"})
-    with pytest.raises(CacheError, match="calibrate"):
-        create_cache(tmp_path / "new", wish)
+    for name in ("int8", "int4"):
+        with pytest.raises(CacheError, match=f"the {name} quantiser has no channel statistics: calibrate"):
+            create_cache(tmp_path / "new", make_header(store, quantiser={"name": name}))
     match_header(cache, read_header(cache), wish)
     with pytest.raises(CacheError, match=r"quantiser\.name is int8 there, float16 here"):
         match_header(cache, read_header(cache), make_header(store, quantiser={"name": "float16"}))
