@@ -105,7 +105,7 @@ class Quantiser:
         return stored, scale
 
     def dequantise(self, stored: Tensor | NDArray[Any], scale: Tensor | NDArray[Any] | None) -> Any:
-        """Stored tokens [..., L, width] and scale [..., L] → float32 [..., L, D], a tensor of tensors, an array of arrays."""
+        """Stored tokens [..., L, width] and scale [..., L] → float32 [..., L, D]; arrays give arrays, else tensors."""
         if isinstance(stored, np.ndarray):
             tensor_scale = None if scale is None else torch.from_numpy(scale)
             return self.dequantise(torch.from_numpy(stored), tensor_scale).numpy()
