@@ -63,9 +63,7 @@ class CacheOutput(Config):
     samples_per_shard: int = Field(1024, ge=1, le=65536)  # one file a shard and view: 154 MB at 196x768
     attention: Literal["mean", "heads"] = "mean"  # heads: one row each, for people who want to look
     calibration: int = Field(256, ge=1)  # samples that the channel statistics are measured on
-    max_nmse: float | None = Field(
-        None, gt=0
-    )  # loss of a shard's worst channel at most; null: 0.02 for int4, else 0.01
+    max_nmse: float | None = Field(None, gt=0)  # loss of a shard's worst channel; null: 0.02 for int4, else 0.01
     min_cosine: float | None = Field(None, gt=0, le=1)  # of its LayerNormed tokens; null: 0.99 for int4, else 0.999
 
     @property
