@@ -39,7 +39,16 @@ from benchmarks import bare_cache
 from benchmarks.harness import Bench, by_turns, open_bench
 from benchmarks.random_cache import random_header, random_shard, write_random_cache
 from benchmarks.sparse_cache import create_sparse_cache, filled_rows
-from pipeline.cache import CacheHeader, CacheReader, create_cache, open_cache, open_writer, read_commit, verify
+from pipeline.cache import (
+    CacheHeader,
+    CacheReader,
+    QuantiserName,
+    create_cache,
+    open_cache,
+    open_writer,
+    read_commit,
+    verify,
+)
 from pipeline.config import Config, PathField
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError
@@ -56,6 +65,7 @@ class BenchmarkCacheConfig(Config):
     samples_per_shard: int = Field(default=1024, ge=8)
     grid: int = Field(default=14, ge=1)
     dim: int = Field(default=768, ge=1)
+    quantiser: QuantiserName = "int8"
     image_bytes: int = Field(default=25_000, ge=1)
     visible: float = Field(default=0.25, gt=0, le=1)  # share of the rows that are taken
     repeats: int = Field(default=11, ge=1)  # pairs; the median counts
@@ -89,7 +99,7 @@ def _measure_store(config: BenchmarkCacheConfig, store: str, bench: Bench) -> di
 
 
 def _random_header(config: BenchmarkCacheConfig, store: str, samples: int) -> CacheHeader:
-    return random_header(store, samples, config.samples_per_shard, config.grid, config.dim)
+    return random_header(store, samples, config.samples_per_shard, config.grid, config.dim, config.quantiser)
 
 
 def _compare(bench: Bench, bare: Job, job: Job, repeats: int, amount: int, unit: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.harness import Bench
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.filling import PendingTargets
-from pipeline.cache import CacheHeader, create_cache, open_writer
+from pipeline.cache import CacheHeader, QuantiserName, create_cache, open_writer
 from pipeline.configs.data import ViewConfig
 from pipeline.data.rendering import RenderedViews
 from pipeline.teachers import Teacher
@@ -42,6 +42,7 @@ def write_caches(
     folder: Path,
     samples_per_shard: int,
     progress: Callable[[int], None] = lambda images: None,
+    quantiser: QuantiserName = "int8",
 ) -> tuple[float, float]:
     """Extract all images into new caches, folder/0 and on, one a teacher.
 
@@ -49,7 +50,7 @@ def write_caches(
         Seconds without calibration and the creation of the caches: on the clock, and of this thread's own work.
     """
     bounds = {"max_nmse": float("inf"), "min_cosine": 0.0}
-    headers = extractor.describe("mean", samples_per_shard, extractor.calibrate("int8", 16))
+    headers = extractor.describe("mean", samples_per_shard, extractor.calibrate(quantiser, 16))
     paths = [folder / str(number) for number in range(len(headers))]
     for path, header in zip(paths, headers, strict=True):
         create_cache(path, header)

@@ -36,7 +36,7 @@ from benchmarks.training_lane import LaneConfig, TrainingLane
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.knowledge import CachedKnowledge, LiveKnowledge
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import StoreName, open_cache
+from pipeline.cache import QuantiserName, StoreName, open_cache
 from pipeline.config import PathField, Precision
 from pipeline.configs.data import DataConfig, ViewConfig
 from pipeline.configs.teachers import TeacherConfig
@@ -61,6 +61,7 @@ class BenchmarkPretrainConfig(LaneConfig):
         min_length=1,
     )
     store: StoreName = "zarr"
+    quantiser: QuantiserName = "int8"
     precision: Precision = "auto"
     rounds: int = Field(21, ge=3)  # after one that warms up; medians over the rounds' own ratios
     threads: int | None = Field(default=None, gt=0)  # CPU threads; torch's choice unless given
@@ -170,6 +171,8 @@ def _extract(
     """A cache of the teacher, extracted by the first call that asks for it."""
     folder, views = bench.folder / f"{number}-{store}", ViewConfig(image_size=config.student.image_size)
     if not folder.exists():
-        write_caches(Extractor(source, views, [teacher], config.batch_size, 0, store), folder, 64)
+        write_caches(
+            Extractor(source, views, [teacher], config.batch_size, 0, store), folder, 64, quantiser=config.quantiser
+        )
     cache = open_cache(folder / "0")
     return CachedKnowledge({"teacher": cache}, None if cache.stores_images else source, views, cache.live_indices())

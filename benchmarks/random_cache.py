@@ -8,6 +8,7 @@ from pipeline.cache import (
     CacheHeader,
     DatasetSection,
     Quantiser,
+    QuantiserName,
     ShardData,
     ViewSection,
     create_cache,
@@ -15,8 +16,10 @@ from pipeline.cache import (
 )
 
 
-def random_header(store: str, samples: int, samples_per_shard: int, grid: int, dim: int) -> CacheHeader:
-    """One view of each sample, int8 tokens of a square grid, with attention."""
+def random_header(
+    store: str, samples: int, samples_per_shard: int, grid: int, dim: int, quantiser: QuantiserName = "int8"
+) -> CacheHeader:
+    """One view of each sample, tokens of a square grid, with attention."""
     return CacheHeader.model_validate(
         {
             "store": store,
@@ -24,7 +27,7 @@ def random_header(store: str, samples: int, samples_per_shard: int, grid: int, d
             "teacher": {"name": "random", "grid": [grid, grid], "dim": dim},
             "preprocessing": {},
             "views": ViewSection(count=1, seed=0, image_size=16 * grid),
-            "quantiser": Quantiser("int8", np.zeros(dim, np.float32), np.ones(dim, np.float32)).to_json(),
+            "quantiser": Quantiser(quantiser, np.zeros(dim, np.float32), np.ones(dim, np.float32)).to_json(),
             "samples_per_shard": samples_per_shard,
         }
     )
@@ -36,8 +39,8 @@ def random_shard(header: CacheHeader, shard: int, image_bytes: int) -> ShardData
     n, L = len(header.shard_range(shard)), header.tokens
     images: list[list[bytes] | None] = [[random.bytes(image_bytes)] for _ in range(n)]
     return ShardData(
-        tokens=random.integers(-127, 128, (n, 1, L, header.dim), np.int8),
-        scale=random.uniform(0.01, 0.1, (n, 1, L)).astype(np.float16),
+        tokens=random.integers(0, 128, (n, 1, L, header.stored_dim), np.uint8).astype(header.quantiser.dtype),
+        scale=random.uniform(0.01, 0.1, (n, 1, L)).astype(np.float16) if header.quantiser.has_scale else None,
         attention=np.full((n, 1, L), 1 / L, np.float16),
         box=np.ones((n, 1, 4), np.int32),
         hflip=np.zeros((n, 1), np.uint8),

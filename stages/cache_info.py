@@ -35,7 +35,7 @@ def run(config: CacheInfoConfig) -> dict[str, Any]:
     stones = [stone for commit in commits for stone in commit.tombstones]
     size = sum(entry.bytes for commit in commits for entry in commit.files.values())
     live = sum(commit.count for commit in commits) - len(stones)
-    token_bytes = header.rows * header.dim * header.quantiser.dtype.itemsize
+    token_bytes = header.rows * header.stored_dim * header.quantiser.dtype.itemsize
     fidelity = FidelityFigures.merge(commit.fidelity for commit in commits)
     return {
         "path": str(path),

@@ -76,9 +76,8 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
     views = config.views.count
     total = views * sum(len(header.shard_range(shard)) for shard in todo)
     with Progress(total, "extract", "view", show=state.is_main_process) as progress:
-        bounds = {"max_nmse": config.cache.max_nmse, "min_cosine": config.cache.min_cosine}
         summary = extractor.run(
-            writers, todo, bounds, lambda images: progress.advance(views * images), config.max_tombstones
+            writers, todo, config.cache.bounds, lambda images: progress.advance(views * images), config.max_tombstones
         )
     seconds = time.perf_counter() - began
     state.wait_for_everyone()

@@ -1,17 +1,19 @@
 """Draw what a student and its teacher see.
 
     mrmae visualize init=runs/photos data.path=/data/photos cache.path=/data/photos_dino
+    mrmae visualize init=runs/both data.path=/data/photos caches.a.path=/data/dino caches.b.path=/data/clip
     mrmae visualize init=runs/photos images=[cat.jpg,dog.jpg] teacher.spec=dino_vitb16 output=pictures.png
 
-Reads a checkpoint (init), images (images=[FILE,...] or data.path), and for the teacher a cache (cache.path) or a live
-one (teacher.spec). Writes one PNG: output, by default visualize.png in the run folder. Costs a forward pass of a few
-images.
+Reads a checkpoint (init), images (images=[FILE,...] or data.path), and for the teachers caches (cache.path, or
+caches.NAME.path for several) or a live one (teacher.spec). Writes one PNG: output, by default visualize.png in the run
+folder. Costs a forward pass of a few images.
 
-The columns, as far as the checkpoint and the teacher have them: input, masked input, reconstruction, the teacher's and
-the student's attention, and the principal components of both sides' patch features as colours. For a `detect` run: the
+The columns, as far as the checkpoint and the teachers have them: input, masked input, reconstruction, attention of each
+teacher and of the student, and the principal components of their patch features as colours. For a `detect` run: the
 images with the boxes, masks and names that the detector puts on them.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +23,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.assembly.caches import live_samples, match_images, open_caches, views_of
 from pipeline.assembly.detectors import load_detector
 from pipeline.assembly.inspection import PatchFeatures, Reconstruction, choose_patches, patch_features, reconstruct
 from pipeline.assembly.samples import PretrainDataset
 from pipeline.assembly.students import load_encoder
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import open_cache
-from pipeline.configs.data import ViewConfig
+from pipeline.cache import CacheReader
 from pipeline.data.decoding import decode
 from pipeline.data.images import open_images
 from pipeline.data.masks import MaskSampler
@@ -42,17 +44,17 @@ from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.training.checkpoint import resolve_checkpoint
-from stages.configs.visualize import VisualizeConfig
+from stages.configs.visualize import CacheInput, VisualizeConfig
 
 _CHUNK = 8  # images through a network at once: sixty-four at 224 px would want a training run's memory
 
 
 class Shown(NamedTuple):
-    """The images uint8 [N, 3, S, S], what they are called, and what the teacher made of them."""
+    """The images uint8 [N, 3, S, S], what they are called, and what each teacher made of them."""
 
     images: Tensor
     names: list[str]
-    teacher: PatchFeatures | None
+    teachers: dict[str, PatchFeatures]  # by what the columns call it: teacher, or teacher NAME
 
 
 @stage
@@ -63,7 +65,9 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
         return _detections(config, device)
     model = load_encoder(config.init, config.student).to(device).eval()
     encoder = model if isinstance(model, Classifier) else model.encoder
-    shown = _cached(config, encoder.image_size[0]) if config.cache else _given(config, encoder.image_size[0], device)
+    caches = {"": config.cache} if config.cache else config.caches
+    size = encoder.image_size[0]
+    shown = _cached(config, caches, size) if caches else _given(config, size, device)
     network = build_teacher(f"mrmae:{config.init}", module=encoder, device=device)
     student = _features(network, shown.images, f"student: {config.init}", device)
 
@@ -73,20 +77,18 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
     if isinstance(model, Student) and model.objective.pixels:
         completed, result = _reconstruction(config, model, shown, device)
         columns |= completed
-    shown_features = {"teacher": shown.teacher, "student": student}
-    asked = {
-        "teacher": "",
-        "student": "\n(of the class token)" if encoder.attention_query == "cls" else "\n(mean query)",
-    }
+    shown_features = {**shown.teachers, "student": student}
+    asked = {"student": "\n(of the class token)" if encoder.attention_query == "cls" else "\n(mean query)"}
     for who, features in shown_features.items():
-        if features and features.attention is not None:
-            columns[f"{who}'s attention{asked[who]}"] = overlay(pictures, as_maps(features.attention, features.grid))
-    if shown.teacher and shown.teacher.heads is not None:
-        columns["teacher's heads\n(a map each)"] = head_maps(shown.teacher.heads, shown.teacher.grid)
+        if features.attention is not None:
+            maps = as_maps(features.attention, features.grid)
+            columns[f"{who}'s attention{asked.get(who, '')}"] = overlay(pictures, maps)
     for who, features in shown_features.items():
-        if features:
-            columns[f"{who}'s features\n(PCA as RGB)"] = pca_maps(features.tokens, features.grid)
-    title = "    ".join(features.name for features in shown_features.values() if features)
+        if features.heads is not None:
+            columns[f"{who}'s heads\n(a map each)"] = head_maps(features.heads, features.grid)
+    for who, features in shown_features.items():
+        columns[f"{who}'s features\n(PCA as RGB)"] = pca_maps(features.tokens, features.grid)
+    title = "    ".join(features.name for features in shown_features.values())
     picture = draw_grid(_output(config), columns, title, shown.names)
     return {"picture": str(picture), "columns": [" ".join(name.split()) for name in columns], **result}
 
@@ -99,7 +101,7 @@ def _is_detector(init: Path) -> bool:
 @torch.inference_mode()
 def _detections(config: VisualizeConfig, device: torch.device) -> dict[str, Any]:
     """Boxes, masks and names that a detector puts on whole images."""
-    if config.cache or config.teacher:
+    if config.cache or config.caches or config.teacher:
         raise ConfigError(f"init={config.init} is a detector: leave cache and teacher out")
     model = load_detector(config.init).to(device).eval()
     names, files = _files(config)
@@ -122,12 +124,13 @@ def _reconstruction(
     config: VisualizeConfig, model: Student, shown: Shown, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The columns of the masked input and its completion, and the pixel loss on these masks."""
-    teacher = shown.teacher
-    attended = teacher is not None and teacher.attention is not None and teacher.grid == model.grid
-    focus = config.focus or ("sampled" if attended else "random")
-    if focus != "random" and not attended:
+    attention = next(
+        (t.attention for t in shown.teachers.values() if t.attention is not None and t.grid == model.grid), None
+    )
+    focus = config.focus or ("random" if attention is None else "sampled")
+    if focus != "random" and attention is None:
         raise ConfigError(f"focus={focus} needs a teacher with attention on the student's grid: give cache.path")
-    rows = teacher.attention.numpy() if teacher and teacher.attention is not None and focus != "random" else None
+    rows = None if attention is None or focus == "random" else attention.numpy()
     patches = model.grid[0] * model.grid[1]
     ids = choose_patches(len(shown.images), patches, config.mask_ratio, rows, focus, config.seed)
     reconstruction = _reconstruct(model, shown.images, ids, device)
@@ -159,32 +162,36 @@ def _reconstruct(model: Student, images: Tensor, ids: Tensor, device: torch.devi
     return Reconstruction(masked, completed, loss)
 
 
-def _cached(config: VisualizeConfig, size: int) -> Shown:
-    """Views as the cache holds them, with the tokens and the attention that a student learned from."""
-    assert config.cache is not None
-    reader = open_cache(config.cache.path)
-    views = ViewConfig.model_validate(reader.header.view_policy.model_dump())
+def _cached(config: VisualizeConfig, caches: Mapping[str, CacheInput], size: int) -> Shown:
+    """Views as the caches hold them, with the tokens and the attention that a student learned from."""
+    readers = open_caches({name: cache.path for name, cache in caches.items()})
+    views = views_of(readers)
     if views.image_size != size:
         raise ConfigError(f"the cache's views have {views.image_size} pixels, init={config.init} takes {size}")
     source = open_images(config.data.path, config.data.limit) if config.data else None
-    if source and source.digest() != reader.header.dataset.digest:
-        raise ConfigError(
-            f"the cache was not made of data.path={source.root}: give its images, and the same data.limit"
-        )
-    live = reader.live_indices()
-    chosen = _chosen(config, [int(index) for index in live], len(reader))
-    h, w = reader.header.grid
-    dataset = PretrainDataset(source, {"teacher": reader}, views, MaskSampler(h * w, 1, "random", seed=0), "none")
+    if source:
+        match_images(readers, source)
+    chosen = _chosen(config, live_samples(readers).tolist(), len(next(iter(readers.values()))))
+    dataset = PretrainDataset(source, readers, views, MaskSampler(1, 1, "random", seed=0), "none")
     images = dataset.__getitems__([(0, index) for index in chosen]).images
-    records = [reader.read(index, view_of_epoch(index, 0, views.count), dequantise=True) for index in chosen]
+    places = [(index, view_of_epoch(index, 0, views.count)) for index in chosen]
+    labels = [f"teacher {name}" for name in readers] if len(readers) > 1 else ["teacher"]
+    teachers = {label: _stored(reader, places) for label, reader in zip(labels, readers.values(), strict=True)}
+    keys = [next(iter(readers.values())).read(*place).key for place in places]
+    return Shown(images, keys, teachers)
+
+
+def _stored(reader: CacheReader, places: Sequence[tuple[int, int]]) -> PatchFeatures:
+    """What a cache holds of (index, view) places."""
+    records = [reader.read(*place, dequantise=True) for place in places]
     tokens = torch.from_numpy(np.stack([record.tokens for record in records]))
     attention = heads = None
     if records[0].attention is not None:
         attention = torch.from_numpy(np.stack([np.asarray(record.attention, np.float32) for record in records]))
     if attention is not None and reader.header.attention == "heads":
         heads, attention = attention, attention.mean(1)  # [N, H, L], [N, L]
-    name = f"teacher: {reader.header.teacher['name']} ({config.cache.path})"
-    return Shown(images, [record.key for record in records], PatchFeatures(tokens, attention, (h, w), name, heads))
+    name = f"teacher: {reader.header.teacher['name']} ({reader.path})"
+    return PatchFeatures(tokens, attention, reader.header.grid, name, heads)
 
 
 def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
@@ -193,9 +200,9 @@ def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
     crops = [_crop(name, file, config.crop, size) for name, file in zip(names, files, strict=True)]
     images = to_chw(np.stack(crops))
     if config.teacher is None:
-        return Shown(images, names, None)
+        return Shown(images, names, {})
     teacher = load_teacher(config.teacher, device)
-    return Shown(images, names, _features(teacher, images, f"teacher: {teacher.name}", device))
+    return Shown(images, names, {"teacher": _features(teacher, images, f"teacher: {teacher.name}", device)})
 
 
 def _files(config: VisualizeConfig) -> tuple[list[str], list[bytes]]:

@@ -98,7 +98,7 @@ class Extractor:
         Raises:
             DataError: none of the samples can be decoded.
         """
-        if name != "int8":
+        if not Quantiser(name).has_scale:
             return [Quantiser(name).to_json() for _ in self.teachers]
         states = []
         for output in self.sample(samples):

@@ -18,7 +18,7 @@ from pipeline.errors import TeacherError
 class StoredTargets(NamedTuple):
     """What one cache stores of the m views of a batch, and how faithful it is."""
 
-    tokens: Tensor  # [m, R, D] as stored
+    tokens: Tensor  # [m, R, D or D/2] as stored
     scale: Tensor | None  # [m, R] fp16
     attention: Tensor | None  # [m, (H,) L] fp16
     fidelity: Fidelity

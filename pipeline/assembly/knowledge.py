@@ -85,7 +85,7 @@ class CachedKnowledge:
     def statistics(self, _target_norm: str, _workers: int) -> Statistics:
         """The channel statistics that the caches were quantised by."""
         quantisers = {name: cache.header.quantiser for name, cache in self.caches.items()}
-        return {name: (q.mean, q.std) for name, q in quantisers.items() if q.name == "int8"}
+        return {name: (q.mean, q.std) for name, q in quantisers.items() if q.mean.size}
 
     def covariances(self, _workers: int) -> Covariances:
         """Mean and covariance of the tokens in a fixed choice of each cache's records."""

@@ -30,9 +30,9 @@ class PretrainBatch:
         images: uint8 [B, 3, S, S], as rendered: the student's normalisation happens on the device.
         ids_keep: int64 [B, K], visible patches, ascending; None where a live teacher's attention will choose them.
         gumbel: float64 [B, L], what that choice adds to the logarithm of its attention (see `select_visible`).
-        targets: teacher → (values [B, R, D] as stored, scale float16 [B, R] or None); the R rows are the visible or the
-            masked patches (ascending), as the objective declares. Of a teacher on another grid than the student's they
-            are all its tokens, [B / masks, L, D] and [B / masks, L], since they have to be resized first.
+        targets: teacher → (values [B, R, D] as stored, for int4 [B, R, D/2]; scale float16 [B, R] or None); the R rows
+            are the visible or the masked patches (ascending), as the objective declares. Of a teacher on another grid
+            than the student's they are all its tokens, [B / masks, L, ...], since they have to be resized first.
         indices: int64 [B], sample indices.
     """
 
@@ -199,7 +199,7 @@ class _TargetRows:
     """
 
     def __init__(self, header: CacheHeader, shape: tuple[int, int, int], empty: Empty) -> None:
-        self._values = empty((*shape, header.dim), header.quantiser.dtype)
+        self._values = empty((*shape, header.stored_dim), header.quantiser.dtype)
         self._scales = np.empty(shape, np.float16) if header.quantiser.has_scale else None
 
     def take(self, row: int, record: Record, ids: NDArray[np.int64]) -> None:

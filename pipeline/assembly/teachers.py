@@ -27,6 +27,7 @@ def load_teacher(config: TeacherConfig, device: torch.device, dtype: torch.dtype
         weights=config.weights,
         image_size=config.image_size,
         tokens=config.tokens,
+        layer=config.layer,
         layers=config.layers,
         module=module,
         device=device,
@@ -61,6 +62,7 @@ def teacher_of_cache(description: dict[str, Any], weights: str | None, device: t
         weights=None if is_student else weights or ("random" if recorded == "random" else None),
         image_size=description["image_size"],
         tokens=description["tokens"],
+        layer=description.get("layer"),
         layers=description["layers"],
         compile=description.get("compile", False),
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.format.quantiser import Quantiser
 from pipeline.configs.cache import StoreName
 from pipeline.errors import CacheError
 
@@ -12,7 +13,6 @@ JPEG_BYTES = 25_000  # of a photo at 224 px, quality 95
 _MARGIN = 1.02  # of free room over what is estimated
 _KEY_BYTES = 40  # a class, a file name, and their length
 _TAR_BYTES = 3 * 512 + 512 + 2 * 256 + 200  # headers, JSON, padding on average, the safetensors header
-_ITEM = {"int8": 1, "float16": 2, "float32": 4}
 
 
 def estimate_bytes(rows: int, dim: int, store: StoreName, quantiser: str, attention: int) -> int:
@@ -22,8 +22,9 @@ def estimate_bytes(rows: int, dim: int, store: StoreName, quantiser: str, attent
         rows, dim: stored rows (patches, and the summary if there is one) and their channels.
         attention: attention values of a view.
     """
-    record = rows * dim * _ITEM[quantiser]
-    record += 2 * rows * (quantiser == "int8")
+    stored = Quantiser(quantiser)
+    record = rows * stored.width(dim) * stored.dtype.itemsize
+    record += 2 * rows * stored.has_scale
     record += 2 * attention
     return record + (25 + _KEY_BYTES + 8 if store == "zarr" else JPEG_BYTES + _TAR_BYTES)
 
@@ -39,7 +40,7 @@ def require_room(path: Path, needed: int) -> None:
     if needed * _MARGIN > free:
         raise CacheError(
             f"{path} needs about {readable(needed)} and its disk has {readable(free)} free: "
-            "choose another disk, fewer views, or the int8 quantiser"
+            "choose another disk, fewer views, or the int8 or int4 quantiser"
         )
 
 

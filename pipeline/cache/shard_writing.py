@@ -50,7 +50,7 @@ class ShardBuffers:
         quantiser, shape = header.quantiser, header.attention_shape
         views = samples, header.views
         return ShardArrays(
-            np.empty((*views, header.rows, header.dim), quantiser.dtype),
+            np.empty((*views, header.rows, header.stored_dim), quantiser.dtype),
             np.empty((*views, header.rows), np.float16) if quantiser.has_scale else None,
             np.empty((*views, *shape), np.float16) if shape else None,
         )

@@ -26,7 +26,8 @@ def create_cache(path: Path, header: CacheHeader) -> bool:
         CacheError: another cache or other files are there, or nothing can be written.
     """
     if not header.quantiser.calibrated:
-        raise CacheError("the int8 quantiser has no channel statistics: calibrate it before the cache is created")
+        name = header.quantiser.name
+        raise CacheError(f"the {name} quantiser has no channel statistics: calibrate it before the cache is created")
     with one_line(f"{path}: the cache can't be created"):
         if (path / FILE).is_file():
             match_header(path, read_header(path), header)
@@ -136,7 +137,7 @@ class CacheWriter:
 
 def _check(header: CacheHeader, shard: int, data: ShardData, stores_images: bool) -> None:
     span = header.shard_range(shard)
-    n, V, R, D = len(span), header.views, header.rows, header.dim
+    n, V, R, D = len(span), header.views, header.rows, header.stored_dim
     attention = header.attention_shape
     expected: dict[str, tuple[Any, tuple[int, ...] | None, Any]] = {
         "tokens": (data.tokens, (n, V, R, D), header.quantiser.dtype),

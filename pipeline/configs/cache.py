@@ -5,4 +5,4 @@ from typing import Literal
 StoreName = Literal["zarr", "webdataset"]
 AttentionKind = Literal["mean", "heads", "none"]
 SummaryKind = Literal["class"]
-QuantiserName = Literal["int8", "float16", "float32"]
+QuantiserName = Literal["int8", "int4", "float16", "float32"]

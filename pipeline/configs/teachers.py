@@ -16,5 +16,6 @@ class TeacherConfig(Config):
     weights: str | None = None  # a local weights file, of any ending; "random" for tests; default: the hub
     image_size: int | None = Field(None, ge=8, le=4096)  # of the teacher's input, pixels; default: its own
     tokens: TokenChoice = "norm"
-    layers: int = Field(1, ge=1)  # mean of this many last blocks
+    layer: int | None = Field(None, ge=1)  # the block that is read, counted from 1; null: the last one
+    layers: int = Field(1, ge=1)  # mean of this many blocks, `layer` and those before it
     compile: bool = False  # torch.compile the forward: a minute at the start, faster after

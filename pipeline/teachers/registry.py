@@ -127,6 +127,7 @@ def build_teacher(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
+    layer: int | None = None,
 ) -> Teacher:
     """Build a frozen teacher. Before its weights are read or fetched, its network runs once on the meta device.
 
@@ -135,11 +136,12 @@ def build_teacher(
         weights: None downloads from the hub, a path reads a local file, "random" seeds fresh ones for tests.
         image_size: input pixels a side; position embeddings are resampled. None for the entry's or model's own.
         tokens: "norm" (last block after the final norm), "block" (raw), "projected" (normed, then projected).
-        layers: mean of this many last blocks.
+        layers: mean of this many blocks, `layer` and those before it.
         module: the loaded encoder of a `mrmae:` teacher, a `PatchEncoder`.
         device: of the weights and the views.
         dtype: autocast precision of the forward: torch.float32, or torch.bfloat16 on CUDA.
         compile: use torch.compile, which costs a minute once and is faster after.
+        layer: the block that is read, counted from 1; None for the last one.
 
     Raises:
         TeacherError: unknown spec, weights that can't be had or don't fit, a choice that the model doesn't offer, a
@@ -150,7 +152,8 @@ def build_teacher(
 
     def build(weights: str | None, **options: Any) -> Teacher:
         backbone, label = _build_backbone(spec, weights, image_size, module)
-        return Teacher(backbone, spec=spec, name=name, weights=label, tokens=tokens, layers=layers, **options)
+        choice: dict[str, Any] = {"tokens": tokens, "layer": layer, "layers": layers}
+        return Teacher(backbone, spec=spec, name=name, weights=label, **choice, **options)
 
     if module is None and not spec.startswith("mrmae:"):
         with meta_device():

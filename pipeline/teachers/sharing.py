@@ -18,8 +18,8 @@ def run_teachers(teachers: Sequence[Teacher], views: Tensor, heads: bool = False
     for teacher in teachers:
         key = (id(teacher.backbone), teacher.dtype)
         if key not in traces:
-            layers = max(other.layers for other in teachers if (id(other.backbone), other.dtype) == key)
-            traces[key] = teacher.trace(views, layers)
+            depth = max(other.depth for other in teachers if (id(other.backbone), other.dtype) == key)
+            traces[key] = teacher.trace(views, depth)
         outputs.append(teacher.read(traces[key], heads))
     return outputs
 

@@ -89,19 +89,21 @@ class Teacher(nn.Module):
         spec: the name that the user gave; `name` is its short form for tables and file names.
         weights: the name of the weights: a file's name, a hub id or "random".
         tokens: "norm" is the last block after the final norm, "block" the raw block, "projected" the projection.
-        layers: read the mean of this many last blocks, each normed (and projected) by itself.
+        layer: the block that is read, counted from 1; None for the last one. The attention stays the last block's.
+        layers: read the mean of this many blocks, `layer` and those before it, each normed (and projected) by itself.
         dtype: autocast precision of the forward; the weights, the attention row and the outputs stay fp32.
         compile: let torch.compile take the forward.
 
     Attributes:
         grid: patches, rows × columns; L is their product.
         dim: D, channels of a token as it is read.
+        depth: how many of the last blocks must be kept to read its tokens.
         image_size: pixels a side of the network's input; views of another size are resized to it.
         has_attention: whether there is a row to focus by. Without one, pre-train with `focus: random`.
         has_summary: whether there is a class token, which stands for the whole view.
 
     Raises:
-        TeacherError: `tokens` or `layers` ask for what this model doesn't have.
+        TeacherError: `tokens`, `layer` or `layers` ask for what this model doesn't have.
     """
 
     backbone: Backbone
@@ -116,18 +118,21 @@ class Teacher(nn.Module):
         name: str,
         weights: str,
         tokens: TokenChoice = "norm",
+        layer: int | None = None,
         layers: int = 1,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        _check_choice(backbone, name, tokens, layers)
+        layer = backbone.depth if layer is None else layer
+        _check_choice(backbone, name, tokens, layer, layers)
         self.backbone = backbone
         self.grid, self.image_size = backbone.grid, backbone.image_size
         self.has_attention, self.has_summary = backbone.has_attention, backbone.has_summary
         self.dim = (backbone.projected_dim if tokens == "projected" else None) or backbone.dim
         self.spec, self.name, self.weights = spec, name, weights
-        self.tokens, self.layers, self.dtype = tokens, layers, dtype
+        self.tokens, self.layer, self.layers, self.dtype = tokens, layer, layers, dtype
+        self.depth = backbone.depth - layer + layers
         self.register_buffer("pixel_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
         self.compiled = compile
@@ -163,20 +168,20 @@ class Teacher(nn.Module):
             )
         return (resize_views(views, self.image_size) - self.pixel_mean) / self.pixel_std
 
-    def trace(self, views: Tensor, layers: int | None = None) -> Trace:
-        """Run the forward, for `read`. Keeps the last `layers` blocks; by default as many as this teacher reads."""
+    def trace(self, views: Tensor, depth: int | None = None) -> Trace:
+        """Run the forward, for `read`. Keeps the last `depth` blocks; by default as many as this teacher reads."""
         reduced = self.dtype != torch.float32
         autocast = torch.autocast(views.device.type, self.dtype) if reduced else nullcontext()
         with torch.no_grad():
             pixels = self.prepare(views)
             with autocast:
-                return self._trace(pixels, layers or self.layers)
+                return self._trace(pixels, depth or self.depth)
 
     def read(self, trace: Trace, heads: bool = False) -> TeacherOutput:
         """Tokens, attention and summary from a forward of the same weights. No gradients."""
         prefix = self.backbone.num_prefix
         with torch.no_grad():
-            if trace.final is not None and self.tokens == "norm" and self.layers == 1:
+            if trace.final is not None and self.tokens == "norm" and self.depth == 1:
                 tokens = trace.final.float()
                 summary = None if trace.final_class is None else trace.final_class.float()
             else:
@@ -220,7 +225,9 @@ class Teacher(nn.Module):
             "mean": list(backbone.mean),
             "std": list(backbone.std),
             "libraries": {"torch": str(torch.__version__)} | library,
-        } | ({"compile": True} if self.compiled else {})
+            **({"layer": self.layer} if self.layer < backbone.depth else {}),
+            **({"compile": True} if self.compiled else {}),
+        }
 
     @property
     def weights_sha256(self) -> str:
@@ -244,7 +251,8 @@ class Teacher(nn.Module):
 
     def _read_blocks(self, trace: Trace, where: slice) -> Tensor:
         """Some tokens of the blocks, as asked for, fp32: the mean over several blocks."""
-        chosen = [self._choose(block[:, where].float()) for block in trace.blocks[-self.layers :]]
+        blocks = trace.blocks[-self.depth :][: self.layers]
+        chosen = [self._choose(block[:, where].float()) for block in blocks]
         return chosen[0] if len(chosen) == 1 else torch.stack(chosen).mean(dim=0)
 
     def _choose(self, block: Tensor) -> Tensor:
@@ -280,10 +288,13 @@ def vit_macs(
     return total
 
 
-def _check_choice(backbone: Backbone, name: str, tokens: str, layers: int) -> None:
+def _check_choice(backbone: Backbone, name: str, tokens: str, layer: int, layers: int) -> None:
     if tokens not in get_args(TokenChoice):
         raise TeacherError(f"teacher.tokens={tokens!r}: choose {', '.join(get_args(TokenChoice))}")
     if tokens == "projected" and backbone.projected_dim is None:
         raise TeacherError(f"teacher '{name}' has no projection: choose teacher.tokens=norm or block")
-    if not 1 <= layers <= backbone.depth:
-        raise TeacherError(f"teacher.layers={layers}: '{name}' has {backbone.depth} blocks, choose 1..{backbone.depth}")
+    if not 1 <= layer <= backbone.depth:
+        raise TeacherError(f"teacher.layer={layer}: '{name}' has {backbone.depth} blocks, choose 1..{backbone.depth}")
+    if not 1 <= layers <= layer:
+        upto = "" if layer == backbone.depth else f" up to layer {layer}"
+        raise TeacherError(f"teacher.layers={layers}: '{name}' has {layer} blocks{upto}, choose 1..{layer}")

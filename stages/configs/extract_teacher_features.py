@@ -22,8 +22,17 @@ class CacheOutput(Config):
     attention: Literal["mean", "heads"] = "mean"  # heads: one row each, for people who want to look
     summary: bool = False  # also the teacher's class token: one row more a view, which mimic.summary_weight needs
     calibration: int = Field(256, ge=1)  # samples that the channel statistics are measured on
-    max_nmse: float = Field(1e-2, gt=0)  # what a shard may lose in its worst channel; int8 loses about 5e-5
-    min_cosine: float = Field(0.999, gt=0, le=1)  # of its LayerNormed tokens, on average; int8 keeps about 0.99997
+    max_nmse: float | None = Field(None, gt=0)  # loss of a shard's worst channel; null: 0.02 for int4, else 0.01
+    min_cosine: float | None = Field(None, gt=0, le=1)  # of its LayerNormed tokens; null: 0.99 for int4, else 0.999
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """What `FidelityFigures.check` takes."""
+        max_nmse, min_cosine = (2e-2, 0.99) if self.quantiser == "int4" else (1e-2, 0.999)
+        return {
+            "max_nmse": max_nmse if self.max_nmse is None else self.max_nmse,
+            "min_cosine": min_cosine if self.min_cosine is None else self.min_cosine,
+        }
 
 
 class ExtractConfig(Config):

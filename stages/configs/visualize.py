@@ -26,6 +26,7 @@ class VisualizeConfig(Config):
     samples: Annotated[tuple[int, ...], Strict(False)] = ()  # which of data.path; default: `count`, evenly spread
     count: int = Field(6, ge=1, le=64)
     cache: CacheInput | None = None  # the teacher as cached: its views, tokens and attention
+    caches: dict[str, CacheInput] = Field(default_factory=dict)  # several teachers: a name and a cache each
     teacher: TeacherConfig | None = None  # or a live one
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     focus: Focus | None = None  # default: sampled by the teacher's attention, if any
@@ -36,8 +37,11 @@ class VisualizeConfig(Config):
 
     @model_validator(mode="after")
     def _one_source_of_each(self) -> "VisualizeConfig":
-        if bool(self.images) == (self.data is not None) and not (self.cache and not self.images):
+        cached = bool(self.cache or self.caches)
+        if bool(self.images) == (self.data is not None) and not (cached and not self.images):
             raise ValueError("give either images=[FILE,...] or data.path=...")
-        if self.cache and (self.teacher or self.images):
+        if cached and (self.teacher or self.images):
             raise ValueError("cache.path brings its own teacher and views: give it with data.path alone")
+        if self.cache and self.caches:
+            raise ValueError("give one of cache.path and caches.NAME.path")
         return self

@@ -351,7 +351,7 @@ def test_views_that_another_policy_drew_are_refused(
 
 
 @pytest.mark.parametrize("focus", ["sampled", "top-k", "random"])
-@pytest.mark.parametrize(("quantiser", "tolerance"), [("float32", 1e-5), ("int8", 1e-2)])
+@pytest.mark.parametrize(("quantiser", "tolerance"), [("float32", 1e-5), ("int8", 1e-2), ("int4", 5e-2)])
 def test_cached_equals_online(
     make_cache: Make, image_tree: Path, tmp_path: Path, quantiser: str, tolerance: float, focus: str
 ) -> None:

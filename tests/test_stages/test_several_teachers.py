@@ -9,13 +9,15 @@ import torch
 
 from pipeline.assembly import knowledge
 from pipeline.assembly.teachers import load_teacher
+from pipeline.cache import read_header
 from pipeline.configs.data import ViewConfig
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.masks import MaskSampler
 from pipeline.models import load_model
-from stages import pretrain
-from tests.test_stages.conftest import MICRO, TEACHER, pretrain_config
-from tests.test_stages.test_pretrain import Killed, Steps, inputs, losses, weights
+from pipeline.teachers import Teacher
+from stages import extract_teacher_features, pretrain
+from tests.test_stages.conftest import MICRO, TEACHER, extract_config, pretrain_config
+from tests.test_stages.test_pretrain import Killed, Steps, inputs, losses, rows, weights
 
 Make = Callable[..., Path]
 RESIZED = {"resize_targets": "bilinear"}
@@ -121,6 +123,42 @@ def test_only_the_teacher_on_another_grid_is_resized(make_cache: Make, image_tre
     stored = dataset.__getitems__([(0, 0), (0, 1), (0, 2)]).targets
     assert stored["a"][0].shape == (6, 4, 64)  # the visible rows of each mask
     assert stored["b"][0].shape == (3, 4, 64)  # all 2×2 tokens of each sample
+
+
+def test_layers_of_one_teacher_are_targets_of_one_run(
+    make_cache: Make, image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forward for three caches, each as if extracted alone, and for three live targets; a loss for each."""
+    teachers = {f"l{layer}": {**TEACHER, "layer": layer} for layer in (2, 4, 6)}
+    traces: list[int] = []
+    trace = Teacher.trace
+
+    def count(self: Teacher, views: torch.Tensor, depth: int | None = None) -> Any:
+        if self.device.type != "meta":  # a rehearsal computes nothing
+            traces.append(len(views))
+        return trace(self, views, depth)
+
+    monkeypatch.setattr(Teacher, "trace", count)
+    extract_teacher_features.run(extract_config(image_tree, tmp_path / "all", teacher=None, teachers=teachers))
+    assert sum(traces) == 24 + 48  # images for calibration, then two views of each
+    paths = {name: tmp_path / "all" / name for name in teachers}
+    for name, path in paths.items():
+        alone = make_cache(name, teacher=teachers[name])
+        chunks = sorted(path.glob("tokens/c.*"))
+        assert len(chunks) == 6
+        assert all(chunk.read_bytes() == (alone / "tokens" / chunk.name).read_bytes() for chunk in chunks)
+    assert read_header(paths["l4"]).teacher["layer"] == 4
+    assert "layer" not in read_header(paths["l6"]).teacher  # the last one, as in caches of before
+
+    data = {"path": str(image_tree), "workers": 0}
+    caches = {name: {"path": str(path)} for name, path in paths.items()}
+    pretrain.run(pretrain_config(tmp_path / "cached", data=data, caches=caches))
+    del traces[:]
+    live: dict[str, Any] = {"teachers": teachers, "views": {"count": 2, "image_size": 64}, "grad_norms_every": 0}
+    pretrain.run(pretrain_config(tmp_path / "online", data=data, **live))
+    assert traces == [8] * 6  # a forward a step
+    assert {f"mimic_loss/{name}" for name in teachers} <= rows(tmp_path / "cached")[-1].keys()
+    assert dict(losses(tmp_path / "online")) == pytest.approx(dict(losses(tmp_path / "cached")), rel=1e-2)
 
 
 def test_resizing_between_equal_grids_changes_nothing(make_cache: Make, image_tree: Path, tmp_path: Path) -> None:

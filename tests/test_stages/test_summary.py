@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline.teachers.teacher_config import TeacherConfig
 from torch.nn.functional import cosine_similarity
 
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import open_cache, read_commit, read_header
+from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.decoding import decode
 from pipeline.data.images import open_images
 from pipeline.data.views import View, render, to_chw

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError
 from pipeline.models import build_student, save_weights
 from stages import finetune, pretrain, visualize
 from stages.visualize import VisualizeConfig
@@ -68,6 +68,34 @@ def test_a_cache_with_all_heads_shows_each(
     assert columns(facts) == WHOLE.replace("student's attention", "student's attention | teacher's heads")
 
 
+def test_every_caches_teacher_is_shown(
+    student_run: Path, image_tree: Path, make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The first has no attention on the student's grid, so masks are drawn by the second's."""
+    caches = {
+        "small": {"path": str(make_cache("small", teacher={**TEACHER, "image_size": 32}))},
+        "heads": {"path": str(make_cache("heads", cache__attention="heads", teacher__layer=2))},
+    }
+    facts = visualize.run(config(student_run, tmp_path / "a.png", data={"path": str(image_tree)}, caches=caches))
+    assert columns(facts) == (
+        "input | masked input | reconstruction | teacher small's attention | teacher heads's attention | "
+        "student's attention | teacher heads's heads | teacher small's features | teacher heads's features | "
+        "student's features"
+    )
+    assert "drawn by attention" in facts["columns"][1]
+    with Image.open(facts["picture"]) as picture:
+        assert picture.width > 3 * picture.height  # ten columns, two rows
+
+
+def test_caches_of_other_views_are_refused(
+    student_run: Path, image_tree: Path, make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    paths = {"a": make_cache("a"), "b": make_cache("b", views__seed=5)}
+    caches = {name: {"path": str(path)} for name, path in paths.items()}
+    with pytest.raises(CacheError, match="caches a and b differ in view_policy"):
+        visualize.run(config(student_run, tmp_path / "a.png", data={"path": str(image_tree)}, caches=caches))
+
+
 def test_networks_see_eight_pictures_at_a_time(
     student_run: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +145,11 @@ def test_what_is_refused(student_run: Path, colours: Path, image_tree: Path, tmp
         ({"images": [str(tmp_path / "torn.jpg")]}, DataError, "torn.jpg: not a readable image"),
         ({"data": data, "samples": [99]}, ConfigError, "samples=99: there are samples 0 to 23"),
         ({"data": data, "focus": "sampled"}, ConfigError, "focus=sampled needs a teacher with attention"),
-        ({"data": {"path": str(image_tree)}, "cache": cache}, ConfigError, "the cache was not made of"),
+        (
+            {"data": {"path": str(image_tree)}, "cache": cache},
+            CacheError,
+            r"cache test_vit was made of \d+ images at .*, not of these",
+        ),
         ({"data": data, "init": "/absent"}, CheckpointError, "/absent does not exist"),
         (
             {"data": data, "init": str(max((student_run / "checkpoints").iterdir())), "output": None},
@@ -130,6 +162,11 @@ def test_what_is_refused(student_run: Path, colours: Path, image_tree: Path, tmp
             visualize.run(
                 VisualizeConfig.model_validate({"init": str(student_run), "output": str(tmp_path / "x.png"), **changes})
             )
-    for keys in ({}, {"images": ["a.jpg"], "data": data}, {"cache": cache, "data": data, "teacher": TEACHER}):
-        with pytest.raises(ValueError, match=r"give either images|brings its own teacher"):
+    for keys in (
+        {},
+        {"images": ["a.jpg"], "data": data},
+        {"cache": cache, "data": data, "teacher": TEACHER},
+        {"data": data, "cache": cache, "caches": {"a": cache}},
+    ):
+        with pytest.raises(ValueError, match=r"give either images|brings its own teacher|give one of cache"):
             VisualizeConfig.model_validate({"init": "x", **keys})

@@ -3,20 +3,31 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.cache.check.report import Report
+from pipeline.cache.format.header import CacheHeader
+from pipeline.cache.format.quantiser import Quantiser
 from pipeline.cache.format.records import Record
 from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.errors import CacheDamage, CacheError
 
-MIN_COSINE = 0.998  # int8 gives 0.99997; a q95 JPEG between teacher and student 0.987
+# What may be lost besides what the quantiser loses of the same tokens.
+MIN_COSINE = 0.998  # a q95 JPEG between teacher and student gives 0.987
 MAX_NMSE = 0.01  # sees what a LayerNormed cosine doesn't: tokens of another scale or offset
 MAX_ATTENTION = 0.02  # L1 distance of two distributions over tokens
 _BATCH = 32
+
+
+class _Agreement(NamedTuple):
+    """How well tokens [L, D] agree with others."""
+
+    cosine: float  # of LayerNormed tokens, on average
+    nmse: float  # squared error over the variance of channels, summed
 
 
 @dataclass(slots=True)
@@ -61,10 +72,10 @@ def compare(path: Path, reextract: Reextract, samples: int, report: Report) -> N
             record = _read(reader, index, view)
             if record is None:
                 continue
-            cosine, nmse = _agreement(record.tokens, fresh.tokens, header.quantiser.std)
-            cosines.append(cosine)
-            errors.append(nmse)
-            for problem in _problems(record, fresh, cosine, nmse):
+            found = _agreement(record.tokens, fresh.tokens, header.quantiser.std)
+            cosines.append(found.cosine)
+            errors.append(found.nmse)
+            for problem in _problems(header, record, fresh, found):
                 message = f"shard {index // header.samples_per_shard}, sample {index}, view {view}: {problem}"
                 report.add("deep", message, shard=index // header.samples_per_shard, sample=index, view=view)
     report.counts["deep"] = len(cosines)
@@ -79,20 +90,16 @@ def _read(reader: CacheReader, index: int, view: int) -> Record | None:
         return None  # the full pass has reported it
 
 
-def _problems(record: Record, fresh: Reextracted, cosine: float, nmse: float) -> list[str]:
+def _problems(header: CacheHeader, record: Record, fresh: Reextracted, found: _Agreement) -> list[str]:
     problems = []
-    if not (cosine >= MIN_COSINE and nmse <= MAX_NMSE):
-        problems.append(
-            f"the teacher now sees other tokens (cosine {cosine:.4f}, at least {MIN_COSINE}; error {nmse:.2g}, at most "
-            f"{MAX_NMSE}): other weights, preprocessing or image"
-        )
+    remedy = "other weights, preprocessing or image"
+    if difference := _differ(found, header.quantiser, fresh.tokens):
+        problems.append(f"the teacher now sees other tokens ({difference}): {remedy}")
     if record.summary is not None and fresh.summary is not None:
-        cosine, error = _agreement(record.summary, fresh.summary, np.empty(0, np.float32))
-        if not (cosine >= MIN_COSINE and error <= MAX_NMSE):
-            problems.append(
-                f"the teacher now gives another class token (cosine {cosine:.4f}, at least {MIN_COSINE}; error "
-                f"{error:.2g}, at most {MAX_NMSE}): other weights, preprocessing or image"
-            )
+        quantiser = header.summary_quantiser
+        found = _agreement(record.summary, fresh.summary, quantiser.std)
+        if difference := _differ(found, quantiser, fresh.summary):
+            problems.append(f"the teacher now gives another class token ({difference}): {remedy}")
     if record.attention is not None and fresh.attention is not None:
         distance = np.abs(record.attention.astype(np.float32) - fresh.attention).sum(-1).max()
         if not distance <= MAX_ATTENTION:
@@ -106,10 +113,18 @@ def _problems(record: Record, fresh: Reextracted, cosine: float, nmse: float) ->
     return problems
 
 
-def _agreement(
-    stored: NDArray[np.float32], fresh: NDArray[np.float32], deviation: NDArray[np.float32]
-) -> tuple[float, float]:
-    """Mean cosine of LayerNormed tokens [L, D], and the squared error over the variance of channels, summed.
+def _differ(found: _Agreement, quantiser: Quantiser, fresh: NDArray[np.float32]) -> str | None:
+    """How stored tokens miss what they must reach: the bounds, less what the quantiser loses of `fresh` [L, D]."""
+    stored, scale = quantiser.quantise(torch.from_numpy(np.ascontiguousarray(fresh)))
+    kept = _agreement(quantiser.dequantise(stored, scale).numpy(), fresh, quantiser.std)
+    min_cosine, max_nmse = MIN_COSINE - (1 - kept.cosine), MAX_NMSE + kept.nmse
+    if found.cosine >= min_cosine and found.nmse <= max_nmse:
+        return None
+    return f"cosine {found.cosine:.4f}, at least {min_cosine:.3f}; error {found.nmse:.2g}, at most {max_nmse:.2g}"
+
+
+def _agreement(stored: NDArray[np.float32], fresh: NDArray[np.float32], deviation: NDArray[np.float32]) -> _Agreement:
+    """The agreement of stored tokens [L, D] with fresh ones.
 
     All tokens of a constant image may be the same: `deviation`, each channel's over the data set ([D], or [0] where
     it was not measured), and a thousandth of the tokens' squares bound the variance from below. One token alone has no
@@ -121,4 +136,4 @@ def _agreement(
     usual = max(len(fresh) * np.square(deviation).sum(), 1e-3 * np.square(fresh).sum(), 1e-12)
     center = fresh.mean(0) if len(fresh) > 1 else fresh.mean()
     spread = max(float(np.square(fresh - center).sum()), float(usual))
-    return float(cosine.mean()), float(np.square(stored - fresh).sum() / spread)
+    return _Agreement(float(cosine.mean()), float(np.square(stored - fresh).sum() / spread))

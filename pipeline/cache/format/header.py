@@ -70,8 +70,8 @@ class CacheHeader(_Section):
     `quantiser` is `Quantiser.to_json()`, with `calibration` beside it if wanted; `{"name": "int8"}` alone states a wish
     (see `match_header`) and can't be created. `compression` stays in the file's form: earlier versions knew Blosc.
     `summary` is in the file only where each view has one: with "class", row 0 of the stored tokens is the teacher's
-    class token, and `quantiser` has channel statistics for it too, `summary_mean` and `summary_std`. Such a file has
-    `version` 2, all others have 1.
+    class token, and `quantiser` has channel statistics for it too, `summary_mean` and `summary_std`. `version` is the
+    lowest that can say it: 2 for a summary or int4, else 1.
     """
 
     format: Literal["mrmae-cache"] = "mrmae-cache"
@@ -92,12 +92,14 @@ class CacheHeader(_Section):
     @classmethod
     def _fill_version(cls, fields: Any) -> Any:
         """The lowest version that can say it: caches of before stay as they are, byte for byte."""
-        return {"version": 2 if fields.get("summary") else 1, **fields} if isinstance(fields, dict) else fields
+        if not isinstance(fields, dict):
+            return fields
+        return {"version": _version(fields.get("summary"), fields.get("quantiser")), **fields}
 
     @model_validator(mode="after")
     def _version_is_the_lowest(self) -> "CacheHeader":
-        if (self.version == 2) != (self.summary is not None):
-            raise ValueError(f"version {self.version} doesn't fit what the cache holds")
+        if self.version != (needed := _version(self.summary, self.quantiser_state)):
+            raise ValueError(f"version is {self.version}, and its content is of version {needed}")
         return self
 
     @model_validator(mode="after")
@@ -115,6 +117,7 @@ class CacheHeader(_Section):
             raise ValueError("attention per head needs heads >= 1")
         if len(self.quantiser.mean) not in (0, dim):
             raise ValueError(f"quantiser.mean has {len(self.quantiser.mean)} channels, teacher.dim is {dim}")
+        self.quantiser.width(self.dim)
         if self.summary and len(self.summary_quantiser.mean) != len(self.quantiser.mean):
             raise ValueError(f"quantiser.summary_mean has {len(self.summary_quantiser.mean)} channels, not {dim}")
         return self
@@ -139,6 +142,11 @@ class CacheHeader(_Section):
     def dim(self) -> int:
         """D, channels a token."""
         return int(self.teacher["dim"])
+
+    @property
+    def stored_dim(self) -> int:
+        """Items of a stored token: D, or half of it for int4, which packs two channels in a byte."""
+        return self.quantiser.width(self.dim)
 
     @property
     def count(self) -> int:
@@ -265,6 +273,12 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 def _short(value: Any) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _version(summary: Any, quantiser: Any) -> int:
+    """The lowest version whose readers understand a header with these fields."""
+    is_int4 = isinstance(quantiser, dict) and quantiser.get("name") == "int4"
+    return 2 if summary or is_int4 else 1
 
 
 def _positive(value: object) -> bool:

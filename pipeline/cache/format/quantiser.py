@@ -1,36 +1,45 @@
-"""Teacher tokens to what the cache stores, and back: int8 (the default), float16, float32.
+"""Teacher tokens to what the cache stores, and back: int8 (the default), int4, float16, float32.
 
-int8 standardises each channel with statistics of a few images, because channel deviations of real tokens span a factor
-of sixty, and then scales each token symmetrically to ±127 with one float16 scale. It runs where the tokens are.
+int8 and int4 standardise each channel with statistics of a few images, because channel deviations of real tokens span a
+factor of sixty. int8 then scales each token symmetrically to ±127 with one float16 scale; for int4 see
+`pipeline.cache.format.int4`. All run where the tokens are.
 """
 
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.cache.format.int4 import SCALE_FLOOR, Int4, packed_width
 from pipeline.configs.cache import QuantiserName
 from pipeline.errors import CacheError
 
 STD_FLOOR = 1e-2  # × the median deviation: a channel that is constant in calibration may move later
-SCALE_FLOOR = 2.0**-14  # the smallest normal float16: a zero token keeps a scale that divides
-LEVELS = 127
+LEVELS = 127  # of int8, on each side of zero
+
+
+class _Constants(NamedTuple):
+    """What quantising needs on one device."""
+
+    mean: Tensor
+    std: Tensor
+    int4: Int4 | None
 
 
 class Quantiser:
     """Maps tokens [..., L, D] to stored tokens and an optional scale [..., L], and back.
 
     Args:
-        name: int8, float16 or float32.
-        mean, std: float32 [D], for int8; both empty means not calibrated yet.
+        name: int8, int4, float16 or float32.
+        mean, std: float32 [D], for int8 and int4; both empty means not calibrated yet.
     """
 
     def __init__(self, name: str, mean: NDArray[np.float32] | None = None, std: NDArray[np.float32] | None = None):
         names = get_args(QuantiserName)
         if name not in names:
-            raise CacheError(f"quantiser '{name}' is not one of {', '.join(names)} (int4 loses too much: cosine 0.93)")
+            raise CacheError(f"quantiser '{name}' is not one of {', '.join(names)}")
         empty = np.empty(0, np.float32)
         self.name = name
         self.mean = empty if mean is None else np.asarray(mean, np.float32)
@@ -39,12 +48,13 @@ class Quantiser:
             raise CacheError("quantiser: mean and std must be two lists of equal length")
         if not np.isfinite(self.mean).all() or not (np.isfinite(self.std).all() and (self.std > 0).all()):
             raise CacheError("quantiser: mean and std must be finite, and std above zero")
-        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.width(len(self.mean))
+        self._on: dict[torch.device, _Constants] = {}
 
     @classmethod
     def calibrate(cls, name: str, tokens: Tensor) -> "Quantiser":
         """Measure channel statistics on tokens [N, L, D] of a few images (16 do, 256 are the default of extraction)."""
-        if name != "int8":
+        if not cls(name).has_scale:
             return cls(name)
         flat = tokens.reshape(-1, tokens.shape[-1])
         if flat.shape[0] == 0 or not torch.isfinite(flat).all():
@@ -59,19 +69,24 @@ class Quantiser:
 
     @property
     def calibrated(self) -> bool:
-        return self.name != "int8" or len(self.mean) > 0
+        return not self.has_scale or len(self.mean) > 0
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The numpy type of stored tokens, little-endian."""
-        return np.dtype({"int8": "i1", "float16": "<f2", "float32": "<f4"}[self.name])
+        return np.dtype({"int8": "i1", "int4": "u1", "float16": "<f2", "float32": "<f4"}[self.name])
 
     @property
     def has_scale(self) -> bool:
-        return self.name == "int8"
+        """Whether channels are standardised and each token has a scale."""
+        return self.name in ("int8", "int4")
+
+    def width(self, dim: int) -> int:
+        """Items of a stored token of `dim` channels. Raises CacheError where int4 can't pack them."""
+        return packed_width(dim) if self.name == "int4" else dim
 
     def quantise(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens float [..., L, D] → (stored [..., L, D], scale float16 [..., L] or None), on the same device.
+        """Tokens float [..., L, D] → (stored [..., L, width], scale float16 [..., L] or None), on the same device.
 
         Nothing here waits for an accelerator. Tokens that are not finite, or too large to store, give a scale that is
         not finite; where there is no scale, a stored token that is not finite.
@@ -80,35 +95,39 @@ class Quantiser:
             return tokens.float(), None
         if self.name == "float16":
             return tokens.half(), None
-        mean, std = self._statistics(tokens.device)
+        mean, std, int4 = self._constants(tokens.device)
         standardised = (tokens.float() - mean) / std
+        if int4 is not None:
+            return int4.encode(standardised)
         scale = (standardised.abs().amax(-1) / LEVELS).clamp(min=SCALE_FLOOR).half()
         # Dividing by the rounded scale, which is what the reader multiplies by, keeps the error within half a step.
         stored = (standardised / scale.float().unsqueeze(-1)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
         return stored, scale
 
     def dequantise(self, stored: Tensor | NDArray[Any], scale: Tensor | NDArray[Any] | None) -> Any:
-        """Stored tokens [..., L, D] and scale [..., L] → float32 [..., L, D]: tensors give tensors, arrays arrays."""
+        """Stored tokens [..., L, width] and scale [..., L] → float32 [..., L, D]; arrays give arrays, else tensors."""
         if isinstance(stored, np.ndarray):
             tensor_scale = None if scale is None else torch.from_numpy(scale)
             return self.dequantise(torch.from_numpy(stored), tensor_scale).numpy()
-        values = stored.float()
-        if self.name != "int8":
-            return values
+        if not self.has_scale:
+            return stored.float()
         assert isinstance(scale, Tensor)
-        mean, std = self._statistics(stored.device)
-        return values.mul_(scale.float().unsqueeze(-1)).mul_(std).add_(mean)
+        mean, std, int4 = self._constants(stored.device)
+        values = int4.decode(stored, scale) if int4 else stored.float().mul_(scale.float().unsqueeze(-1))
+        return values.mul_(std).add_(mean)
 
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _constants(self, device: torch.device) -> _Constants:
         if not self.calibrated:
-            raise CacheError("the int8 quantiser has no channel statistics: calibrate it first")
+            raise CacheError(f"the {self.name} quantiser has no channel statistics: calibrate it first")
         if device not in self._on:
-            self._on[device] = (torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device))
+            mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+            int4 = Int4(len(self.mean), device) if self.name == "int4" else None
+            self._on[device] = _Constants(mean, std, int4)
         return self._on[device]
 
     def to_json(self) -> dict[str, Any]:
         """Exact: every float32 survives as the double that equals it."""
-        if self.name != "int8" or not self.calibrated:
+        if not self.has_scale or not self.calibrated:
             return {"name": self.name}
         return {"name": self.name, "mean": self.mean.tolist(), "std": self.std.tolist()}
 

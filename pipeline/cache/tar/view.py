@@ -22,7 +22,7 @@ _ROW = struct.Struct(f"={FIELDS}q")  # such a row in memory
 NONE = -1  # start of a tombstone in the index
 _OUTSIDE = -2  # start of a record that its tar is too short for
 _LARGEST_MEMBER = 2 << 30  # bytes; a hole in a file may pretend to more than memory holds
-_SAFETENSORS_TYPES = {"int8": "I8", "float16": "F16", "float32": "F32"}
+_SAFETENSORS_TYPES = {"int8": "I8", "uint8": "U8", "float16": "F16", "float32": "F32"}
 
 
 class TensorLayout:
@@ -34,7 +34,7 @@ class TensorLayout:
     def __init__(self, header: CacheHeader) -> None:
         half = np.dtype("<f2")
         self._specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-            "tokens": (header.quantiser.dtype, (header.rows, header.dim))
+            "tokens": (header.quantiser.dtype, (header.rows, header.stored_dim))
         }
         if header.quantiser.has_scale:
             self._specs["scale"] = (half, (header.rows,))

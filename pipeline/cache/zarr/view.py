@@ -14,9 +14,10 @@ from pipeline.cache.format.records import TAIL, TAILS, Raw
 
 def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
     """Arrays of the group: name → (shape, dtype, dimension names). Those of 2 dimensions or more run over views."""
-    N, V, R, D = header.count, header.views, header.rows, header.dim
+    N, V, R, D = header.count, header.views, header.rows, header.stored_dim
+    items = "channel" if header.dim == D else "pair of channels"
     specs: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {
-        "tokens": ((N, V, R, D), header.quantiser.dtype.name, ("sample", "view", "token", "channel")),
+        "tokens": ((N, V, R, D), header.quantiser.dtype.name, ("sample", "view", "token", items)),
         "box": ((N, V, 4), "int32", ("sample", "view", "edge")),
         "hflip": ((N, V), "uint8", ("sample", "view")),
         "crc32c": ((N, V), "uint32", ("sample", "view")),
@@ -42,7 +43,9 @@ class Layout:
 
     def __init__(self, header: CacheHeader) -> None:
         half, R = np.dtype("<f2"), header.rows
-        kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {"tokens": (header.quantiser.dtype, (R, header.dim))}
+        kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+            "tokens": (header.quantiser.dtype, (R, header.stored_dim))
+        }
         if header.quantiser.has_scale:
             kinds["scale"] = (half, (R,))
         if header.attention_shape is not None:

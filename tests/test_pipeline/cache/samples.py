@@ -23,7 +23,7 @@ def make_header(store: str = "zarr", **changes: Any) -> CacheHeader:
     grid = changes.pop("grid", [3, 2])
     tokens = torch.from_numpy(np.random.default_rng(7).normal(size=(4, 6, dim)).astype(np.float32))
     quantiser = Quantiser.calibrate(name, tokens).to_json()
-    if changes.get("summary") and name == "int8":
+    if changes.get("summary") and name in ("int8", "int4"):
         of_summary = Quantiser.calibrate(name, SUMMARY_SCALE * tokens[:, :1]).to_json()
         quantiser |= {"summary_mean": of_summary["mean"], "summary_std": of_summary["std"]}
     sections: dict[str, Any] = {

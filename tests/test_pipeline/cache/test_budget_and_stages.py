@@ -14,14 +14,14 @@ from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, m
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("quantiser", ["int8", "int4", "float16", "float32"])
 def test_the_estimate_is_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, quantiser: str
 ) -> None:
     header = make_header(
         store,
         quantiser_name=quantiser,
-        dim=64,
+        dim=128,
         grid=[10, 10],
         dataset={"source": "", "kind": "", "count": 40, "digest": ""},
         samples_per_shard=20,
@@ -29,7 +29,7 @@ def test_the_estimate_is_what_is_written(
     path = make_cache(tmp_path / "cache", header)
     written = sum(f.stat().st_size for f in path.rglob("*") if f.parent.name not in ("cache", "commits", "index"))
     monkeypatch.setattr(budget, "JPEG_BYTES", 200)
-    expected = 40 * 2 * estimate_bytes(header.rows, 64, store, quantiser, attention=100)
+    expected = 40 * 2 * estimate_bytes(header.rows, 128, store, quantiser, attention=100)
     assert written == pytest.approx(expected, rel=0.08, abs=20_000)
 
 
@@ -50,6 +50,7 @@ def test_plan_of_imagenet() -> None:
     assert answer["teacher_gmac"] == pytest.approx(17.6, abs=0.1)
     assert answer["student_step_gmac"] == pytest.approx(29, abs=0.1)
     assert answer["extraction_gpu_hours"] == pytest.approx(1_281_167 / 1000 / 3600)
+    assert plan.run(plan.PlanConfig(quantiser="int4"))["size"] == "97.52 GB"
     half = plan.run(plan.PlanConfig(quantiser="float16", views=2))
     assert half["bytes"] == pytest.approx(2 * 386e9, rel=0.01)
     json.dumps(answer)

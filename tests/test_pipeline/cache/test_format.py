@@ -24,8 +24,9 @@ LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableException
 DOCS = Path(__file__).parents[3] / "docs" / "cache-format.md"
 
 
-def test_zarr_alone_reads_it(tmp_path: Path) -> None:
-    path = make_cache(tmp_path / "cache", make_header("zarr"), {5: "bad"})
+@pytest.mark.parametrize("quantiser", ["int8", "int4"])
+def test_zarr_alone_reads_it(tmp_path: Path, quantiser: str) -> None:
+    path = make_cache(tmp_path / "cache", make_header("zarr", quantiser_name=quantiser), {5: "bad"})
     group, reader = zarr.open_group(path, mode="r"), open_cache(path)
     for index in (0, 4, 9):
         for view in (0, 1):
@@ -37,9 +38,10 @@ def test_zarr_alone_reads_it(tmp_path: Path) -> None:
 
 
 @LEFT_OPEN
+@pytest.mark.parametrize("quantiser", ["int8", "int4"])
 @pytest.mark.parametrize("attention", ["mean", "heads", "none"])
-def test_webdataset_alone_reads_it(tmp_path: Path, attention: str) -> None:
-    header = make_header("webdataset", attention=attention, heads=2, dim=5, grid=[3, 1])
+def test_webdataset_alone_reads_it(tmp_path: Path, attention: str, quantiser: str) -> None:
+    header = make_header("webdataset", attention=attention, heads=2, dim=10, grid=[3, 1], quantiser_name=quantiser)
     path = make_cache(tmp_path / "cache", header, {5: "bad"})
     reader = open_cache(path)
     samples = list(webdataset.WebDataset(str(path / "shards" / "000001-01.tar"), shardshuffle=False))
@@ -50,7 +52,7 @@ def test_webdataset_alone_reads_it(tmp_path: Path, attention: str) -> None:
         assert set(tensors) == {"tokens", "scale", "attention"} - ({"attention"} if attention == "none" else set())
         np.testing.assert_array_equal(tensors["tokens"], record.tokens)
         np.testing.assert_array_equal(tensors["scale"], record.scale)
-        assert safetensors.torch.load(sample["safetensors"])["tokens"].shape == (3, 5)
+        assert safetensors.torch.load(sample["safetensors"])["tokens"].shape == (3, header.stored_dim)
         facts = json.loads(sample["json"])
         assert facts["key"] == record.key
         assert facts["box"] == record.box.tolist()
@@ -153,3 +155,17 @@ def run_example(library: str) -> dict[str, object]:
     names: dict[str, object] = {}
     exec(example, names)
     return names
+
+
+@pytest.mark.parametrize("dim", [8, 22])
+def test_numpy_alone_reads_int4_as_documented(tmp_path: Path, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = (e for e in examples if "levels" in e)
+    assert set(re.findall(r"(?:import|from) (\w+)", example)) == {"json", "pathlib", "numpy", "Path"}
+    path = make_cache(tmp_path / "cache", make_header("zarr", quantiser_name="int4", dim=dim))
+    monkeypatch.chdir(tmp_path)
+    for index, view in ((0, 0), (6, 1)):
+        names: dict[str, object] = {}
+        exec(example.replace("view = rows * columns, 0, 0", f"view = rows * columns, {index}, {view}"), names)
+        expected = open_cache(path).read(index, view, dequantise=True).tokens
+        np.testing.assert_allclose(names["tokens"], expected, rtol=1e-4, atol=1e-4)

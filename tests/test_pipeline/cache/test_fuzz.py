@@ -107,7 +107,7 @@ def test_any_edit_of_any_file(intact: Path, data: st.DataObject) -> None:
     grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     D=st.integers(1, 9),
     heads=st.integers(0, 2),
-    name=st.sampled_from(["int8", "float16", "float32"]),
+    name=st.sampled_from(["int8", "int4", "float16", "float32"]),
     summary=st.sampled_from(SUMMARIES),
     seed=st.integers(0, 2**32),
     keys=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=300), min_size=4, max_size=4),
@@ -117,6 +117,7 @@ def test_records_round_trip_for_any_shape(
     keys: list[str],
 ) -> None:  # fmt: skip
     random = np.random.default_rng(seed)
+    D += D % 2 if name == "int4" else 0
     flat = np.ones(D, np.float32)
     quantiser = Quantiser(name, flat, flat).to_json()
     R = grid[0] * grid[1] + bool(summary)
@@ -135,8 +136,8 @@ def test_records_round_trip_for_any_shape(
     images: list[list[bytes] | None]
     images = [[random.bytes(int(random.integers(1, 1500))) for _ in range(V)] for _ in range(n)]
     data = ShardData(
-        tokens=random.integers(-127, 128, (n, V, R, D)).astype(header.quantiser.dtype),
-        scale=random.uniform(0.1, 9, (n, V, R)).astype(np.float16) if name == "int8" else None,
+        tokens=random.integers(-127, 128, (n, V, R, header.stored_dim)).astype(header.quantiser.dtype),
+        scale=random.uniform(0.1, 9, (n, V, R)).astype(np.float16) if header.quantiser.has_scale else None,
         attention=random.uniform(0, 1, (n, V, *shape)).astype(np.float16),
         box=random.integers(0, 2**31, (n, V, 4)).astype(np.int32),
         hflip=random.integers(0, 2, (n, V)).astype(np.uint8),

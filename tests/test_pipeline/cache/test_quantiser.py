@@ -51,7 +51,7 @@ def test_floats_keep_their_precision(seed: int, name: str) -> None:
     torch.testing.assert_close(restored, values, rtol=2.0**-11 if name == "float16" else 0, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("name", ["int8", "int4", "float16", "float32"])
 def test_arrays_and_tensors_agree_and_json_is_exact(name: str) -> None:
     values = tokens(1)
     quantiser = Quantiser.from_json(Quantiser.calibrate(name, values).to_json())
@@ -89,7 +89,7 @@ def test_all_constant_channels_have_a_deviation_of_one() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("name", ["int8", "float16"])
+@pytest.mark.parametrize("name", ["int8", "int4", "float16"])
 def test_tokens_that_are_not_finite_or_too_large_show(name: str, bad: float) -> None:
     """Extraction looks for them where the results arrive on the host."""
     values = tokens(0)
@@ -107,9 +107,9 @@ def test_calibration_on_tokens_that_are_not_finite_fails() -> None:
         Quantiser.calibrate("int8", torch.full((1, 2, 3), np.nan))
 
 
-@pytest.mark.parametrize("name", ["int4", "bfloat16", ""])
+@pytest.mark.parametrize("name", ["int2", "bfloat16", ""])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(CacheError, match="not one of int8, float16, float32"):
+    with pytest.raises(CacheError, match="not one of int8, int4, float16, float32"):
         Quantiser(name)
 
 

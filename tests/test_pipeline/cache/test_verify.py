@@ -117,7 +117,7 @@ def test_a_sound_cache_passes(cache: Path, level: str) -> None:
     json.dumps(report.to_json())
 
 
-@pytest.mark.parametrize("quantiser", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("quantiser", ["int8", "int4", "float16", "float32"])
 @pytest.mark.parametrize(
     ("attention", "summary"), [("mean", None), ("heads", None), ("none", "class"), ("heads", "class")]
 )
@@ -127,11 +127,11 @@ def test_every_layout_passes(tmp_path: Path, store: str, quantiser: str, attenti
     assert report.sound, report.findings
 
 
-@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize(("quantiser", "summary"), [("int8", None), ("int8", "class"), ("int4", None)])
 @pytest.mark.parametrize("store", STORES)
-def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: str, summary: str | None) -> None:
+def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: str, quantiser: str, summary: str | None) -> None:
     """Three bits of every file, among them the first and the last."""
-    path = make_cache(tmp_path / "cache", make_header(store, summary=summary), TOMBSTONES)
+    path = make_cache(tmp_path / "cache", make_header(store, quantiser_name=quantiser, summary=summary), TOMBSTONES)
     random = np.random.default_rng(0)
     for file in [f for f in path.rglob("*") if f.is_file()]:
         content = file.read_bytes()
@@ -420,6 +420,29 @@ def test_the_same_teacher_agrees(cache: Path, store: str) -> None:
     assert report.sound, report.findings
     assert report.counts["deep"] == 6
     assert report.figures["cosine_mean"] > 0.999
+
+
+def test_what_the_quantiser_loses_is_no_fault_of_the_teacher(tmp_path: Path, store: str) -> None:
+    """int4 alone goes beyond the bounds of int8. Its own are as narrow around what it must lose."""
+    header = make_header(store, quantiser_name="int4", dim=96, grid=[7, 7])
+    path = make_cache(tmp_path / "cache", header)
+    report = verify(path, "deep", deep=partial(compare, path, teacher(header), 9))
+    assert report.sound, report.findings
+    assert report.figures["cosine_mean"] < 0.998
+    noise = np.random.default_rng(0).normal(size=(49, 96))
+    for change in (lambda t: t[::-1], lambda t: t + 0.12 * noise.astype(np.float32), lambda t: 1.15 * t):
+        found = verify(path, "deep", deep=partial(compare, path, teacher(header, tokens=change), 9)).findings
+        assert len(found) == 9
+        assert all("other tokens" in finding.message for finding in found)
+
+
+def test_int4_records_are_repaired_to_the_byte(tmp_path: Path, store: str) -> None:
+    path = make_cache(tmp_path / "cache", make_header(store, quantiser_name="int4"), TOMBSTONES)
+    file = target_of(path, "tokens", 1, 0)
+    sound = file.read_bytes()
+    file.write_bytes(sound[:40] + bytes([sound[40] ^ 16]) + sound[41:])
+    mend(path, verify(path, "full"))
+    assert file.read_bytes() == sound
 
 
 @pytest.mark.parametrize(

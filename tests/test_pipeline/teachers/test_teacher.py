@@ -89,10 +89,17 @@ def test_token_choices(teacher: Callable[..., Teacher], views: Callable[..., Ten
     normed, block = teacher(), teacher(tokens="block")
     raw = block(views(32)).tokens
     torch.testing.assert_close(normed(views(32)).tokens, normed.model.norm(raw))
-    blocks = [trace[:, 1:] for trace in block.trace(views(32), layers=4).blocks]
+    blocks = [trace[:, 1:] for trace in block.trace(views(32), depth=4).blocks]
     torch.testing.assert_close(teacher(tokens="block", layers=3)(views(32)).tokens, torch.stack(blocks[1:]).mean(0))
     mean_of_normed = torch.stack([normed.model.norm(output) for output in blocks]).mean(0)
     torch.testing.assert_close(teacher(layers=4)(views(32)).tokens, mean_of_normed)
+    for layer in (1, 2, 3, 4):
+        chosen = teacher(tokens="block", layer=layer)(views(32))
+        torch.testing.assert_close(chosen.tokens, blocks[layer - 1])
+        torch.testing.assert_close(chosen.attention, normed(views(32)).attention)  # the last block's
+        torch.testing.assert_close(teacher(layer=layer)(views(32)).tokens, normed.model.norm(blocks[layer - 1]))
+    two = teacher(tokens="block", layer=3, layers=2)(views(32)).tokens
+    torch.testing.assert_close(two, (blocks[1] + blocks[2]) / 2)
 
 
 def test_attention_rows_sum_to_one(teacher: Callable[..., Teacher], views: Callable[..., Tensor]) -> None:
@@ -111,6 +118,8 @@ def test_attention_rows_sum_to_one(teacher: Callable[..., Teacher], views: Calla
         ({"tokens": "last"}, "teacher.tokens='last': choose norm, block, projected"),
         ({"layers": 5}, r"teacher.layers=5: 't' has 4 blocks, choose 1..4"),
         ({"layers": 0}, "teacher.layers=0"),
+        ({"layer": 5}, "teacher.layer=5: 't' has 4 blocks, choose 1..4"),
+        ({"layer": 2, "layers": 3}, "teacher.layers=3: 't' has 2 blocks up to layer 2, choose 1..2"),
     ],
 )
 def test_choices_that_the_model_does_not_offer(
@@ -133,17 +142,28 @@ def test_reduced_precision_stays_close_and_returns_fp32(
 
 
 def test_identity_is_json_and_tells_choices_apart(teacher: Callable[..., Teacher]) -> None:
-    choices: list[dict[str, Any]] = [{}, {"tokens": "block"}, {"layers": 2}, {"dtype": torch.bfloat16}, {"mean": STD}]
+    choices: list[dict[str, Any]] = [
+        {},
+        {"tokens": "block"},
+        {"layers": 2},
+        {"layer": 3},
+        {"dtype": torch.bfloat16},
+        {"mean": STD},
+    ]
     identities = [teacher(**choice).identity() for choice in choices]
     assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == len(choices)
     assert json.loads(json.dumps(identities[0])) == identities[0]
+    assert teacher(layer=4).identity() == identities[0]  # the last block: a cache of before says nothing of it
     assert {"weights_sha256", "resize", "libraries", "num_heads", "grid"} <= identities[0].keys()
 
 
 def test_teachers_of_the_same_weights_share_one_forward(
     teacher: Callable[..., Teacher], views: Callable[..., Tensor]
 ) -> None:
-    group = [teacher(), teacher(tokens="block", layers=3), teacher(mean=STD), teacher(dtype=torch.bfloat16)]
+    group = [
+        teacher(), teacher(tokens="block", layers=3), teacher(mean=STD), teacher(dtype=torch.bfloat16),
+        teacher(layer=1), teacher(layer=3, layers=2),
+    ]  # fmt: skip
     alone = [member(views(32), heads=True) for member in group]
     assert share_backbones(group) == 3
     assert group[0].backbone is group[1].backbone

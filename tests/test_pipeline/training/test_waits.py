@@ -78,7 +78,7 @@ def waits(
 
 
 @pytest.mark.parametrize("name", ["mrmae_vit_tiny_patch16", "mrmae_convvit_small_patch16"])
-@pytest.mark.parametrize("lane", ["mae", "cached", "live"])
+@pytest.mark.parametrize("lane", ["mae", "int8", "int4", "live"])
 def test_pretraining(tmp_path: Path, name: str, lane: str) -> None:
     mimic: dict[str, Any] = {"objective": "mae"} if lane == "mae" else {"teachers": {"t": 64}}
     student = build_student(name, **SIZES, **DECODER, **mimic)
@@ -88,14 +88,16 @@ def test_pretraining(tmp_path: Path, name: str, lane: str) -> None:
         with CUDA:
             images = torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
             ids_keep = torch.zeros(4, 4, dtype=torch.int64)
-            stored, scale = torch.zeros(4, 4, 64, dtype=torch.int8), torch.ones(4, 4, dtype=torch.float16)
+            scale = torch.ones(4, 4, dtype=torch.float16)
+            packed = lane == "int4"
+            stored = torch.zeros(4, 4, 32 if packed else 64, dtype=torch.uint8 if packed else torch.int8)
             gumbel = torch.zeros(4, 16, dtype=torch.float64)
         batch = PretrainBatch(images, ids_keep, {}, torch.arange(4))
         images_and_views: Any = {"source": None, "views": ViewConfig(image_size=64)}
         knowledge: Knowledge = LiveKnowledge({}, **images_and_views)
-        if lane == "cached":
+        if lane in ("int8", "int4"):
             batch.targets["t"] = stored, scale
-            quantiser = Quantiser("int8", np.zeros(64, np.float32), np.ones(64, np.float32))
+            quantiser = Quantiser(lane, np.zeros(64, np.float32), np.ones(64, np.float32))
             reader: Any = SimpleNamespace(header=SimpleNamespace(quantiser=quantiser))
             knowledge = CachedKnowledge({"t": reader}, **images_and_views, samples=np.arange(4))
         elif teacher:
