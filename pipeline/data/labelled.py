@@ -177,6 +177,10 @@ def _check_labelled(source: ImageSource) -> None:
             "class-folder tree"
         )
     unlabelled = source.key(int(np.argmin(source.labels)))
+    if source.classes:
+        raise DataError(
+            f"{source.root} holds images both in class folders and beside them ({unlabelled}): move one kind away"
+        )
     raise DataError(f"{unlabelled} has no class: give a class-folder tree, or tars with KEY.cls beside KEY.jpg")
 
 
