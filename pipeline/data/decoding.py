@@ -204,7 +204,7 @@ def _is_turned(data: bytes) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's or XMP's number, 1 to 8; 1, which is upright, where it can't be read. Nothing else of EXIF is looked at."""
+    """EXIF's or XMP's number, 1 to 8; 1, which is upright, where it can't be read. All else of EXIF is left alone."""
     try:
         number = image.getexif().get(_ORIENTATION, 1)
     except _DECODE_ERRORS:

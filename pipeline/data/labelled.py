@@ -19,7 +19,7 @@ from pipeline.data.augment import Augment
 from pipeline.data.decoding import decode
 from pipeline.data.images import DataConfig, ImageSource, open_images
 from pipeline.data.loader import Request
-from pipeline.data.readable import check_readable
+from pipeline.data.readable import leave_unreadable_out
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.slots import Empty
 from pipeline.data.views import ViewConfig, center_view, draw_view, render, to_chw
@@ -34,12 +34,14 @@ def open_splits(data: DataConfig, val: DataConfig | None = None) -> tuple[ImageS
     Without `val`, `data.path` is a folder that holds train/ and val/, as torchvision's data sets lie.
 
     Raises:
-        DataError: nothing there, no classes or but one, or validation has classes that training lacks.
+        DataError: nothing there, no classes or but one, too many files that can't be read in one of them, or
+            validation has classes that training lacks.
         ConfigError: no `val`, and no train/ and val/ in `data.path`.
     """
     if val is None:
         data, val = _split_folder(data)
     train, held_out = open_labelled("data.path", data), open_labelled("val.path", val)
+    train, held_out = leave_unreadable_out({"data.path": train, "val.path": held_out})
     classes = train.num_classes
     distinct = len(np.unique(train.labels))
     if distinct < 2:
@@ -57,7 +59,7 @@ def open_labelled(key: str, data: DataConfig) -> ImageSource:
     """The images at `data.path`, each with its class. `key` is what messages call the path.
 
     Raises:
-        DataError: as `open_images` and `check_readable`; an image without a class.
+        DataError: as `open_images`; an image without a class.
     """
     try:
         source = open_images(data.path, data.limit)
@@ -68,7 +70,6 @@ def open_labelled(key: str, data: DataConfig) -> ImageSource:
     if {"train", "val"} <= set(source.classes):
         raise DataError(f"{key}={data.path} holds train/ and val/: leave val.path out, or give the two as paths")
     _check_labelled(source)
-    check_readable(source)
     return source
 
 
