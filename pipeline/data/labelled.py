@@ -79,7 +79,7 @@ def match_classes(
     """`val` with its labels counted as in training.
 
     Class folders agree by name. Where one of the two sets knows numbers alone, as tars do, folders that are called by
-    numbers agree by these, and all others by the order of their names.
+    numbers agree by these. As many folders of other names agree by the order of their names, with a warning.
 
     Args:
         classes: the names in training, empty where only numbers are known.
@@ -88,7 +88,7 @@ def match_classes(
         key: what messages call `val`.
 
     Raises:
-        DataError: it has classes that training lacks, by name or by number.
+        DataError: it has classes that training lacks, by name or by number, or fewer names than there are numbers.
     """
     if val.classes and classes:
         strange = sorted(set(val.classes) - set(classes))
@@ -118,11 +118,11 @@ def _by_number(val: ImageSource, num_classes: int, trained_on: str, key: str) ->
     numbers = _folder_numbers(val.classes)
     if numbers is None:
         if len(val.classes) < num_classes:
-            log.warning(
-                "%s has %d class folders and %s knows %d numbers: the folders are counted in the order of their names, "
-                "which is right only if they are the first classes",
-                *(key, len(val.classes), trained_on, num_classes),
+            raise DataError(
+                f"{key} has {len(val.classes)} class folders with names ({val.classes[0]}, ...) and {trained_on} knows "
+                f"{num_classes} numbers: which folder is which number can't be told; call the folders by the numbers"
             )
+        _say_order(key, val.classes)
         return val
     if numbers.max() >= num_classes:
         worst = val.classes[int(numbers.argmax())]
@@ -138,7 +138,10 @@ def _by_number(val: ImageSource, num_classes: int, trained_on: str, key: str) ->
 def _by_folder(val: ImageSource, classes: tuple[str, ...], trained_on: str, key: str) -> ImageSource:
     """Class numbers against a training set of class folders."""
     numbers = _folder_numbers(classes)
-    if numbers is None or np.array_equal(numbers, np.arange(len(numbers))):
+    if numbers is None:
+        _say_order(trained_on, classes)
+        return val
+    if np.array_equal(numbers, np.arange(len(numbers))):
         return val
     place = np.full(max(int(numbers.max()), val.num_classes - 1) + 1, -1, np.int64)
     place[numbers] = np.arange(len(numbers))
@@ -159,6 +162,14 @@ def _folder_numbers(classes: tuple[str, ...]) -> NDArray[np.int64] | None:
         return None
     numbers = np.array([int(name) for name in classes], dtype=np.int64)
     return numbers if len(np.unique(numbers)) == len(numbers) else None
+
+
+def _say_order(where: str, classes: tuple[str, ...]) -> None:
+    log.warning(
+        "the class folders of %s have names, and the other images numbers: nothing tells whether they agree. Taken as "
+        "in the order of the names: %s",
+        *(where, ", ".join(f"{name} is {number}" for number, name in enumerate(classes[:3]))),
+    )
 
 
 def _say_numbers(where: str, classes: tuple[str, ...]) -> None:

@@ -34,6 +34,7 @@ from pipeline.cache.zarr.view import (
 from pipeline.errors import CacheError
 from pipeline.files import sync
 
+_ADDED = ("attributes", "consolidated_metadata")  # entries of a zarr.json that anyone may add; nothing here reads them
 _KEY_ENCODING: Any = {"name": "default", "separator": "."}  # one flat folder an array: one fsync a shard, not five
 
 
@@ -142,7 +143,7 @@ class ZarrStore:
             path = file_of(self._root, file)
             if not path.is_file():
                 problems[file] = "is missing"
-            elif not _same_json(path.read_bytes(), expected):
+            elif not _describes_the_same(path.read_bytes(), expected):
                 problems[file] = "is not what this cache's header asks for"
         return problems
 
@@ -156,12 +157,19 @@ class ZarrStore:
             sync(path.parent)
 
 
-def _same_json(found: bytes, expected: bytes) -> bool:
-    """Equal bytes, or equal content: another version of zarr may lay out the file otherwise."""
+def _describes_the_same(found: bytes, expected: bytes) -> bool:
+    """Equal but for the layout of the text, attributes and consolidated metadata, which zarr's own tools add."""
     try:
-        return found == expected or bool(json.loads(found) == json.loads(expected))
+        return found == expected or _content(found) == _content(expected)
     except (ValueError, RecursionError):
         return False
+
+
+def _content(metadata: bytes) -> Any:
+    content = json.loads(metadata)
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in _ADDED}
+    return content
 
 
 def _sealed(span: range, data: ShardData, view: int, seal: Seal, sums: NDArray[np.uint32]) -> Iterator[NDArray[Any]]:
