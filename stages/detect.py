@@ -27,6 +27,7 @@ from pipeline.assembly.detectors import build_detector, load_detector
 from pipeline.assembly.students import Start, read_start
 from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
+from pipeline.data.readable import leave_unreadable_out
 from pipeline.detection import (
     CocoConfig,
     CocoImages,
@@ -95,7 +96,8 @@ def _train(config: DetectConfig) -> dict[str, Any]:
 
 def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
     group = processes()
-    val = _open(config.data.val)
+    (val,) = leave_unreadable_out({"data.val": _open(config.data.val)})
+    val.check_scorable("data.val")
     model = load_detector(config.checkpoint or config.output).to(group.device).eval()
     if model.spec["categories"] != [list(category) for category in val.categories]:
         raise DataError("data.val has other categories than the detector was trained on: give matching annotations")
@@ -124,7 +126,9 @@ def _open(config: CocoConfig) -> CocoImages:
 def _open_both(data: DetectionDataConfig) -> tuple[CocoImages, CocoImages]:
     if data.train is None:
         raise ConfigError("'data.train' is missing: give data.train.images=... and data.train.annotations=...")
-    train, val = _open(data.train), _open(data.val)
+    train, val = leave_unreadable_out({"data.train": _open(data.train), "data.val": _open(data.val)})
+    train.check_trainable("data.train")
+    val.check_scorable("data.val")
     if train.categories != val.categories:
         odd = sorted(set(train.categories) ^ set(val.categories))[:3]
         raise DataError(f"data.train and data.val have different categories (such as {odd}): give matching annotations")

@@ -39,6 +39,7 @@ from pipeline.data.labelled import (
 )
 from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
+from pipeline.data.readable import leave_unreadable_out
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.metrics import topk_hits
 from pipeline.evaluation.records import write_record
@@ -105,7 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError, CheckpointError: one of them is no classifier, or they take different sizes.
         DataError: they know other classes than `val` has.
     """
-    val = open_labelled("val.path", config.val)
+    (val,) = leave_unreadable_out({"val.path": open_labelled("val.path", config.val)})
     device = processes().device
     models = []
     for path in config.init:

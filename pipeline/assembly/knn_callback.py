@@ -14,7 +14,7 @@ from pipeline.configs.evaluation import KnnCallbackConfig
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset, match_classes
 from pipeline.data.loader import load_in_order
-from pipeline.data.readable import check_readable
+from pipeline.data.readable import leave_unreadable_out
 from pipeline.evaluation.features import FeatureSets, extract_features
 from pipeline.evaluation.knn import knn_classify
 from pipeline.models import Student
@@ -25,13 +25,13 @@ def knn_callback(config: KnnCallbackConfig, image_size: int) -> Callable[[nn.Mod
     """(student, step) → {"knn_top1", "knn_top5"}, fractions.
 
     Raises:
-        DataError: no labels, or classes in one set that the other doesn't have.
+        DataError: no labels, too many files that can't be read, or classes in one set that the other doesn't have.
     """
     state = processes()
     train, val = open_images(config.data.path, config.data.limit), open_images(config.val.path, config.val.limit)
     for source in (train, val):
-        LabelledDataset(source, image_size)  # says now, not after ten epochs, which image has no class,
-        check_readable(source)  # or is empty
+        LabelledDataset(source, image_size)  # says now, not after ten epochs, which image has no class
+    train, val = leave_unreadable_out({"knn.data.path": train, "knn.val.path": val})
     val = match_classes(val, train.classes, train.num_classes, "knn.data", "knn.val")
 
     def features(student: nn.Module, source: ImageSource, workers: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from pipeline.cache import CacheReader, Quantiser
 from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.masks import MaskSampler, select_visible
-from pipeline.data.readable import check_readable
+from pipeline.data.readable import leave_unreadable_out
 from pipeline.errors import ConfigError
 from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.phi_s import mean_and_covariance
@@ -249,8 +249,8 @@ def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | No
     """
     if path is None:
         raise _no_images()
-    source = open_images(path, limit)
-    check_readable(source)  # a cache knows which images can't be read, and leaves them out
+    # A cache knows which images can't be read, and leaves them out.
+    (source,) = leave_unreadable_out({"data.path": open_images(path, limit)})
     return LiveKnowledge(dict(teachers), source, views)
 
 

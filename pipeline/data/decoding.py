@@ -1,14 +1,16 @@
 """Encoded images → RGB pixels, upright; what is no readable image is an error in the same words each time."""
 
+import contextlib
 import io
 import re
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pipeline.errors import DataError, StorageError
 
@@ -16,6 +18,20 @@ _BOMB_PIXELS = 178_956_970  # Pillow's own refusal: an image that would unpack t
 _LONGEST_SIDE = (2**31 - 1) // 64 - 8  # pixels of a row that Pillow's decoders can count in bits
 
 _ORIENTATION = 0x0112  # EXIF's tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what makes an image of this orientation upright
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"})  # of a PNG; eXIf: its orientation
+_XMP = b"XML:com.adobe.xmp\0"  # an iTXt chunk that may hold the orientation too
+_LARGEST_XMP = 1 << 20  # bytes that Pillow reads
 
 # Pillow opens nothing else. Its EPS plugin starts Ghostscript, its WMF plugin asks the system, IPTC opens any other.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -37,8 +53,9 @@ _SPARE = 64 << 20  # bytes that a decoder may need beside the pixels
 def decode(data: bytes) -> Image.Image:
     """Encoded bytes → RGB image, upright (the EXIF rotation is applied).
 
-    Greyscale, palette and CMYK become RGB, transparency is dropped, 16-bit greyscale keeps its high byte. Files that
-    are truncated, damaged or would unpack to more than 179 million pixels raise DataError.
+    Greyscale, palette and CMYK become RGB, transparency is dropped, 16-bit greyscale keeps its high byte, floats from
+    0 to 1 are scaled to 0 to 255. Files that are truncated, damaged or would unpack to more than 179 million pixels
+    raise DataError, and so do greyscale values out of these ranges. Metadata but the orientation decide nothing.
     """
     decoded = _decode(data)
     return Image.fromarray(decoded) if isinstance(decoded, np.ndarray) else decoded
@@ -69,6 +86,33 @@ def decode_pixels(data: bytes, out: NDArray[np.uint8]) -> None:
 
 
 def _decode(data: bytes) -> NDArray[np.uint8] | Image.Image:
+    try:
+        return _decode_all(data)
+    except DataError:
+        without_metadata = _without_metadata(data)
+        if without_metadata is not None:
+            with contextlib.suppress(DataError):  # the first one says it better
+                return _decode_all(without_metadata)
+        raise
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """A PNG without texts, colour profile and the like, which Pillow limits in size; None where there is none."""
+    if not data.startswith(_PNG):
+        return None
+    chunks, at = [_PNG], len(_PNG)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        kind, content = data[at + 4 : at + 8], data[at + 8 : end - 4]
+        is_xmp = kind == b"iTXt" and content.startswith(_XMP) and len(content) < _LARGEST_XMP
+        if kind in _PIXEL_CHUNKS or is_xmp:
+            chunks.append(data[at:end])
+        at = end
+    kept = b"".join(chunks)
+    return kept if len(kept) < len(data) else None
+
+
+def _decode_all(data: bytes) -> NDArray[np.uint8] | Image.Image:
     pixels = 0
     try:
         decoded = _plain_jpeg(data)
@@ -156,11 +200,38 @@ def _is_turned(data: bytes) -> bool:
             return False
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     with open_image(data) as image:
-        return bool(image.getexif().get(_ORIENTATION, 1) != 1)
+        return _orientation(image) != 1
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's or XMP's number, 1 to 8; 1, which is upright, where it can't be read. All else of EXIF is left alone."""
+    try:
+        number = image.getexif().get(_ORIENTATION, 1)
+    except _DECODE_ERRORS:
+        return 1
+    return number if number in _TURNS else 1
 
 
 def _convert(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
+    image.load()  # a TIFF turns itself here
+    method = _TURNS.get(_orientation(image))
+    upright = image if method is None else image.transpose(method)
+    if upright.mode.startswith(("I", "F")):
+        upright = Image.fromarray(_grey_bytes(np.asarray(upright), is_float=upright.mode == "F"))
     return upright.convert("RGB")
+
+
+def _grey_bytes(pixels: NDArray[Any], *, is_float: bool) -> NDArray[np.uint8]:
+    """Grey values of more than eight bits [H, W] → uint8.
+
+    Raises:
+        DataError: they are out of the range that a rule is given for; cut off, they would be a blank square.
+    """
+    low, high, highest = pixels.min(), pixels.max(), 255 if is_float else 65535
+    if not (low >= 0 and high <= highest):  # nor NaN
+        kind = "floats" if is_float else "whole numbers"
+        unit = "0 to 1, or 0 to 255" if is_float else "0 to 65535"
+        raise DataError(f"its pixels are {kind} from {low:g} to {high:g}: scale them to {unit}")
+    if not is_float:
+        return (pixels >> 8).astype(np.uint8)
+    return (pixels * 255 + 0.5 if high <= 1 else pixels).astype(np.uint8)

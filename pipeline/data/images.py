@@ -10,7 +10,9 @@ sample in every stage and on every machine.
 
 import contextlib
 import errno
+import logging
 import os
+import re
 import time
 from dataclasses import dataclass, replace
 from glob import escape, glob
@@ -22,14 +24,20 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.data.listing import EXTENSIONS, first_image
+from pipeline.data.listing import Listing, first_image
 from pipeline.data.listing_index import open_listing
+from pipeline.data.naming import EXTENSIONS, show_counts
 from pipeline.errors import DataError, StorageError
+
+log = logging.getLogger(__name__)
 
 # A file that is gone, forbidden or none at all stays so; EIO, ESTALE, ETIMEDOUT and the like may pass.
 _LASTING = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 )
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+_SPLIT = re.compile(r"(train|val|valid|validation|test)(?![a-z])", re.IGNORECASE)  # how folders and tars begin
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DIGEST_ROWS = 8192  # keys that are hashed at once
 _PAUSES = (0.1, 0.4, 1.6)  # seconds before each further attempt
 
@@ -104,6 +112,30 @@ class ImageSource:
         with open(self.files[number], "rb") as tar:
             return os.pread(tar.fileno(), int(self.lengths[index]), int(offset))
 
+    def ends(self, index: int, size: int) -> tuple[int, bytes, bytes]:
+        """The bytes of an image, and its first and last `size`: a look that costs less than to read it.
+
+        Raises:
+            DataError, StorageError: as `read`, which is asked where the look fails.
+        """
+        file, start = self._place(index)
+        length = int(self.lengths[index])
+        try:
+            with open(file, "rb", buffering=0) as opened:
+                descriptor = opened.fileno()
+                head = os.pread(descriptor, size, start)
+                return length, head, os.pread(descriptor, min(size, length), start + max(0, length - size))
+        except OSError:
+            data = self.read(index)
+            return len(data), data[:size], data[-size:]
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """The file that holds an image, and where the image begins in it."""
+        if self.kind != "tar":
+            return f"{self.root}/{self.key(index)}", 0
+        number, offset = self.offsets[index]
+        return self.files[number], int(offset)
+
     def _is_gone(self) -> bool:
         """Whether nothing at all is left of the dataset, as when a disk was unmounted."""
         if self.kind == "tar":
@@ -132,8 +164,10 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
     """List the images at `path`; with `limit`, that many of them, evenly spread.
 
     Raises:
-        DataError: nothing there, no images in it, or images both beside and inside class folders, or beside tars.
+        DataError: nothing there, no images in it, or images beside tars.
     """
+    if _URL.match(path):
+        raise DataError(f"data.path={path}: images are read from local paths alone: copy them to a disk, or mount them")
     expanded = os.path.abspath(os.path.expanduser(path))
     tars = _find_tars(expanded)
     listing, index = open_listing(expanded, tars)
@@ -150,7 +184,9 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
         index=index,
     )
     if not len(source):
-        raise DataError(f"data.path={path}: no images in it (looked for {', '.join(sorted(EXTENSIONS))})")
+        found = f", which holds {show_counts(listing.passed_over)}" if listing.passed_over else ""
+        raise DataError(f"data.path={path}: no images in it{found} (looked for .{', .'.join(sorted(EXTENSIONS))})")
+    _say_what_is_left(path, listing, tars)
     if limit is not None and limit < len(source):
         source = source.select(np.arange(limit, dtype=np.int64) * len(source) // limit)
     return source
@@ -167,6 +203,19 @@ def _digest_input(keys: NDArray[np.bytes_], lengths: NDArray[np.int64]) -> bytes
     return table[used].tobytes()
 
 
+def _say_what_is_left(path: str, listing: Listing, tars: tuple[str, ...]) -> None:
+    """One line about files that are there and not among the images, and one where two sets are taken for one."""
+    if listing.passed_over:
+        log.info("data.path=%s: %d images; passed over: %s", path, len(listing), show_counts(listing.passed_over))
+    names = map(os.path.basename, tars) if tars else listing.classes
+    splits = {match[0].lower() for name in names if (match := _SPLIT.match(name))}
+    if "train" in splits and len(splits) > 1:
+        log.warning(
+            "data.path=%s holds %s, and all of it is taken: name one part if validation images should stay out",
+            *(path, " and ".join(sorted(splits))),
+        )
+
+
 def _find_tars(path: str) -> tuple[str, ...]:
     """The tars that a folder, a file, a glob or a brace pattern names; () when it is a folder of images."""
     if os.path.isdir(path):
@@ -177,11 +226,22 @@ def _find_tars(path: str) -> tuple[str, ...]:
                 "tars by a pattern such as '*.tar', or move one kind away"
             )
         return tars
-    patterns = list(braceexpand.braceexpand(path))
+    try:
+        patterns = [path] if os.path.isfile(path) else list(braceexpand.braceexpand(path))
+    except ValueError as error:
+        raise DataError(f"data.path={path}: its braces don't pair") from error
     found = [name for pattern in patterns for name in (sorted(glob(pattern)) or [pattern])]
+    folder = next(filter(os.path.isdir, found), None)
+    if folder is not None:
+        raise DataError(
+            f"data.path={path}: a pattern names tars, and {folder} is a folder: give one folder (those inside it are "
+            "read), or a pattern that ends in .tar"
+        )
     missing = [name for name in found if not os.path.isfile(name)]
     if missing:
         raise DataError(f"data.path: no such file or folder: {missing[0]}")
-    if not all(name.endswith(".tar") for name in found):
-        raise DataError(f"data.path={path}: expected a folder of images or .tar files")
+    odd = next((name for name in found if not name.endswith(".tar")), None)
+    if odd is not None:
+        unpack = ": unpack it to a plain tar" if odd.endswith(_COMPRESSED) else ""
+        raise DataError(f"data.path={path}: expected a folder of images or .tar files, not {odd}{unpack}")
     return tuple(found)

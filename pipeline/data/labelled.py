@@ -20,7 +20,7 @@ from pipeline.data.augment import Augment
 from pipeline.data.decoding import decode
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.loader import Request
-from pipeline.data.readable import check_readable
+from pipeline.data.readable import leave_unreadable_out
 from pipeline.data.rng import Stream, raw_bits
 from pipeline.data.slots import Empty
 from pipeline.data.views import center_view, draw_view, render, to_chw
@@ -36,12 +36,14 @@ def open_splits(data: DataConfig, val: DataConfig | None = None) -> tuple[ImageS
     Without `val`, `data.path` is a folder that holds train/ and val/, as torchvision's data sets lie.
 
     Raises:
-        DataError: nothing there, no classes or but one, or validation has classes that training lacks.
+        DataError: nothing there, no classes or but one, too many files that can't be read in one of them, or
+            validation has classes that training lacks.
         ConfigError: no `val`, and no train/ and val/ in `data.path`.
     """
     if val is None:
         data, val = _split_folder(data)
     train, held_out = open_labelled("data.path", data), open_labelled("val.path", val)
+    train, held_out = leave_unreadable_out({"data.path": train, "val.path": held_out})
     classes = train.num_classes
     distinct = len(np.unique(train.labels))
     if distinct < 2:
@@ -59,7 +61,7 @@ def open_labelled(key: str, data: DataConfig) -> ImageSource:
     """The images at `data.path`, each with its class. `key` is what messages call the path.
 
     Raises:
-        DataError: as `open_images` and `check_readable`; an image without a class.
+        DataError: as `open_images`; an image without a class.
     """
     try:
         source = open_images(data.path, data.limit)
@@ -70,7 +72,6 @@ def open_labelled(key: str, data: DataConfig) -> ImageSource:
     if {"train", "val"} <= set(source.classes):
         raise DataError(f"{key}={data.path} holds train/ and val/: leave val.path out, or give the two as paths")
     _check_labelled(source)
-    check_readable(source)
     return source
 
 
@@ -80,7 +81,7 @@ def match_classes(
     """`val` with its labels counted as in training.
 
     Class folders agree by name. Where one of the two sets knows numbers alone, as tars do, folders that are called by
-    numbers agree by these, and all others by the order of their names.
+    numbers agree by these. As many folders of other names agree by the order of their names, with a warning.
 
     Args:
         classes: the names in training, empty where only numbers are known.
@@ -89,7 +90,7 @@ def match_classes(
         key: what messages call `val`.
 
     Raises:
-        DataError: it has classes that training lacks, by name or by number.
+        DataError: it has classes that training lacks, by name or by number, or fewer names than there are numbers.
     """
     if val.classes and classes:
         strange = sorted(set(val.classes) - set(classes))
@@ -119,11 +120,11 @@ def _by_number(val: ImageSource, num_classes: int, trained_on: str, key: str) ->
     numbers = _folder_numbers(val.classes)
     if numbers is None:
         if len(val.classes) < num_classes:
-            log.warning(
-                "%s has %d class folders and %s knows %d numbers: the folders are counted in the order of their names, "
-                "which is right only if they are the first classes",
-                *(key, len(val.classes), trained_on, num_classes),
+            raise DataError(
+                f"{key} has {len(val.classes)} class folders with names ({val.classes[0]}, ...) and {trained_on} knows "
+                f"{num_classes} numbers: which folder is which number can't be told; call the folders by the numbers"
             )
+        _say_order(key, val.classes)
         return val
     if numbers.max() >= num_classes:
         worst = val.classes[int(numbers.argmax())]
@@ -139,7 +140,10 @@ def _by_number(val: ImageSource, num_classes: int, trained_on: str, key: str) ->
 def _by_folder(val: ImageSource, classes: tuple[str, ...], trained_on: str, key: str) -> ImageSource:
     """Class numbers against a training set of class folders."""
     numbers = _folder_numbers(classes)
-    if numbers is None or np.array_equal(numbers, np.arange(len(numbers))):
+    if numbers is None:
+        _say_order(trained_on, classes)
+        return val
+    if np.array_equal(numbers, np.arange(len(numbers))):
         return val
     place = np.full(max(int(numbers.max()), val.num_classes - 1) + 1, -1, np.int64)
     place[numbers] = np.arange(len(numbers))
@@ -162,6 +166,14 @@ def _folder_numbers(classes: tuple[str, ...]) -> NDArray[np.int64] | None:
     return numbers if len(np.unique(numbers)) == len(numbers) else None
 
 
+def _say_order(where: str, classes: tuple[str, ...]) -> None:
+    log.warning(
+        "the class folders of %s have names, and the other images numbers: nothing tells whether they agree. Taken as "
+        "in the order of the names: %s",
+        *(where, ", ".join(f"{name} is {number}" for number, name in enumerate(classes[:3]))),
+    )
+
+
 def _say_numbers(where: str, classes: tuple[str, ...]) -> None:
     log.warning(
         "the class folders of %s (%s, ...) are matched with class numbers by what they are called, not by the order of "
@@ -179,6 +191,10 @@ def _check_labelled(source: ImageSource) -> None:
             "class-folder tree"
         )
     unlabelled = source.key(int(np.argmin(source.labels)))
+    if source.classes:
+        raise DataError(
+            f"{source.root} holds images both in class folders and beside them ({unlabelled}): move one kind away"
+        )
     raise DataError(f"{unlabelled} has no class: give a class-folder tree, or tars with KEY.cls beside KEY.jpg")
 
 

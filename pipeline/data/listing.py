@@ -6,7 +6,9 @@ A listing is a few arrays. `ImageSource` reads by them; `listing_index.py` keeps
 import functools
 import os
 import resource
+import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,14 +17,19 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.tar_headers import Member, TarWalk, open_tar
+from pipeline.data.naming import (
+    HIDDEN,
+    IMAGE_ENDINGS,
+    SYSTEM_FOLDERS,
+    add_counts,
+    companion,
+    describe_ending,
+    key_of,
+)
+from pipeline.data.tar_content import read_content
 from pipeline.errors import DataError
 from pipeline.progress import Progress
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
-
-_ENDINGS = frozenset(extension.encode() for extension in EXTENSIONS)
-_LONGEST_NUMBER = 256  # bytes of a KEY.cls that is read
 _THREADS = 32  # that wait for a disk
 _PATIENCE = 0.2  # seconds of one thread before more are thought of
 
@@ -43,6 +50,7 @@ class Listing:
     offsets: NDArray[np.int64]  # [N, 2] (tar number, offset); [0, 2] for folders
     watched: NDArray[np.bytes_]  # [K]
     stamps: NDArray[np.int64]  # [K, 2] bytes (0 for folders) and mtime in ns, as they were before they were listed
+    passed_over: dict[str, int]  # why → how many files are there and no image or label
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -53,6 +61,7 @@ class _Folder(NamedTuple):
     mtime: int
     keys: NDArray[np.bytes_]  # of its own images, sorted
     folders: list[bytes]  # prefixes, sorted
+    passed_over: dict[str, int]
 
 
 class _Tar(NamedTuple):
@@ -60,25 +69,23 @@ class _Tar(NamedTuple):
     numbers: NDArray[np.int64]  # [n, 3] length, label, offset
     text_class: str
     stamp: tuple[int, int]
+    passed_over: dict[str, int]
 
 
 def list_folder(root: str) -> Listing:
-    """A class-folder tree or a flat folder, by the keys' order. Hidden files and folders are passed over.
+    """A class-folder tree or a flat folder, by the keys' order. Images beside class folders have no class.
 
     Raises:
-        DataError: images both beside and inside class folders; a folder that can't be read; a name that is no UTF-8.
+        DataError: a folder that can't be read, or that a link inside it leads back to; a name that is no UTF-8.
     """
     folders = _folders(os.fsencode(root))
-    flat = len(folders[0].keys) > 0
-    if flat and any(len(folder.keys) for folder in folders[1:]):
-        stray = os.fsdecode(folders[0].keys[0])
-        raise DataError(f"data.path={root}: images both in class folders and beside them ({stray}); move one kind away")
     watched = _pack([folder.prefix or b"." for folder in folders])
     stamps = np.array([(0, folder.mtime) for folder in folders], dtype=np.int64)
+    passed_over = add_counts(folder.passed_over for folder in folders)
     blocks = [folder.keys for folder in folders if len(folder.keys)]
     del folders  # so that `_join` frees block by block
-    owners = [b"" if flat else bytes(block[0]).split(b"/", 1)[0] for block in blocks]
-    classes = [] if flat else sorted(set(owners))
+    owners = [bytes(block[0]).rpartition(b"/")[0].partition(b"/")[0] for block in blocks]  # b"": the root itself
+    classes = sorted(set(owners) - {b""})
     number = {name: label for label, name in enumerate(classes)}
     sizes = [len(block) for block in blocks]
     labels = np.repeat(np.array([number.get(name, -1) for name in owners], dtype=np.int64), sizes)
@@ -87,7 +94,7 @@ def list_folder(root: str) -> Listing:
         order = np.argsort(keys, kind="stable")
         keys, labels = keys[order], labels[order]
     return Listing(
-        kind="flat" if flat or not len(keys) else "tree",
+        kind="tree" if classes else "flat",
         classes=tuple(name.decode() for name in classes),
         text_class="",
         keys=keys,
@@ -96,6 +103,7 @@ def list_folder(root: str) -> Listing:
         offsets=np.empty((0, 2), np.int64),
         watched=watched,
         stamps=stamps,
+        passed_over=passed_over,
     )
 
 
@@ -103,25 +111,30 @@ def list_tars(tars: Sequence[str]) -> Listing:
     """The images of tars, in the order in which they were packed; the class of KEY.jpg is the number in KEY.cls.
 
     Raises:
-        DataError: a tar that can't be read, or a name that is no UTF-8.
+        DataError: a tar that can't be read; a name that is no UTF-8; an image or class that is there twice, two
+            images of one key, or a link to what isn't in the tar.
     """
     parts = spread(_list_tar, tars, "tar")
     sizes = [len(part.keys) for part in parts]
     text_class = next((part.text_class for part in parts if part.text_class), "")
     stamps = np.array([part.stamp for part in parts], dtype=np.int64)
     lengths, labels, places = (np.concatenate([part.numbers[:, column] for part in parts]) for column in range(3))
+    passed_over = add_counts(part.passed_over for part in parts)
     blocks = [part.keys for part in parts]
     del parts  # so that `_join` frees block by block
+    keys = _join(blocks)
+    _check_names(tars, keys)
     return Listing(
         kind="tar",
         classes=(),
         text_class=text_class,
-        keys=_join(blocks),
+        keys=keys,
         lengths=lengths,
         labels=labels,
         offsets=np.stack([np.repeat(np.arange(len(tars)), sizes), places], axis=1),
         watched=_pack([os.fsencode(tar) for tar in tars]),
         stamps=stamps,
+        passed_over=passed_over,
     )
 
 
@@ -179,22 +192,51 @@ def _folders(root: bytes) -> list[_Folder]:
 
 def _scan(root: bytes, prefix: bytes) -> _Folder:
     path = os.path.join(root, prefix)
-    keys, folders = [], []
+    names: list[bytes] = []
+    folders: list[bytes] = []
+    dotted: list[bytes] = []  # names such as a.seg.jpg
+    passed: Counter[str] = Counter()
     try:
         mtime = os.stat(path).st_mtime_ns
         with os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
                 if name.startswith(b"."):
-                    continue  # .ipynb_checkpoints is no class
+                    passed[HIDDEN] += 1
+                    continue
                 if entry.is_dir():
+                    if name in SYSTEM_FOLDERS:
+                        passed[HIDDEN] += 1
+                        continue
+                    if entry.is_symlink():
+                        _check_way_out(path, entry.path)
                     folders.append(prefix + name + b"/")
-                elif name[name.rfind(b".") :].lower() in _ENDINGS:
-                    keys.append(prefix + name)
+                    continue
+                stem, _, ending = name.rpartition(b".")
+                if not stem or ending.lower() not in IMAGE_ENDINGS:
+                    passed[describe_ending(ending.lower() if stem else b"")] += 1
+                    continue
+                names.append(prefix + name)
+                if b"." in stem:
+                    dotted.append(prefix + name)
     except OSError as error:
         raise DataError(f"data.path: {os.fsdecode(path)}: {error.strerror or error}") from error
-    keys.sort()
-    return _Folder(prefix, mtime, _pack(keys), folders)
+    if dotted:
+        plain = {name.rpartition(b".")[0] for name in names}
+        companions = {name for name in dotted if key_of(name) in plain}
+        names = [name for name in names if name not in companions]
+        passed.update(map(companion, companions))
+    names.sort()
+    return _Folder(prefix, mtime, _pack(names), folders, passed)
+
+
+def _check_way_out(path: bytes, link: bytes) -> None:
+    """A link to a folder around it would have all images listed again and again."""
+    target = os.path.realpath(link)
+    if os.path.join(os.path.realpath(path), b"").startswith(os.path.join(target, b"")):
+        raise DataError(
+            f"data.path: {os.fsdecode(link)} is a link to {os.fsdecode(target)}, which holds it: remove the link"
+        )
 
 
 def _lengths(root: bytes, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
@@ -206,7 +248,10 @@ def _block_lengths(root: bytes, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
     lengths = np.zeros(len(keys), np.int64)
     for place, key in enumerate(keys.tolist()):
         try:
-            lengths[place] = os.stat(root + b"/" + key).st_size
+            facts = os.stat(root + b"/" + key)
+            lengths[place] = facts.st_size
+            if not stat.S_ISREG(facts.st_mode):
+                raise DataError(f"data.path: {os.fsdecode(key)} is a pipe, socket or device, no file: take it away")
         except FileNotFoundError:
             pass  # a link to nowhere: an image that can't be read
         except OSError as error:
@@ -215,39 +260,28 @@ def _block_lengths(root: bytes, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
 
 
 def _list_tar(tar: str) -> _Tar:
-    images: dict[bytes, tuple[bytes, int, int]] = {}
-    labels: dict[bytes, int] = {}
-    text_class = ""
-    with open_tar(tar) as members:
-        stamp = members.stamp
-        for member in members:
-            stem, _, extension = member.name.rpartition(b".")
-            if b"." + extension.lower() in _ENDINGS:
-                images[stem] = (member.name, member.size, member.offset)
-            elif extension == b"cls":
-                label = _class_number(members, member)
-                labels[stem] = -1 if label is None else label
-                if label is None and not text_class:
-                    text_class = f"{os.path.basename(tar)}/{os.fsdecode(member.name)}"
-    shard = os.fsencode(os.path.basename(tar)) + b"/"
-    rows = [(size, labels.get(stem, -1), offset) for stem, (_, size, offset) in images.items()]
+    content = read_content(tar)
+    rows, shard = list(content.rows()), os.fsencode(os.path.basename(tar)) + b"/"
     return _Tar(
-        _pack([shard + name for name, _, _ in images.values()]),
-        np.array(rows, dtype=np.int64).reshape(-1, 3),
-        text_class,
-        stamp,
+        _pack([shard + image.name for image, _ in rows]),
+        np.array([(image.size, label, image.offset) for image, label in rows], dtype=np.int64).reshape(-1, 3),
+        content.text_class,
+        content.stamp,
+        content.passed_over,
     )
 
 
-def _class_number(tar: TarWalk, member: Member) -> int | None:
-    """None: the class is no number, or one that no label can hold."""
-    if member.size > _LONGEST_NUMBER:
-        return None
-    try:
-        number = int(tar.read(member))
-    except ValueError:
-        return None
-    return number if abs(number) < 2**63 else None
+def _check_names(tars: Sequence[str], keys: NDArray[np.bytes_]) -> None:
+    """Samples are told apart by their tar's name: two tars of one name must not hold the same one."""
+    if len({os.path.basename(tar) for tar in tars}) == len(tars):
+        return
+    names, counts = np.unique(keys, return_counts=True)
+    if (counts > 1).any():
+        name = os.fsdecode(bytes(names[int(counts.argmax())]))
+        raise DataError(
+            f"data.path: {name} is there twice, in tars of one name: name each tar once, and give tars of several "
+            "folders different names"
+        )
 
 
 def _pack(names: list[bytes]) -> NDArray[np.bytes_]:

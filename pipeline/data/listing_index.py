@@ -21,7 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.data.listing import EXTENSIONS, Listing, list_folder, list_tars
+from pipeline.data.listing import Listing, list_folder, list_tars
+from pipeline.data.naming import EXTENSIONS
 from pipeline.files import whole_file
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "MRMAE_LISTINGS"  # the folder of the kept listings; empty: keep none
 WORTH_KEEPING = 10_000  # images; fewer are listed in a moment
 
-_MAGIC = b"mrmae listing 1\n"
+_MAGIC = b"mrmae listing 2\n"
 _ARRAYS = ("keys", "lengths", "labels", "offsets", "watched", "stamps")
 _ALIGNED = 64
 _START = len(_MAGIC) + 16  # then the head's length and its hash

@@ -5,6 +5,7 @@ https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html, with GNU ta
 """
 
 import contextlib
+import functools
 import os
 import re
 import zlib
@@ -17,12 +18,20 @@ _BLOCK = 512
 _WINDOW = 4096  # bytes of one read: a header, a class number behind it and the next header come together
 _CHECKSUM_BLANKS = 8 * ord(" ")  # a header's checksum is taken with its own eight bytes blank
 _ADLER = 65521  # zlib.adler32's lower half is 1 + the sum of the bytes, modulo this
+_TAIL = 1 << 20  # bytes behind the end mark that are read at once
 _LARGEST_EXTENSION = 1 << 20  # bytes of a long name or of a pax record; more is no header
 
 _FILE = frozenset(b"\x0007")
 _NO_DATA = frozenset(b"123456")  # links, devices, folders and pipes: their size says nothing of what follows
 _ANNOUNCING = frozenset(b"LKxXg")  # headers that say more of the next one
 _LONG_NAME, _LONG_LINK, _GLOBAL, _SPARSE, _FOLDER = b"LKgS5"
+_HARD_LINK, _SYMBOLIC_LINK = b"12"
+_LINKS = frozenset((_HARD_LINK, _SYMBOLIC_LINK))
+_NO_END = (
+    "it has no end mark, so it was cut off or is still being written: copy or pack it again (where it is known to be "
+    "whole, `head -c 1024 /dev/zero >> FILE` ends it)"
+)
+_CONTINUED = "another tar begins behind its end mark, at byte %d, as `cat A.tar B.tar` makes: name the tars one by one"
 _NO_HEADER = "no header at byte %d: copy or pack it again"
 _SPARSE_FILE = "%s is sparse: pack it without --sparse"
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
@@ -36,6 +45,14 @@ class Member(NamedTuple):
     size: int
 
 
+class Link(NamedTuple):
+    """A name for a file that has another name in the tar, or somewhere on a disk."""
+
+    name: bytes
+    target: bytes
+    is_hard: bool
+
+
 class _Damage(Exception):  # noqa: N818 - a fact about the file, turned into DataError where its name is known
     pass
 
@@ -45,7 +62,7 @@ def open_tar(path: str) -> Iterator["TarWalk"]:
     """A tar to walk over: `for member in tar`, and `tar.read(member)` on the way.
 
     Raises:
-        DataError: it can't be read, is compressed, torn, damaged or holds sparse files.
+        DataError: it can't be read, is compressed, torn, damaged, without its end mark or holds sparse files.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -78,20 +95,24 @@ class _Window:
 
 
 class TarWalk:
-    """Each regular file in the order of packing. Links, folders and devices are passed over.
-
-    A tar may end without its two blocks of zeros.
-    """
+    """Each regular file and each link in the order of packing. Folders and devices are passed over."""
 
     def __init__(self, descriptor: int) -> None:
         facts = os.fstat(descriptor)
         self.stamp = facts.st_size, facts.st_mtime_ns  # as it was before it was read
-        self._read, self._length = _Window(descriptor), facts.st_size
+        self._descriptor, self._length = descriptor, facts.st_size
+        self._read = _Window(descriptor)
 
     def read(self, member: Member) -> bytes:
         return self._read(member.offset, member.size)
 
-    def __iter__(self) -> Iterator[Member]:
+    @functools.cached_property
+    def files(self) -> dict[bytes, Member]:
+        """Each regular file by its name: what hard links point to. A walk of its own."""
+        walk = TarWalk(self._descriptor)
+        return {without_dot(member.name): member for member in walk if isinstance(member, Member)}
+
+    def __iter__(self) -> Iterator[Member | Link]:
         if not self._length:
             raise _Damage("it is empty")
         at = 0
@@ -106,11 +127,12 @@ class TarWalk:
                 once, always = self._extend(kind, data, size, once, always)
                 at = data + -(-size // _BLOCK) * _BLOCK
                 continue
-            name = _name(header)
+            name, records = _name(header), always
             if kind == 0 and once.get(b"path", name).endswith(b"/"):
                 kind = _FOLDER  # as tars of before 1988 have it
             if once or always:
-                name, size = _override(name, size, always | once, at)
+                records = always | once
+                name, size = _override(name, size, records, at)
                 once = {}
             if size < 0 or kind == _SPARSE:
                 raise _Damage(_SPARSE_FILE % _shown(name) if kind == _SPARSE else _NO_HEADER % at)
@@ -119,8 +141,24 @@ class TarWalk:
                 raise _Damage(f"it ends in the middle of {_shown(name)}: copy or pack it again")
             if kind in _FILE:
                 yield Member(name, data, size)
+            elif kind in _LINKS:
+                target = records.get(b"linkpath") or header[157:257].partition(b"\0")[0]
+                yield Link(name, target, kind == _HARD_LINK)
         if is_announced:
             raise _Damage("it ends behind the header of a long name: copy or pack it again")
+        self._check_end(at, header)
+
+    def _check_end(self, at: int, header: bytes) -> None:
+        """Whether zeros end the tar and no other tar follows. Nothing else tells a torn one from a whole one."""
+        if not header:
+            raise _Damage(_NO_END)
+        for start in range(at, self._length, _TAIL):
+            tail = self._read(start, min(_TAIL, self._length - start))
+            if any(tail):
+                place = (len(tail) - len(tail.lstrip(b"\0"))) // _BLOCK * _BLOCK
+                if _is_header(tail[place : place + _BLOCK]):
+                    raise _Damage(_CONTINUED % (start + place))
+                return
 
     def _extend(
         self, kind: int, data: int, size: int, once: dict[bytes, bytes], always: dict[bytes, bytes]
@@ -134,7 +172,7 @@ class TarWalk:
         if kind == _LONG_NAME:
             return {b"path": content.partition(b"\0")[0]} | once, always
         if kind == _LONG_LINK:
-            return once, always
+            return {b"linkpath": content.partition(b"\0")[0]} | once, always
         records = _pax(content, data - _BLOCK)
         return (once, always | records) if kind == _GLOBAL else (records | once, always)
 
@@ -154,6 +192,14 @@ def _check(header: bytes, at: int) -> None:
     total = sum(header) - sum(field) + _CHECKSUM_BLANKS
     if expected != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
         raise _Damage(_compressed(header, at) or _NO_HEADER % at)
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        _check(block, 1)
+    except _Damage:
+        return False
+    return True
 
 
 def _compressed(header: bytes, at: int) -> str | None:
@@ -178,6 +224,11 @@ def _name(header: bytes) -> bytes:
     if header[345]:
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     return name
+
+
+def without_dot(name: bytes) -> bytes:
+    """`./a.jpg` and `a.jpg` are one file."""
+    return name.removeprefix(b"./")
 
 
 def _shown(name: bytes) -> str:

@@ -46,7 +46,7 @@ class AnnotationEntry(_Entry):
     bbox: Annotated[list[FiniteFloat], Len(4, 4)]  # left, top, width, height
     area: FiniteFloat | None = None
     iscrowd: int = Field(0, ge=0, le=1)
-    segmentation: RleEntry | list[list[FiniteFloat]]
+    segmentation: RleEntry | list[list[FiniteFloat]] = []  # empty: a box alone
 
 
 class Row(NamedTuple):
@@ -58,6 +58,7 @@ class Row(NamedTuple):
     area: float
     crowd: bool
     segment: bytes  # JSON
+    has_box_alone: bool  # no mask was annotated
 
 
 class Annotations(NamedTuple):
@@ -106,7 +107,15 @@ def _rows(
         area = record.bbox[2] * record.bbox[3] if record.area is None else record.area
         segment = json.dumps(_usable(record.segmentation)).encode()
         rows[record.image_id].append(
-            Row(record.id, labels[record.category_id], record.bbox, area, bool(record.iscrowd), segment)
+            Row(
+                record.id,
+                labels[record.category_id],
+                record.bbox,
+                area,
+                bool(record.iscrowd),
+                segment,
+                has_box_alone=record.segmentation == [],
+            )
         )
     return rows
 

@@ -9,10 +9,11 @@ gigabytes in each.
 
 import json
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -55,6 +56,7 @@ class CocoImages:
     areas: NDArray[np.float64]  # [M] pixels
     crowd: NDArray[np.bool_]  # [M]: a region of many objects; not trained on, ignored in evaluation
     degenerate: NDArray[np.bool_]  # [M]: no area, or beyond the image; not trained on
+    boxed: NDArray[np.bool_]  # [M]: annotated without a mask
     segments: NDArray[np.uint8]  # JSON of all segmentations
     segment_ends: NDArray[np.int64]  # [M]
     digest: str  # xxh3-128 of the annotation file and the limit
@@ -62,7 +64,8 @@ class CocoImages:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def name(self, index: int) -> str:
+    def key(self, index: int) -> str:
+        """The file's name, as annotated."""
         return bytes(self.files[index]).decode()
 
     def size(self, index: int) -> tuple[int, int]:
@@ -73,9 +76,64 @@ class CocoImages:
     def read(self, index: int) -> bytes:
         """The encoded image. Raises DataError if it isn't there."""
         try:
-            return (self.folder / self.name(index)).read_bytes()
+            return (self.folder / self.key(index)).read_bytes()
         except OSError as error:
-            raise DataError(f"image {self.folder / self.name(index)}: {error.strerror or error}") from error
+            raise DataError(f"image {self.folder / self.key(index)}: {error.strerror or error}") from error
+
+    def ends(self, index: int, size: int) -> tuple[int, bytes, bytes]:
+        """The bytes of an image, and its first and last `size`. Raises DataError if it isn't there."""
+        try:
+            with open(self.folder / self.key(index), "rb", buffering=0) as file:
+                length = os.fstat(file.fileno()).st_size
+                return length, os.pread(file.fileno(), size, 0), os.pread(file.fileno(), size, max(0, length - size))
+        except OSError as error:
+            raise DataError(error.strerror or str(error)) from error
+
+    def select(self, indices: NDArray[np.int64]) -> Self:
+        """The same set with only these images, ascending."""
+        counts = np.diff(self.first)[indices]
+        rows = np.concatenate([np.arange(self.first[index], self.first[index + 1]) for index in indices])
+        starts = np.concatenate([[0], self.segment_ends])
+        segments = [self.segments[starts[row] : starts[row + 1]] for row in rows]
+        by_row = ("annotation_ids", "labels", "boxes", "areas", "crowd", "degenerate", "boxed")
+        return replace(
+            self,
+            files=self.files[indices],
+            ids=self.ids[indices],
+            sizes=self.sizes[indices],
+            first=np.concatenate([[0], np.cumsum(counts)]),
+            segments=np.concatenate([self.segments[:0], *segments]),
+            segment_ends=np.cumsum([len(segment) for segment in segments], dtype=np.int64),
+            digest=xxhash.xxh3_128_hexdigest(self.digest.encode() + self.ids[indices].tobytes()),
+            **{name: getattr(self, name)[rows] for name in by_row},
+        )
+
+    def check_trainable(self, key: str) -> None:
+        """Whether there is something to learn from, and nothing that would be taken for background in silence.
+
+        Raises:
+            DataError: objects with a box and no mask, or no object at all. `key` is what the message calls the set.
+        """
+        boxed = np.flatnonzero(self.boxed & ~self.crowd)
+        if len(boxed):
+            raise DataError(
+                f"{key}: {len(boxed)} of {len(self.boxed)} annotations (the first is {self.annotation_ids[boxed[0]]}) "
+                "have a box and no mask ('segmentation' is empty or absent), and Mask R-CNN learns from masks: give an "
+                "instances file, draw these objects' outlines, or take the annotations away"
+            )
+        self.check_scorable(key)
+        if not (~self.crowd & ~self.degenerate).any():
+            raise DataError(
+                f"{key}: nothing to learn from: of {len(self.crowd)} annotations none has an area inside its image"
+            )
+
+    def check_scorable(self, key: str) -> None:
+        """Raises DataError if there is no object, or but crowds."""
+        if self.crowd.all():
+            raise DataError(
+                f"{key}: no object in it: {len(self.ids)} images have {len(self.crowd)} annotations"
+                f"{', all of them crowds (iscrowd)' if len(self.crowd) else ''}"
+            )
 
     def instances(self, index: int) -> Instances:
         """The objects of an image to train on: no crowds, nothing degenerate; an image may have none."""
@@ -151,6 +209,7 @@ def _gather(folder: Path, ids: Sequence[int], annotations: Annotations, digest: 
     boxes = np.array([row.box for row in rows], dtype=np.float64).reshape(-1, 4)
     inside = _inside(boxes, np.repeat(sizes, counts, axis=0))
     empty = np.array([row.segment == b"[]" for row in rows], dtype=np.bool_)
+    boxed = np.array([row.has_box_alone for row in rows], dtype=np.bool_)
     degenerate = empty | (inside[:, 2:] <= inside[:, :2]).any(1)
     if degenerate.any():
         log.warning(
@@ -170,6 +229,7 @@ def _gather(folder: Path, ids: Sequence[int], annotations: Annotations, digest: 
         areas=np.array([row.area for row in rows], dtype=np.float64),
         crowd=np.array([row.crowd for row in rows], dtype=np.bool_),
         degenerate=degenerate,
+        boxed=boxed,
         segments=np.frombuffer(b"".join(row.segment for row in rows), dtype=np.uint8),
         segment_ends=np.cumsum([len(row.segment) for row in rows], dtype=np.int64),
         digest=digest,

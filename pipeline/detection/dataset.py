@@ -58,7 +58,7 @@ class DetectionDataset:
         for row, (epoch, index) in enumerate(requests):
             image = self._image(index)
             side = {"height": image.height, "width": image.width}
-            with naming_image(self.coco.name(index), "mend its annotations, or change jitter.*"):
+            with naming_image(self.coco.key(index), "mend its annotations, or change jitter.*"):
                 if self.jitter is None:
                     placement = fit(**side, canvas=self.canvas)
                 else:
@@ -75,7 +75,7 @@ class DetectionDataset:
         return DetectionBatch(torch.from_numpy(pixels), sizes, originals, targets, indices)
 
     def _image(self, index: int) -> Image.Image:
-        name, data = self.coco.name(index), self.coco.read(index)
+        name, data = self.coco.key(index), self.coco.read(index)
         try:
             image = decode(data)
         except DataError as error:

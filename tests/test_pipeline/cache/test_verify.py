@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from pipeline.cache import (
     CacheHeader,
@@ -214,6 +215,20 @@ def test_every_bit_of_the_metadata_counts(tmp_path: Path, file: str) -> None:
                 report_of[file]()
         else:
             assert [f.file for f in verify(path, "quick").findings] == [file]
+
+
+@pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")  # of commits/, and that consolidation may change
+def test_what_zarrs_own_tools_add_is_no_damage(tmp_path: Path) -> None:
+    """Attributes and consolidated metadata; a shape is no attribute."""
+    path = make_cache(tmp_path / "cache", make_header("zarr"), TOMBSTONES)
+    group = zarr.open_group(path, mode="r+")
+    group.attrs["licence"] = "CC0"
+    group["tokens"].attrs["units"] = "none"
+    zarr.consolidate_metadata(str(path))
+    assert verify(path, "full", source=Photos()).sound
+    content = json.loads((path / "tokens/zarr.json").read_text())
+    (path / "tokens/zarr.json").write_text(json.dumps(content | {"shape": [1, *content["shape"][1:]]}))
+    assert [f.file for f in verify(path, "quick").findings] == ["tokens/zarr.json"]
 
 
 def target_of(path: Path, name: str, shard: int, view: int) -> Path:

@@ -133,13 +133,10 @@ def test_tars_beside_images_are_refused_unless_a_pattern_names_them(tmp_path: Pa
     assert len(open_images(str(tmp_path / "*.tar"))) == 1
 
 
-@pytest.mark.parametrize("path", ["absent", "absent-{0..3}.tar", "empty", "file.txt", "mixed", "torn.tar"])
+@pytest.mark.parametrize("path", ["absent", "absent-{0..3}.tar", "empty", "file.txt", "torn.tar", "a{b", "*"])
 def test_what_cannot_be_listed(tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("no image")
-    (tmp_path / "mixed/class").mkdir(parents=True)
-    (tmp_path / "mixed/stray.jpg").write_bytes(JPEG)
-    (tmp_path / "mixed/class/a.jpg").write_bytes(JPEG)
     (tmp_path / "torn.tar").write_bytes(b"not a tar" * 100)
     with pytest.raises(DataError, match=r"data\.path"):
         open_images(str(tmp_path / path))

@@ -127,8 +127,20 @@ def test_numbers_that_are_no_folders_and_folders_that_are_no_classes(tmp_path: P
 
 def test_names_against_numbers_are_counted_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     numbers = tars(tmp_path / "numbers.tar", ["0", "1", "2"])
-    assert open_splits(numbers, tree(tmp_path / "all", "ant", "bee", "cat"))[1].labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert open_splits(numbers, tree(tmp_path / "padded", "00", "01", "02"))[1].labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert open_splits(numbers, tree(tmp_path / "some", "bee", "cat"))[1].labels.tolist() == [0, 0, 1, 1]
-    assert "2 class folders and data.path knows 3 numbers" in caplog.text
+    names = tree(tmp_path / "all", "ant", "bee", "cat")
+    assert open_splits(numbers, names)[1].labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert open_splits(names, numbers)[1].labels.tolist() == [0, 1, 2]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [text.split(" have names")[0] for text in warnings] == [
+        "the class folders of val.path",
+        "the class folders of data.path",
+    ]
+    assert all(
+        "nothing tells whether they agree" in text and "ant is 0, bee is 1, cat is 2" in text for text in warnings
+    )
+    with pytest.raises(
+        DataError, match=r"2 class folders with names \(bee, \.\.\.\) and data\.path knows 3 numbers: which"
+    ):
+        open_splits(numbers, tree(tmp_path / "some", "bee", "cat"))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.tar_headers import open_tar
+from pipeline.data.tar_headers import Member, open_tar
 from pipeline.errors import DataError
 
 
@@ -24,7 +24,8 @@ def without_slash(name: str) -> str:
 
 def walk(path: Path) -> list[tuple[str, int, int, bytes]]:
     with open_tar(str(path)) as tar:
-        return [(os.fsdecode(member.name), member.offset, member.size, tar.read(member)) for member in tar]
+        files = [member for member in tar if isinstance(member, Member)]
+        return [(os.fsdecode(file.name), file.offset, file.size, tar.read(file)) for file in files]
 
 
 def by_tarfile(path: Path) -> list[tuple[str, int, int, bytes]]:
@@ -89,6 +90,10 @@ def test_equal_to_tarfile(tmp_path: Path, members: list, format: int, end: str) 
     path.write_bytes(whole[: cut[end]])
     if path.stat().st_size:
         has_members = len(ends) > 1
+        if end in ("no end", "one member"):
+            with pytest.raises(DataError, match="it has no end mark, so it was cut off"):
+                walk(path)
+            return
         assert walk(path) == (by_tarfile(path) if has_members else [])  # tarfile wants a file behind a global header
 
 
@@ -105,7 +110,7 @@ def test_sizes_beyond_octal_digits(tmp_path: Path, size: int, format: int) -> No
         file.seek(-(-size // 512) * 512, os.SEEK_CUR)
         file.write(last.tobuf(format) + bytes(1024))
     with open_tar(str(path)) as tar:
-        assert [(m.name, m.offset, m.size) for m in tar] == [
+        assert [(m.name, m.offset, m.size) for m in tar if isinstance(m, Member)] == [
             (b"a.jpg", start, size),
             (b"b.jpg", start + -(-size // 512) * 512 + 512, 0),
         ]
@@ -121,8 +126,8 @@ def test_signed_checksums_and_unpadded_ends(tmp_path: Path) -> None:
     assert walk(path) == by_tarfile(path) == [("é.jpg", 512, 1, b"x")]
 
 
-def test_every_cut_is_an_error_or_an_end(tmp_path: Path) -> None:
-    """A tar that a copy cut off: between two files nothing shows it, anywhere else it does."""
+def test_every_cut_is_an_error(tmp_path: Path) -> None:
+    """A tar that a copy cut off: between two files only the missing end mark shows it."""
     members = [tarfile.TarInfo("a.jpg"), tarfile.TarInfo("b" * 200), tarfile.TarInfo("c.jpg")]
     for format in FORMATS[1:]:
         whole = write(tmp_path / "whole.tar", *members, format=format, content=bytes(700)).read_bytes()
@@ -133,9 +138,38 @@ def test_every_cut_is_an_error_or_an_end(tmp_path: Path) -> None:
             path.write_bytes(whole[:cut])
             with pytest.raises(DataError, match=r"cut\.tar is not a sound WebDataset tar: it ends .*copy or pack"):
                 walk(path)
-        for number, stop in itertools.islice(enumerate(stops), 1, None):
+        for stop in itertools.islice(stops, 1, None):
             path.write_bytes(whole[:stop])
-            assert walk(path) == found[:number]
+            with pytest.raises(DataError, match=r"cut\.tar is not a sound WebDataset tar: it has no end mark"):
+                walk(path)
+        path.write_bytes(whole[: stops[-1]] + bytes(512))  # one block of zeros is enough for tar as well
+        assert walk(path) == found
+
+
+def test_what_follows_the_end_mark(tmp_path: Path) -> None:
+    """tar itself reads nothing behind it: a second tar's files would be lost without a word."""
+    whole = write(tmp_path / "a.tar", tarfile.TarInfo("a.jpg")).read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole + whole)
+    with pytest.raises(DataError, match=rf"another tar begins behind its end mark, at byte {len(whole)}, as `cat"):
+        walk(tmp_path / "b.tar")
+    (tmp_path / "c.tar").write_bytes(whole + b"a signature, or other bytes that are no header")
+    assert walk(tmp_path / "c.tar") == walk(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("format", FORMATS[1:])
+def test_links_have_their_targets(tmp_path: Path, format: int) -> None:
+    """Short ones in the header, long ones before it, by L and K or by pax records."""
+    links = [
+        (kind, f"{n}.jpg", target) for n, (kind, target) in enumerate(itertools.product("12", ["a.jpg", "b" * 150]))
+    ]
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        for kind, name, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind.encode(), target
+            tar.addfile(info)
+    with open_tar(str(tmp_path / "a.tar")) as walked:
+        found = [tuple(member) for member in walked]
+    assert found == [(name.encode(), target.encode(), kind == "1") for kind, name, target in links]
 
 
 @settings(

@@ -11,6 +11,7 @@ import pytest
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 
+from pipeline.data.readable import leave_unreadable_out
 from pipeline.detection import CocoImages, open_coco
 from pipeline.detection.placement import as_mask
 from pipeline.errors import DataError
@@ -25,7 +26,7 @@ def reopened(root: Path, change: Callable[[dict[str, Any]], object]) -> CocoImag
 
 def test_images_are_sorted_and_keep_their_objects(coco: CocoImages) -> None:
     assert coco.ids.tolist() == [37, 38, 39, 40]
-    assert [coco.name(i) for i in range(4)] == ["3.png", "2.png", "1.png", "0.png"]
+    assert [coco.key(i) for i in range(4)] == ["3.png", "2.png", "1.png", "0.png"]
     assert [len(coco.instances(i).labels) for i in range(4)] == [3, 0, 1, 2]
     assert coco.size(0) == (HEIGHT, WIDTH)
     assert coco.read(0).startswith(b"\x89PNG")
@@ -199,3 +200,60 @@ def test_real_annotations_are_what_pycocotools_reads(real_data: Path, capsys: py
         for segment, annotation in zip(instances.segments, annotations, strict=True):
             assert (as_mask(segment, height, width) == theirs.annToMask(annotation)).all()
     assert np.isclose(coco.areas.sum(), sum(a["area"] for a in json.loads(file.read_text())["annotations"]))
+
+
+def test_boxes_without_masks_are_refused_for_training(tmp_path: Path) -> None:
+    """They would be trained on as background."""
+
+    def take_masks(content: dict[str, Any]) -> None:
+        content["annotations"][0]["segmentation"] = []
+        del content["annotations"][2]["segmentation"]
+
+    coco = reopened(tmp_path, take_masks)
+    with pytest.raises(DataError, match=r"^data\.train: 2 of 6 annotations \(the first is 498\) have a box and"):
+        coco.check_trainable("data.train")
+    coco.check_scorable("data.val")
+
+
+def crowds(content: dict[str, Any]) -> None:
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+def points(content: dict[str, Any]) -> None:
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = [[1, 1, 9, 9]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["annotations"].clear(), "no object in it: 4 images have 0 annotations$"),
+        (crowds, r"no object in it: 4 images have 6 annotations, all of them crowds \(iscrowd\)$"),
+        (points, "nothing to learn from: of 6 annotations none has an area inside its image$"),
+    ],
+)
+def test_nothing_to_learn_from(tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    coco = reopened(tmp_path, change)
+    with pytest.raises(DataError, match=f"^data.train: {message}"):
+        coco.check_trainable("data.train")
+
+
+def test_selected_images_keep_their_annotations(coco: CocoImages) -> None:
+    part = coco.select(np.array([0, 1, 3]))
+    assert [part.key(index) for index in range(3)] == ["3.png", "2.png", "0.png"]
+    for index, former in enumerate((0, 1, 3)):
+        found, expected = part.instances(index), coco.instances(former)
+        assert (found.labels.tolist(), found.segments) == (expected.labels.tolist(), expected.segments)
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+    everything = {annotation["id"]: annotation for annotation in coco.to_coco()["annotations"]}
+    assert all(everything[annotation["id"]] == annotation for annotation in part.to_coco()["annotations"])
+    assert part.digest != coco.digest
+
+
+def test_images_that_are_not_there(tmp_path: Path) -> None:
+    folder, file = write_coco(tmp_path)
+    (folder / "3.png").unlink()
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:400])
+    with pytest.raises(DataError, match=r"^2 of 4 images of data\.val .* \(3\.png: No such file.*; 2\.png: not a"):
+        leave_unreadable_out({"data.val": open_coco(folder, file)})

@@ -43,7 +43,7 @@ def test_evaluation_shows_whole_images_in_order(coco: CocoImages) -> None:
 
 
 def test_images_without_annotations(coco: CocoImages) -> None:
-    image = Image.open(coco.folder / coco.name(0)).convert("RGB")
+    image = Image.open(coco.folder / coco.key(0)).convert("RGB")
     annotated = DetectionDataset(coco, 64).__getitems__([(0, index) for index in range(4)])
     bare = canvases([image, image.rotate(90, expand=True)], 64)
     assert torch.equal(bare.images[0], annotated.images[0])

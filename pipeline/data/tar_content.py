@@ -1,0 +1,148 @@
+"""What a tar holds: one image a key, by WebDataset's rule, its class, and how many members are neither.
+
+A key is all before the first dot of the base name (https://github.com/webdataset/webdataset). What could be meant in
+two ways is refused by name.
+"""
+
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterator
+from typing import NoReturn
+
+from pipeline.data.naming import (
+    HIDDEN,
+    IMAGE_ENDINGS,
+    companion,
+    describe_ending,
+    is_hidden_path,
+    key_of,
+)
+from pipeline.data.tar_headers import Link, Member, TarWalk, open_tar, without_dot
+from pipeline.errors import DataError
+
+_LONGEST_NUMBER = 256  # bytes of a KEY.cls that is read
+
+
+def read_content(tar: str) -> "TarContent":
+    """Walk over a tar.
+
+    Raises:
+        DataError: as `open_tar`; an image or a class that is there twice, two images of one key, or a link to what
+            isn't in the tar.
+    """
+    with open_tar(tar) as members:
+        content = TarContent(tar, members)
+        content.gather()
+        content.leave_companions()
+    return content
+
+
+class TarContent:
+    """The images of a tar, as they were packed.
+
+    Attributes:
+        text_class: where a class is no number, in words; empty where all are.
+        passed_over: why → how many members are no image and no class.
+        stamp: bytes and mtime in ns, as they were before the tar was read.
+    """
+
+    def __init__(self, tar: str, members: TarWalk) -> None:
+        self._tar, self._members, self.stamp = tar, members, members.stamp
+        self.text_class = ""
+        self.passed_over: Counter[str] = Counter()
+        self._images: dict[bytes, Member] = {}  # by their paths without the ending; a.seg.png by all of it
+        self._dotted: list[bytes] = []  # paths such as a.seg.png
+        self._labels: dict[bytes, int] = {}  # by the paths of .cls files without the ending
+
+    def rows(self) -> Iterator[tuple[Member, int]]:
+        """Each image and its class, -1 without one: that of KEY.cls or, of a.v2.jpg, of a.v2.cls."""
+        dotted, labels = set(self._dotted), self._labels
+        for path, image in self._images.items():
+            if path in dotted:
+                yield image, labels.get(path.rpartition(b".")[0], labels.get(key_of(path), -1))
+            else:
+                yield image, labels.get(path, -1)
+
+    def gather(self) -> None:
+        """Sort every member into images, classes and the rest."""
+        last_folder, prefix, in_hidden = b"", b"", False
+        for member in self._members:
+            folder, slash, base = member.name.rpartition(b"/")
+            if folder != last_folder:
+                last_folder, prefix, in_hidden = folder, without_dot(folder + slash), is_hidden_path(folder)
+            if in_hidden or base.startswith(b"."):
+                self.passed_over[HIDDEN] += 1
+                continue
+            stem, _, ending = base.rpartition(b".")
+            ending = ending.lower() if stem else b""
+            if ending in IMAGE_ENDINGS:
+                self._add_image(member, prefix + (base if b"." in stem else stem), b"." in stem)
+            elif ending == b"cls":
+                self._add_label(member, prefix + stem)
+            else:
+                self.passed_over[describe_ending(ending)] += 1
+
+    def leave_companions(self) -> None:
+        """Pass over images such as KEY.seg.png beside KEY.jpg. Where the latter is absent, the former is the image."""
+        alone: dict[bytes, bytes] = {}
+        for path in self._dotted:
+            key = key_of(path)
+            if key in self._images:
+                self.passed_over[companion(path)] += 1
+                del self._images[path]
+            elif alone.setdefault(key, path) is not path:
+                self._refuse_two(alone[key], path)
+
+    def _add_image(self, member: Member | Link, path: bytes, is_dotted: bool) -> None:
+        former = self._images.get(path)
+        if former is not None:
+            self._refuse_two(former.name, member.name)
+        self._images[path] = member if isinstance(member, Member) else self._follow(member)
+        if is_dotted:
+            self._dotted.append(path)
+
+    def _add_label(self, member: Member | Link, stem: bytes) -> None:
+        if stem in self._labels:
+            self._refuse_two(member.name, member.name)
+        label = _class_number(self._members, member if isinstance(member, Member) else self._follow(member))
+        self._labels[stem] = -1 if label is None else label
+        if label is None and not self.text_class:
+            self.text_class = f"{os.path.basename(self._tar)}/{os.fsdecode(member.name)}"
+
+    def _follow(self, link: Link) -> Member:
+        """The file that a link means, under the link's own name. Hard links start at the root, others don't."""
+        beside = posixpath.dirname(without_dot(link.name))
+        target = link.target if link.is_hard else posixpath.normpath(posixpath.join(beside, link.target))
+        file = self._members.files.get(without_dot(target))
+        if file is None:
+            raise DataError(
+                f"data.path: {self._tar}: {_show(link.name)} is a {'hard' if link.is_hard else 'symbolic'} link to "
+                f"{_show(link.target)}, no file in this tar: pack the files themselves (tar -h follows links)"
+            )
+        return file._replace(name=link.name)
+
+    def _refuse_two(self, former: bytes, name: bytes) -> NoReturn:
+        if without_dot(former) == without_dot(name):
+            problem = f"holds {_show(name)} twice: pack it again, each sample under a key of its own"
+        else:
+            problem = (
+                f"has {_show(former)} and {_show(name)}, two images of one key (all before the first dot): pack it "
+                "again with one image a key, and masks as KEY.seg.png beside KEY.jpg"
+            )
+        raise DataError(f"data.path: {self._tar} {problem}")
+
+
+def _class_number(tar: TarWalk, member: Member) -> int | None:
+    """None: the class is no number, or one that no label can hold."""
+    if member.size > _LONGEST_NUMBER:
+        return None
+    try:
+        number = int(tar.read(member))
+    except ValueError:
+        return None
+    return number if abs(number) < 2**63 else None
+
+
+def _show(name: bytes) -> str:
+    return name.decode(errors="replace")
