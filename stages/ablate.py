@@ -60,12 +60,23 @@ class AblateConfig(Config):
     measures: list[Measure] = Field(default=["knn", "linear-probe", "finetune"], min_length=1)
     caches: dict[str, list[str]]  # name → keys for `extract-teacher-features`
     variants: dict[str, VariantConfig]
+    groups: list[str] = Field(default_factory=list)  # run the variants of these groups alone; default: all
+
+    @property
+    def chosen(self) -> dict[str, VariantConfig]:
+        """The variants that are run."""
+        return {
+            name: variant for name, variant in self.variants.items() if not self.groups or variant.group in self.groups
+        }
 
     @model_validator(mode="after")
     def _known_caches(self) -> "AblateConfig":
         for name, variant in self.variants.items():
             if variant.cache is not None and variant.cache not in self.caches:
                 raise ValueError(f"variants.{name}.cache={variant.cache}: caches has {', '.join(self.caches)}")
+        groups = {variant.group for variant in self.variants.values()}
+        if strange := set(self.groups) - groups:
+            raise ValueError(f"groups={sorted(strange)}: the variants have {', '.join(sorted(groups))}")
         return self
 
 
@@ -93,11 +104,11 @@ def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda li
         PipelineError: a command failed; its log is named. Interrupted: it was stopped.
     """
     _check_sections(config, file)
-    for name in dict.fromkeys(variant.cache for variant in config.variants.values() if variant.cache is not None):
+    for name in dict.fromkeys(variant.cache for variant in config.chosen.values() if variant.cache is not None):
         _extract(config, file, name, say)
-    rows: dict[str, Row] = {name: Row(variant.group) for name, variant in config.variants.items()}
+    rows: dict[str, Row] = {name: Row(variant.group) for name, variant in config.chosen.items()}
     for seed in config.seeds:  # seed by seed: a whole table comes early, its spread later
-        for name in config.variants:
+        for name in config.chosen:
             figures, seconds = _run_one(config, file, name, seed, say)
             for measure, value in figures.items():
                 rows[name].figures.setdefault(measure, []).append(value)
@@ -108,9 +119,9 @@ def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda li
 def _check_sections(config: AblateConfig, file: Path) -> None:
     """Before hours of work: the file has a section for each command that will run, and all of it resolves."""
     steps: list[str] = [*config.measures]
-    if any(variant.pretrain is not None for variant in config.variants.values()):
+    if any(variant.pretrain is not None for variant in config.chosen.values()):
         steps.append("pretrain")
-    if any(variant.cache is not None for variant in config.variants.values()):
+    if any(variant.cache is not None for variant in config.chosen.values()):
         steps.append("extract-teacher-features")
     root = cast(DictConfig, OmegaConf.load(file))
     for step in steps:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config import Config
+from pipeline.models.build import DecoderKind
 from pipeline.models.mimic import MIMIC_WEIGHT, Fusion, MimicHead, MimicLoss, TargetNorm
 from pipeline.models.mr_mae import DropTeachers, ObjectiveName
 
@@ -18,6 +19,8 @@ class StudentConfig(Config):
     dim: int | None = Field(None, ge=1)
     depth: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
+    decoder: DecoderKind = "full"  # MAE's; cross: queries of predicted cells read the visible tokens, at half the cost
+    predict_share: float | None = Field(None, gt=0, le=1)  # of all cells; default: 1 (all masked ones), cross: 0.25
     decoder_dim: int | None = Field(None, ge=1)
     decoder_depth: int | None = Field(None, ge=1)
     decoder_heads: int | None = Field(None, ge=1)
