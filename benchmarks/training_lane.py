@@ -11,7 +11,7 @@ from pipeline.assembly.knowledge import Knowledge
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.config import Config
 from pipeline.data.loader import Samples
-from pipeline.data.masks import Focus, MaskSampler, visible_count
+from pipeline.data.masks import Focus, MaskSampler, predicted_count, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.models import build_student
 from pipeline.models.student_config import StudentConfig
@@ -51,7 +51,9 @@ class TrainingLane:
         )
         patches = self.student.grid[0] * self.student.grid[1]
         focus: Focus = "sampled" if knowledge.dims else "random"
-        masks = MaskSampler(patches, visible_count(patches, config.mask_ratio), focus, config.seed)
+        keep = visible_count(patches, config.mask_ratio)
+        predict = predicted_count(patches, keep, self.student.predict_share)
+        masks = MaskSampler(patches, keep, focus, config.seed, predict=predict)
         self._dataset = knowledge.dataset(masks, self.student.target_rows)
         self._targets = knowledge.targets(self._dataset)
         self._batches = self.batches(config.workers)

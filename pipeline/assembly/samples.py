@@ -158,12 +158,14 @@ class PretrainDataset:
     def _target_ids(self, ids: "_Ids", row: int) -> NDArray[np.int64]:
         """The patches [M, R] of a sample whose target rows the objective asks for, ascending."""
         assert ids.keep is not None
+        chosen: NDArray[np.int64] = ids.keep[row]
         if self.rows == "visible":
-            return ids.keep[row]
+            return chosen
         if ids.predict is not None:
-            return ids.predict[row]
+            chosen = ids.predict[row]
+            return chosen
         patches = np.arange(self.masks.patches)
-        return np.stack([np.setdiff1d(patches, visible, assume_unique=True) for visible in ids.keep[row]])
+        return np.stack([np.setdiff1d(patches, visible, assume_unique=True) for visible in chosen])
 
     def _all_ids(self, name: str) -> NDArray[np.int64]:
         """All patches of a teacher [1, L]: once for all masks of a sample."""

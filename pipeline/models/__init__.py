@@ -1,6 +1,6 @@
 """Students: encoders (ViT, ConvViT), MR-MAE on top of them, classifiers, and their weights. Imports no other wing."""
 
-from pipeline.models.build import build_classifier, build_student
+from pipeline.models.build import DecoderKind, build_classifier, build_student
 from pipeline.models.classifier import Classifier, layer_ids
 from pipeline.models.convvit import ConvViT
 from pipeline.models.mr_mae import OBJECTIVES, Student
@@ -22,6 +22,7 @@ __all__ = [
     "SIZES",
     "Classifier",
     "ConvViT",
+    "DecoderKind",
     "EncoderOutput",
     "LoadReport",
     "Student",

@@ -48,15 +48,15 @@ class Decoder(nn.Module):
         x = self.decoder_embed(latent)  # [B, prefix+K, d]
         prefix, visible = x[:, : self.prefix], x[:, self.prefix :]
         x = torch.cat([prefix, restore(visible, ids_keep, self.length, self.mask_token)], dim=1)  # [B, prefix+L, d]
-        x, last = x + self.decoder_pos_embed, len(self.decoder_blocks)
-        if is_lean := cells is not None and cells.shape[1] < self.length - ids_keep.shape[1]:
-            last -= 1
-        x, _ = run_blocks(self.decoder_blocks[:last], x, checkpointing=self.gradient_checkpointing)
-        if is_lean:
-            rows = cells + self.prefix
-            x = apply(block_at, self.decoder_blocks[last], x, rows, checkpointing=self.gradient_checkpointing)
-            return self.decoder_norm(x)
-        tokens: Tensor = self.decoder_norm(x[:, self.prefix :])
+        x, checkpointing = x + self.decoder_pos_embed, self.gradient_checkpointing
+        tokens: Tensor
+        if cells is not None and cells.shape[1] < self.length - ids_keep.shape[1]:
+            x, _ = run_blocks(self.decoder_blocks[:-1], x, checkpointing=checkpointing)
+            x = apply(block_at, self.decoder_blocks[-1], x, cells + self.prefix, checkpointing=checkpointing)
+            tokens = self.decoder_norm(x)
+            return tokens
+        x, _ = run_blocks(self.decoder_blocks, x, checkpointing=checkpointing)
+        tokens = self.decoder_norm(x[:, self.prefix :])
         return tokens if cells is None else gather_tokens(tokens, cells)
 
     def predict_pixels(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Parameter names are those of facebookresearch/mae, so its checkpoints load as th
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block
@@ -142,11 +142,12 @@ def block_at(block: Block, x: Tensor, rows: Tensor) -> Tensor:
 
     The block is one of `transformer` without drop path.
     """
+    attn: Any = block.attn
     dim, normed = x.shape[-1], block.norm1(x)
-    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+    weight, bias = attn.qkv.weight, attn.qkv.bias
     query = F.linear(gather_tokens(normed, rows), weight[:dim], bias[:dim])
     key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-    x = gather_tokens(x, rows) + block.attn.proj(attention(query, key, value, block.attn.num_heads))
+    x = gather_tokens(x, rows) + attn.proj(attention(query, key, value, attn.num_heads))
     x = x + block.mlp(block.norm2(x))
     return x
 
