@@ -9,8 +9,8 @@ Reads nothing but its keys (samples, views, teacher, store, quantiser, ...). Wri
 Bytes come from the format. Hours come from given rates, and from the slower side, accelerators or decoding. They are a
 lower bound: writing to the disk, cropping and encoding JPEGs are not counted. The ceiling of the saving comes from
 counted multiplications: a step with a live teacher costs the student's forward and backward plus the teacher's forward;
-with a cache, the student alone. `step_over_mae` is that step over one with MAE's decoder (decoder=full). docs/scaling.md
-goes through two plans.
+with a cache, the student alone. `step_over_mae` is that step over one with MAE's decoder (decoder=full). Two plans:
+docs/scaling.md.
 """
 
 from typing import Any
