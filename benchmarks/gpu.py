@@ -129,7 +129,7 @@ def _measure_extraction(config: BenchmarkGpuConfig, choice: TeacherConfig, bench
 
 
 def _measure_steps(config: BenchmarkGpuConfig, student: StudentConfig, compiled: bool, bench: Bench) -> dict[str, Any]:
-    """The three lanes of a student, with the first teacher."""
+    """The lanes of a student, with the first teacher."""
     source = open_images(str(bench.folder / "drawn"))
     lanes = BenchmarkPretrainConfig(
         images=len(source), student=student, teachers=config.teachers[:1], store=config.store,

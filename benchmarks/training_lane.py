@@ -14,7 +14,7 @@ from pipeline.configs.data import Focus
 from pipeline.configs.models import StudentConfig
 from pipeline.configs.training import OptimConfig
 from pipeline.data.loader import Samples
-from pipeline.data.masks import MaskSampler, visible_count
+from pipeline.data.masks import MaskSampler, predicted_count, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.models import build_student
 from pipeline.pixels import normalise
@@ -53,7 +53,9 @@ class TrainingLane:
         )
         patches = self.student.grid[0] * self.student.grid[1]
         focus: Focus = "sampled" if knowledge.dims else "random"
-        masks = MaskSampler(patches, visible_count(patches, config.mask_ratio), focus, config.seed)
+        keep = visible_count(patches, config.mask_ratio)
+        predict = predicted_count(patches, keep, self.student.predict_share)
+        masks = MaskSampler(patches, keep, focus, config.seed, predict=predict)
         self._dataset = knowledge.dataset(masks, self.student.target_rows)
         self._targets = knowledge.targets(self._dataset)
         self._batches = self.batches(config.workers)
@@ -93,10 +95,10 @@ class TrainingLane:
 
     def gmacs_per_image(self) -> float:
         """Multiply-adds of a forward and a backward, in billions, without the teacher."""
-        ids_keep, targets = self._targets(self.batch)
+        shown = self._targets(self.batch)
 
         def forward_backward() -> None:
-            self.student(normalise(self.batch.images), ids_keep, targets)["loss"].backward()
+            self.student(normalise(self.batch.images), *shown)["loss"].backward()
 
         with torch.compiler.set_stance("force_eager"):
             gmacs = count_gmacs(forward_backward)
@@ -114,9 +116,8 @@ class TrainingLane:
         return int(torch.cuda.max_memory_allocated(self.bench.device)) - before + held
 
     def _step(self, batch: PretrainBatch) -> None:
-        ids_keep, targets = self._targets(batch)
         with self.bench.autocast():
-            losses = self.student(normalise(batch.images), ids_keep, targets)
+            losses = self.student(normalise(batch.images), *self._targets(batch))
         losses["loss"].backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

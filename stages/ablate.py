@@ -53,13 +53,13 @@ def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda li
     """
     chain = Chain(file, say)
     chain.check(_sections(config))
-    for name in dict.fromkeys(variant.cache for variant in config.variants.values() if variant.cache is not None):
+    for name in dict.fromkeys(variant.cache for variant in config.chosen.values() if variant.cache is not None):
         folder = config.output / "caches"
         keys = [*config.caches[name], f"cache.path={folder / name}"]
         chain.run("extract-teacher-features", keys, folder / "logs" / name, f"cache {name}")
-    rows: dict[str, Row] = {name: Row(variant.group) for name, variant in config.variants.items()}
+    rows: dict[str, Row] = {name: Row(variant.group) for name, variant in config.chosen.items()}
     for seed in config.seeds:  # seed by seed: a whole table comes early, its spread later
-        for name in config.variants:
+        for name in config.chosen:
             figures, seconds = _run_one(config, chain, name, seed)
             for measure, value in figures.items():
                 rows[name].figures.setdefault(measure, []).append(value)
@@ -70,9 +70,9 @@ def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda li
 def _sections(config: AblateConfig) -> Iterator[str]:
     """The commands that will run."""
     yield from config.measures
-    if any(variant.pretrain is not None for variant in config.variants.values()):
+    if any(variant.pretrain is not None for variant in config.chosen.values()):
         yield "pretrain"
-    if any(variant.cache is not None for variant in config.variants.values()):
+    if any(variant.cache is not None for variant in config.chosen.values()):
         yield "extract-teacher-features"
 
 

@@ -9,7 +9,8 @@ Reads nothing but its keys (samples, views, teacher, store, quantiser, ...). Wri
 Bytes come from the format. Hours come from given rates, and from the slower side, accelerators or decoding. They are a
 lower bound: writing to the disk, cropping and encoding JPEGs are not counted. The ceiling of the saving comes from
 counted multiplications: a step with a live teacher costs the student's forward and backward plus the teacher's forward;
-with a cache, the student alone. docs/scaling.md goes through two plans.
+with a cache, the student alone. `step_over_mae` is that step over one with MAE's decoder (decoder=full). Two plans:
+docs/scaling.md.
 """
 
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cache.budget import estimate_bytes, readable
-from pipeline.data.masks import visible_count
+from pipeline.configs.models import DecoderKind
+from pipeline.data.masks import predicted_count, visible_count
 from pipeline.errors import TeacherError
 from pipeline.models import build_student
 from pipeline.teachers import NO_ATTENTION, describe_teacher
@@ -35,7 +37,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     attended = tokens * {"mean": 1, "heads": teacher.dim // 64, "none": 0}[attention]
     view = estimate_bytes(tokens + config.summary, teacher.dim, config.store, config.quantiser, attended)
     size = config.samples * config.views * view
-    step = step_gmac(config.student, config.mask_ratio)
+    step = step_gmac(config.student, config.mask_ratio, config.decoder, config.predict_share)
     cores = config.gpus * config.cores
     decoding = cores * (config.stored_rate if config.store == "webdataset" else config.photo_rate)
     extraction = min(config.gpus * config.extraction_rate / config.views, cores * config.photo_rate)
@@ -53,20 +55,26 @@ def run(config: PlanConfig) -> dict[str, Any]:
         "read_rate": f"{readable(view * training)}/s",
         "teacher_gmac": teacher.gmacs,
         "student_step_gmac": step,
+        "step_over_mae": step / step_gmac(config.student, config.mask_ratio),
         "focus": "by attention" if teacher.has_attention else NO_ATTENTION,
         "saving_ceiling": (step + teacher.gmacs) / step,
         "epochs_to_pay_back": config.views,  # an epoch with a live teacher runs it once an image
     }
 
 
-def step_gmac(student: str, mask_ratio: float) -> float:
+def step_gmac(
+    student: str, mask_ratio: float, decoder: DecoderKind = "full", predict_share: float | None = None
+) -> float:
     """Billions of multiply-accumulates of one image's training step: counted forward, times three for the backward."""
     with torch.device("meta"):  # shapes alone: nothing is computed
-        model = build_student(student, objective="mae")
+        model = build_student(student, objective="mae", decoder=decoder, predict_share=predict_share)
         length = model.grid[0] * model.grid[1]
+        keep = visible_count(length, mask_ratio)
+        count = predicted_count(length, keep, model.predict_share)
         images = torch.empty(1, 3, *model.encoder.image_size)
-        ids_keep = torch.empty(1, visible_count(length, mask_ratio), dtype=torch.int64)
+        ids_keep = torch.empty(1, keep, dtype=torch.int64)
+        ids_predict = None if count is None else torch.empty(1, count, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
-            model(images, ids_keep)
+            model(images, ids_keep, None, ids_predict)
     flops: int = counter.get_total_flops()
     return 3 * flops / 2 / 1e9

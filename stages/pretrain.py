@@ -14,6 +14,7 @@ Ctrl-C and SIGTERM stop it after a checkpoint. The same command goes on from the
 """
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, Targets, ope
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.assembly.teachers import load_teacher, teacher_dtype
 from pipeline.data.loader import Samples
-from pipeline.data.masks import MaskSampler, visible_count
+from pipeline.data.masks import MaskSampler, predicted_count, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError, ConfigError
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
@@ -52,7 +53,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     _check_views(config, knowledge)
     student = _build(config, knowledge)
     masks = _masks(config, knowledge, student)
-    identity = _identity(config, knowledge, student) | {"init": _start_from(config, student)}
+    identity = _identity(config, knowledge, student, masks) | {"init": _start_from(config, student)}
     training = Run(config, identity, may_change=("samples",))
     if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
         log.info("checked %s", knowledge.check(config.seed, config.check_records))
@@ -79,8 +80,7 @@ class _Losses:
         self._targets = targets
 
     def __call__(self, student: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
-        ids_keep, targets = self._targets(batch)
-        losses: dict[str, Tensor] = student(normalise(batch.images), ids_keep, targets)
+        losses: dict[str, Tensor] = student(normalise(batch.images), *self._targets(batch))
         return losses
 
 
@@ -172,13 +172,22 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
         if len(knowledge.dims) > 1 and processes().is_main_process:
             log.info("masks are drawn by the attention of %s", knowledge.attended)
     patches = student.grid[0] * student.grid[1]
-    return MaskSampler(
+    keep = visible_count(patches, config.mask.mask_ratio)
+    masks = MaskSampler(
         patches=patches,
-        keep=visible_count(patches, config.mask.mask_ratio),
+        keep=keep,
         focus=focus,
         seed=config.seed,
         count=config.mask.masks_per_sample,
+        predict=predicted_count(patches, keep, student.predict_share),
     )
+    return replace(masks, independent=masks.shares_a_draw and _drew_masks_apart(config))
+
+
+def _drew_masks_apart(config: PretrainConfig) -> bool:
+    """Whether the run that goes on is from before several masks by attention were disjoint: it keeps its own."""
+    newest = newest_checkpoint(config.output / "checkpoints")
+    return newest is not None and "disjoint" not in newest.identity.get("mask", {})
 
 
 def _evaluation(config: PretrainConfig, plan: StepPlan) -> Evaluation | None:
@@ -188,13 +197,13 @@ def _evaluation(config: PretrainConfig, plan: StepPlan) -> Evaluation | None:
     return Evaluation(measure, max(1, round(config.knn.every * plan.steps_per_epoch)), best="knn_top1")
 
 
-def _identity(config: PretrainConfig, knowledge: Knowledge, student: Student) -> dict[str, Any]:
+def _identity(config: PretrainConfig, knowledge: Knowledge, student: Student, masks: MaskSampler) -> dict[str, Any]:
     """What a resumed run must have in common with the one it goes on from."""
     samples = knowledge.samples
     return knowledge.identity() | {
         "stage": "pretrain",
         "order": config.order.model_dump(),
-        "mask": config.mask.model_dump(),
+        "mask": config.mask.model_dump() | ({"disjoint": True} if masks.shares_a_draw else {}),
         "views": knowledge.views.model_dump(mode="json"),
         "student": student.spec,
         "teachers_in_order": list(knowledge.dims),  # the focus is the attention of the first one that has it

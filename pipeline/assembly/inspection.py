@@ -60,6 +60,7 @@ def reconstruct(student: Student, images: Tensor, ids_keep: Tensor) -> Reconstru
     patch = student.encoder.patch_size
     pixels = normalise(images)
     true = patchify(pixels, patch)  # [N, L, p*p*3]
+    assert student.decoder is not None  # it predicts pixels
     pred = student.decoder.predict_pixels(student.decoder(student.encoder(pixels, ids_keep).latent, ids_keep))
     hidden = complement(ids_keep, true.shape[1])
     loss = pixel_loss(gather_tokens(pred, hidden), gather_tokens(true, hidden), student.norm_pix_loss)

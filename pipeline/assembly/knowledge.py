@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +23,23 @@ from pipeline.assembly.samples import PretrainBatch, PretrainDataset
 from pipeline.cache import CacheReader, Quantiser
 from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource, open_images
-from pipeline.data.masks import MaskSampler, select_visible
+from pipeline.data.masks import MaskSampler, select_predicted, select_visible
 from pipeline.data.readable import leave_unreadable_out
 from pipeline.errors import ConfigError
 from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.phi_s import mean_and_covariance
 from pipeline.teachers import Teacher, run_teachers, share_backbones
 
-# A batch on the device → (ids_keep int64 [B, K], teacher → raw tokens float32 [B, R, D])
-Targets = Callable[[PretrainBatch], tuple[Tensor, dict[str, Tensor]]]
+
+class Shown(NamedTuple):
+    """What a student is shown beside the images: `student(images, *shown)`."""
+
+    ids_keep: Tensor  # int64 [B, K]
+    targets: dict[str, Tensor]  # teacher → raw tokens float32 [B, R, D]
+    ids_predict: Tensor | None  # int64 [B, P]; None for all masked patches
+
+
+Targets = Callable[[PretrainBatch], Shown]  # of a batch on the device
 Statistics = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # teacher → mean and deviation [D]
 Covariances = dict[str, tuple[Tensor, Tensor]]  # teacher → mean [D] and covariance [D, D], float64
 
@@ -113,13 +121,13 @@ class CachedKnowledge:
         """The rows that the workers read, dequantised on the device; teachers on another grid are resized first."""
         dequantise = {name: cache.header.quantiser.dequantise for name, cache in self.caches.items()}
 
-        def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        def targets(batch: PretrainBatch) -> Shown:
             assert batch.ids_keep is not None
             tokens = {name: dequantise[name](*stored) for name, stored in batch.targets.items()}
             maps = {name: tokens[name] for name in dataset.resized & tokens.keys()}
             if maps:
-                tokens |= _rows_of_maps(maps, self.grids, dataset, batch.ids_keep)
-            return batch.ids_keep, tokens
+                tokens |= _rows_of_maps(maps, self.grids, dataset, batch.ids_keep, batch.ids_predict)
+            return Shown(batch.ids_keep, tokens, batch.ids_predict)
 
         return targets
 
@@ -193,23 +201,26 @@ class LiveKnowledge:
 
     def targets(self, dataset: PretrainDataset) -> Targets:
         """What the teachers say of a batch's views; each distinct view is shown to them once."""
-        teachers, repeats = list(self.teachers.values()), dataset.masks.count
+        teachers, masks = list(self.teachers.values()), dataset.masks
+        split = masks.count if masks.shares_a_draw else 1
         share_backbones(teachers)
 
         @torch.no_grad()
-        def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            outputs = run_teachers(teachers, batch.images[::repeats]) if teachers else []
-            ids_keep = batch.ids_keep
+        def targets(batch: PretrainBatch) -> Shown:
+            outputs = run_teachers(teachers, batch.images[:: masks.count]) if teachers else []
+            ids_keep, ids_predict = batch.ids_keep, batch.ids_predict
             if ids_keep is None:
                 number = next(n for n, output in enumerate(outputs) if output.attention is not None)
                 attention, grid = outputs[number].attention, teachers[number].grid
                 assert attention is not None
                 attention = resize_attention(attention, grid, dataset.grid or grid)
-                ids_keep = select_visible(_repeat(attention, repeats), batch.gumbel, dataset.masks.keep)
-            if not outputs or dataset.rows == "none":
-                return ids_keep, {}
+                ids_keep = select_visible(_repeat(attention, masks.count // split), batch.gumbel, masks.keep, split)
+                if batch.lots is not None and masks.predict is not None:
+                    ids_predict = select_predicted(batch.lots, ids_keep, masks.predict)
             tokens = {name: output.tokens for name, output in zip(self.teachers, outputs, strict=True)}
-            return ids_keep, _rows_of_maps(tokens, self.grids, dataset, ids_keep)
+            if dataset.rows == "none":
+                tokens = {}
+            return Shown(ids_keep, _rows_of_maps(tokens, self.grids, dataset, ids_keep, ids_predict), ids_predict)
 
         return targets
 
@@ -255,10 +266,16 @@ def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | No
 
 
 def _rows_of_maps(
-    tokens: Mapping[str, Tensor], grids: Mapping[str, Grid], dataset: PretrainDataset, ids_keep: Tensor
+    tokens: Mapping[str, Tensor],
+    grids: Mapping[str, Grid],
+    dataset: PretrainDataset,
+    ids_keep: Tensor,
+    ids_predict: Tensor | None,
 ) -> dict[str, Tensor]:
     """The rows [B, R, D] that the objective asks for, of teachers' whole maps [B / masks, L, D] on their own grids."""
-    ids = ids_keep if dataset.rows == "visible" else complement(ids_keep, dataset.masks.patches)
+    ids = ids_keep
+    if dataset.rows != "visible":
+        ids = complement(ids_keep, dataset.masks.patches) if ids_predict is None else ids_predict
     maps = {name: resize_tokens(values, grids[name], dataset.grid or grids[name]) for name, values in tokens.items()}
     return {name: gather_tokens(_repeat(values, dataset.masks.count), ids) for name, values in maps.items()}
 

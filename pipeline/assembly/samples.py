@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,14 @@ class PretrainBatch:
     Attributes:
         images: uint8 [B, 3, S, S], as rendered: the student's normalisation happens on the device.
         ids_keep: int64 [B, K], visible patches, ascending; None where a live teacher's attention will choose them.
-        gumbel: float64 [B, L], what that choice adds to the logarithm of its attention (see `select_visible`).
+        gumbel: float64 [B, L], what that choice adds to the logarithm of its attention (see `select_visible`); a row
+            for each image where its masks share out one draw.
         targets: teacher → (values [B, R, D] as stored, for int4 [B, R, D/2]; scale float16 [B, R] or None); the R rows
-            are the visible or the masked patches (ascending), as the objective declares. Of a teacher on another grid
-            than the student's they are all its tokens, [B / masks, L, ...], since they have to be resized first.
+            are the visible or the predicted patches (ascending), as the objective declares. Of a teacher on another
+            grid than the student's they are all its tokens, [B / masks, L, ...], since they have to be resized first.
         indices: int64 [B], sample indices.
+        ids_predict: int64 [B, P], masked patches that are predicted, ascending; None for all of them.
+        lots: float64 [B, L], what draws `ids_predict` where the masks are chosen on the device.
     """
 
     images: Tensor
@@ -41,6 +44,8 @@ class PretrainBatch:
     targets: dict[str, tuple[Tensor, Tensor | None]]
     indices: Tensor
     gumbel: Tensor | None = None
+    ids_predict: Tensor | None = None
+    lots: Tensor | None = None
 
     def to(self, device: torch.device) -> "PretrainBatch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -55,6 +60,8 @@ class PretrainBatch:
             {name: (move(values), moved(scale)) for name, (values, scale) in self.targets.items()},
             self.indices,
             moved(self.gumbel),
+            moved(self.ids_predict),
+            moved(self.lots),
         )
 
 
@@ -90,16 +97,20 @@ class PretrainDataset:
         count, size = self.masks.count, self.views.image_size
         views = [view_of_epoch(index, epoch, self.views.count) for epoch, index in requests]
         noise = self.masks.noise(requests)
-        records, ids_keep, targets = self._read(requests, views, noise, empty)
+        lots = None if self.masks.predict is None else self.masks.lots(requests)
+        records, ids, targets = self._read(requests, views, noise, lots, empty)
         pixels = empty((len(requests), count, size, size, 3), np.uint8)
-        gumbel = noise.reshape(-1, self.masks.patches) if self.defers_masks and self.masks.focus == "sampled" else None
         batch = PretrainBatch(
             to_chw(pixels.reshape(-1, size, size, 3)),
-            None if self.defers_masks else torch.from_numpy(ids_keep.reshape(-1, self.masks.keep)),
+            _rows(ids.keep),
             {name: target_rows.tensors() for name, target_rows in targets.items()},
             torch.from_numpy(np.repeat([index for _, index in requests], count)),
-            None if gumbel is None else torch.from_numpy(gumbel),
+            ids_predict=_rows(ids.predict),
         )
+        if self.defers_masks:
+            draws = noise[:, :1] if self.masks.shares_a_draw else noise
+            batch.gumbel = _rows(draws if self.masks.focus == "sampled" else None)
+            batch.lots = _rows(lots)
         # Pixels after all records, not in between: the two push each other's code and data out of the CPU's cache.
         for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
             self._show(index, view, records[row], pixels[row, 0])
@@ -107,10 +118,19 @@ class PretrainDataset:
         return batch
 
     def _read(
-        self, requests: list[Request], views: list[int], noise: NDArray[np.float64], empty: Empty
-    ) -> tuple[list[list[Record]], NDArray[np.int64], dict[str, "_TargetRows"]]:
-        """Each sample's records, the visible patches int64 [B, M, K] unless they are deferred, and the target rows."""
-        ids_keep = np.empty((len(requests), self.masks.count, self.masks.keep), np.int64)
+        self,
+        requests: list[Request],
+        views: list[int],
+        noise: NDArray[np.float64],
+        lots: NDArray[np.float64] | None,
+        empty: Empty,
+    ) -> tuple[list[list[Record]], "_Ids", dict[str, "_TargetRows"]]:
+        """Each sample's records, its patches unless they are deferred, and the target rows."""
+        masks, shape = self.masks, (len(requests), self.masks.count)
+        ids = _Ids(
+            None if self.defers_masks else np.empty((*shape, masks.keep), np.int64),
+            None if self.defers_masks or masks.predict is None else np.empty((*shape, masks.predict), np.int64),
+        )
         wanted = {} if self.defers_masks or self.rows == "none" else self.caches
         targets = {name: self._target_rows(name, len(requests), empty) for name in wanted}
         records_of_samples: list[list[Record]] = []
@@ -118,21 +138,35 @@ class PretrainDataset:
             # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
             records = {name: cache.read(index, view, keep=False) for name, cache in self.caches.items()}
             records_of_samples.append(list(records.values()))
-            if self.defers_masks:
+            if ids.keep is None:
                 continue
-            ids_keep[row] = self.masks.ids_keep(self._attention_of(records_of_samples[-1]), noise[row])
+            ids.keep[row] = masks.ids_keep(self._attention_of(records_of_samples[-1]), noise[row])
+            if ids.predict is not None and lots is not None:
+                ids.predict[row] = masks.ids_predict(ids.keep[row], lots[row])
             if targets:
-                ids = ids_keep[row] if self.rows == "visible" else self._masked_ids(ids_keep[row])
+                wanted_ids = self._target_ids(ids, row)
                 for name, target_rows in targets.items():
-                    target_rows.take(row, records[name], self._all_ids(name) if name in self.resized else ids)
-        return records_of_samples, ids_keep, targets
+                    target_rows.take(row, records[name], self._all_ids(name) if name in self.resized else wanted_ids)
+        return records_of_samples, ids, targets
 
     def _target_rows(self, name: str, samples: int, empty: Empty) -> "_TargetRows":
-        header = self.caches[name].header
+        header, masks = self.caches[name].header, self.masks
         if name in self.resized:
             return _TargetRows(header, (samples, *self._all_ids(name).shape), empty)
-        count = self.masks.keep if self.rows == "visible" else self.masks.patches - self.masks.keep
-        return _TargetRows(header, (samples, self.masks.count, count), empty)
+        hidden = masks.patches - masks.keep if masks.predict is None else masks.predict
+        return _TargetRows(header, (samples, masks.count, masks.keep if self.rows == "visible" else hidden), empty)
+
+    def _target_ids(self, ids: "_Ids", row: int) -> NDArray[np.int64]:
+        """The patches [M, R] of a sample whose target rows the objective asks for, ascending."""
+        assert ids.keep is not None
+        chosen: NDArray[np.int64] = ids.keep[row]
+        if self.rows == "visible":
+            return chosen
+        if ids.predict is not None:
+            chosen = ids.predict[row]
+            return chosen
+        patches = np.arange(self.masks.patches)
+        return np.stack([np.setdiff1d(patches, visible, assume_unique=True) for visible in chosen])
 
     def _all_ids(self, name: str) -> NDArray[np.int64]:
         """All patches of a teacher [1, L]: once for all masks of a sample."""
@@ -150,11 +184,6 @@ class PretrainDataset:
                 return attention
             return resize_attention(torch.from_numpy(attention).unsqueeze(0), cache.header.grid, self.grid)[0].numpy()
         return None
-
-    def _masked_ids(self, ids_keep: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The patches [M, L - K], ascending, that masks [M, K] hide."""
-        patches = np.arange(self.masks.patches)
-        return np.stack([np.setdiff1d(patches, ids, assume_unique=True) for ids in ids_keep])
 
     def _show(self, index: int, view: int, records: list[Record], out: NDArray[np.uint8]) -> None:
         """The view that the teacher saw, byte for byte, into `out` [S, S, 3]."""
@@ -174,6 +203,18 @@ class PretrainDataset:
                 f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
             )
         picture.show(_view_of(records[0]) if records else picture.draw(index, view), out)
+
+
+class _Ids(NamedTuple):
+    """Patches of a batch's masks, int64 [samples, M, K or P]; None where the device chooses them, or all are meant."""
+
+    keep: NDArray[np.int64] | None
+    predict: NDArray[np.int64] | None
+
+
+def _rows(values: NDArray[Any] | None) -> Tensor | None:
+    """[samples, masks, N] as a tensor [B, N]."""
+    return None if values is None else torch.from_numpy(values.reshape(-1, values.shape[-1]))
 
 
 def _agree(records: list[Record]) -> None:

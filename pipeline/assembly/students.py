@@ -135,4 +135,4 @@ def features_of(model: Student | Classifier, device: torch.device) -> Callable[[
 
 
 def _of_encoder(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arguments.items() if not key.startswith("decoder_")}
+    return {key: value for key, value in arguments.items() if not key.startswith(("decoder", "predict_share"))}

@@ -6,8 +6,9 @@ from pydantic import Field
 
 from pipeline.config import Config
 
+DecoderKind = Literal["full", "cross"]
 DropTeachers = bool | Literal["loss"]
-ObjectiveName = Literal["mr_mae", "mae", "feature_decoder", "joint_decoder"]
+ObjectiveName = Literal["mr_mae", "mae", "feature_encoder", "feature_decoder", "joint_decoder"]
 Fusion = Literal["fused", "each", "last"]
 TargetNorm = Literal["layernorm", "channel", "phi_s", "none"]
 MimicLoss = Literal["smooth_l1", "mse", "cosine"]
@@ -24,6 +25,8 @@ class StudentConfig(Config):
     dim: int | None = Field(None, ge=1)
     depth: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
+    decoder: DecoderKind = "full"  # MAE's; cross: queries of predicted cells read the visible tokens, at half the cost
+    predict_share: float | None = Field(None, gt=0, le=1)  # of all cells; default: 1 (all masked ones), cross: 0.25
     decoder_dim: int | None = Field(None, ge=1)
     decoder_depth: int | None = Field(None, ge=1)
     decoder_heads: int | None = Field(None, ge=1)

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     AUGMENT = 3
     ORDER = 4
     CHECK = 5
+    PREDICT = 6
 
 
 def raw_bits(count: int, stream: Stream, seed: int, *counters: int) -> NDArray[np.uint64]:

@@ -4,15 +4,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack, get_args
 
-from pipeline.configs.models import MIMIC_WEIGHT, DropTeachers, Fusion, MimicHead, MimicLoss, TargetNorm
+from pipeline.configs.models import MIMIC_WEIGHT, DecoderKind, DropTeachers, Fusion, MimicHead, MimicLoss, TargetNorm
 from pipeline.errors import ConfigError
 from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
+from pipeline.models.cross import CrossDecoder
 from pipeline.models.mae import Decoder
 from pipeline.models.mimic import Mimic
 from pipeline.models.mr_mae import OBJECTIVES, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
 from pipeline.models.vit import ViT
+
+_DECODERS = {"full": Decoder, "cross": CrossDecoder}
+_PREDICT_SHARES = {"full": 1.0, "cross": 0.25}
+# Options that came later: at their defaults a spec leaves them out, so that runs of before find it unchanged.
+_LATER = {"decoder": "full", "predict_share": None}
 
 
 def build_student(
@@ -31,6 +37,8 @@ def build_student(
     pixel_weight: float = 1.0,
     standardise_teachers: bool = True,
     drop_teachers: DropTeachers = False,
+    decoder: DecoderKind = "full",
+    predict_share: float | None = None,
     gradient_checkpointing: bool = False,
     sparse: bool = True,
     **sizes: Unpack[StudentSizes],
@@ -53,6 +61,9 @@ def build_student(
             norms do. With False the teacher of the largest scale dominates.
         drop_teachers: False | True: each sample mimics one teacher, sampled at random | "loss": the one of its highest
             loss, and each other with probability 1/2.
+        decoder: "full", MAE's | "cross", see `pipeline.models.cross`.
+        predict_share: share of all cells that a step predicts, in (0, 1]; 1 (all masked ones), or 0.25 with "cross",
+            unless given. Who calls the model draws the cells: `pipeline.data.masks`.
         gradient_checkpointing: run every block again in the backward pass instead of keeping its activations.
         sparse: False computes ConvViT's first two levels on whole maps: the same numbers, slower.
         sizes: what differs from the named sizes.
@@ -66,6 +77,10 @@ def build_student(
     check_choice("target_norm", target_norm, get_args(TargetNorm))
     check_choice("mimic_loss", mimic_loss, get_args(MimicLoss))
     check_choice("mimic_head", mimic_head, get_args(MimicHead))
+    check_choice("decoder", decoder, _DECODERS)
+    share = _PREDICT_SHARES[decoder] if predict_share is None else predict_share
+    if not 0 < share <= 1:
+        raise ConfigError(f"predict_share={share}: give a share above 0, up to 1")
     if not isinstance(drop_teachers, bool):
         check_choice("drop_teachers", drop_teachers, ("false", "true", "loss"))
     for key, weight in (("mimic_weight", mimic_weight), ("pixel_weight", pixel_weight)):
@@ -79,16 +94,18 @@ def build_student(
     encoder = _encoder(
         size, taps=blocks if at_encoder else (), gradient_checkpointing=gradient_checkpointing, sparse=sparse
     )
-    decoder = Decoder(
-        size,
-        prefix=encoder.num_prefix_tokens,
-        pixels=goal.pixels,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    built_decoder = None
+    if goal.decodes:
+        built_decoder = _DECODERS[decoder](
+            size,
+            prefix=encoder.num_prefix_tokens,
+            pixels=goal.pixels,
+            gradient_checkpointing=gradient_checkpointing,
+        )
     mimics = {
         teacher: Mimic(
             teacher,
-            dim=encoder.dim if at_encoder else decoder.dim,
+            dim=encoder.dim if at_encoder else size.decoder_dim,
             width=width,
             sources=len(blocks) if at_encoder else 1,
             fusion=fusion if at_encoder else "last",
@@ -101,8 +118,9 @@ def build_student(
     }
     return Student(
         encoder,
-        decoder,
+        built_decoder,
         mimics,
+        predict_share=share if goal.decodes else 1.0,
         objective=objective,
         norm_pix_loss=norm_pix_loss,
         mimic_weight=mimic_weight,
@@ -202,7 +220,8 @@ def _spec(given: dict[str, Any], sizes: type[EncoderSizes]) -> dict[str, Any]:
     if unknown := given["sizes"].keys() - defaults.keys():
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
     first = {key: given[key] for key in ("name", "num_classes") if key in given}
-    return {key: _plain(value) for key, value in {**first, **defaults, **given["sizes"], **options}.items()}
+    complete = {**first, **defaults, **given["sizes"], **options}
+    return {key: _plain(value) for key, value in complete.items() if (key, value) not in _LATER.items()}
 
 
 def _plain(value: Any) -> Any:

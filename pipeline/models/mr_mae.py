@@ -11,8 +11,11 @@ and the pixels of the masked cells after the decoder. `objective` moves or remov
 |-----------------|------------------------|--------------------------------------------|-------------|
 | mr_mae          | yes                    | the encoder's visible tokens               | visible     |
 | mae             | yes                    | –                                          | none        |
+| feature_encoder | –                      | the encoder's visible tokens; no decoder   | visible     |
 | feature_decoder | –                      | the decoder's tokens at masked cells       | masked      |
 | joint_decoder   | yes                    | the decoder's tokens at masked cells       | masked      |
+
+`predict_share` may draw some of the masked cells; then these are all that a decoder predicts, pixels and tokens alike.
 """
 
 from collections.abc import Mapping
@@ -39,13 +42,21 @@ class Objective(NamedTuple):
     mimics: str
     target_rows: str
 
+    @property
+    def decodes(self) -> bool:
+        """Whether anything is predicted from a decoder's tokens."""
+        return self.pixels or self.mimics == "decoder"
+
 
 OBJECTIVES: dict[str, Objective] = {
     "mr_mae": Objective(pixels=True, mimics="encoder", target_rows="visible"),
     "mae": Objective(pixels=True, mimics="", target_rows="none"),
+    "feature_encoder": Objective(pixels=False, mimics="encoder", target_rows="visible"),
     "feature_decoder": Objective(pixels=False, mimics="decoder", target_rows="masked"),
     "joint_decoder": Objective(pixels=True, mimics="decoder", target_rows="masked"),
 }
+# Parts of an encoder that only a decoder reads.
+FOR_DECODER = frozenset({"norm", "stage1_output_decode", "stage2_output_decode"})
 
 
 class Student(nn.Module):
@@ -54,6 +65,8 @@ class Student(nn.Module):
     `grid` is (h, w) cells. `target_rows` says which cells' teacher tokens `forward` wants: "visible", "masked", "none".
 
     Args:
+        decoder: None for the objective "feature_encoder"; what the encoder has for a decoder is then not trained.
+        predict_share: share of all cells that a step predicts, at most the masked ones; see `predicted_cells`.
         mimics: teacher name -> its `Mimic`; empty for the objective "mae".
         teacher_shares: teacher name -> share of the mimic loss; shares add up to 1.
         drop_teachers: in training, drop some teachers of each sample. True: it mimics one, sampled by these shares.
@@ -68,9 +81,10 @@ class Student(nn.Module):
     def __init__(
         self,
         encoder: ViT | ConvViT,
-        decoder: Decoder,
+        decoder: Decoder | None,
         mimics: Mapping[str, Mimic],
         *,
+        predict_share: float,
         objective: str,
         norm_pix_loss: bool,
         mimic_weight: float,
@@ -81,6 +95,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        self.predict_share = predict_share
         self.mimic = nn.ModuleDict({module_name(teacher): mimic for teacher, mimic in mimics.items()})
         self.teachers = tuple(mimics)
         self.objective = OBJECTIVES[objective]
@@ -90,7 +105,10 @@ class Student(nn.Module):
         self.register_buffer("shares", torch.tensor([teacher_shares[t] for t in self.teachers]), persistent=False)
         self.drop_teachers = drop_teachers if len(self.teachers) > 1 else False
         self.spec = spec
-        flatten_parts(self, "encoder", "decoder")
+        flatten_parts(self, "encoder", *(["decoder"] if decoder else []))
+        if decoder is None:
+            for name, part in encoder.named_children():
+                part.requires_grad_(name not in FOR_DECODER)
 
     def set_channel_stats(self, teacher: str, mean: Tensor, std: Tensor) -> None:
         """Give a teacher's channel means and deviations [width], which target_norm "channel" needs (and "none" when
@@ -110,7 +128,11 @@ class Student(nn.Module):
         self._mimic(teacher).set_covariance(mean, covariance)
 
     def forward(
-        self, images: Tensor, ids_keep: Tensor, targets: Mapping[str, Tensor] | None = None
+        self,
+        images: Tensor,
+        ids_keep: Tensor,
+        targets: Mapping[str, Tensor] | None = None,
+        ids_predict: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One training step's losses.
 
@@ -118,20 +140,26 @@ class Student(nn.Module):
             images: [B, 3, H, W] normalised float.
             ids_keep: [B, K] int64, the visible cells; 0 < K < L.
             targets: teacher -> [B, R, D] raw teacher tokens (any float dtype), for the cells that `target_rows` names:
-                "visible": R = K, in `ids_keep` order; "masked": R = L - K, the other cells in ascending order.
+                "visible": R = K, in `ids_keep` order; "masked": R = P, in the order of the predicted cells.
+            ids_predict: [B, P] int64, the masked cells that are predicted; all of them unless given, ascending.
 
         Returns:
             float32 scalars `loss`, `pixel_loss` and `mimic_loss` (each only if the objective has it; with several
             teachers also `mimic_loss/<teacher>`, before weighting). If pixels are predicted also `pred`
-            [B, L - K, p*p*3], those of the masked cells in ascending order.
+            [B, P, p*p*3], those of the predicted cells.
 
         Raises:
             ConfigError: a teacher's targets are missing, of another shape, or lack the statistics they need.
         """
-        ids_masked = complement(ids_keep, self.grid[0] * self.grid[1])  # [B, L-K]
+        if self.decoder is None:
+            result = self._mimic_losses(self.encoder.forward_blocks(images, ids_keep)[1], targets or {})
+            return {"loss": self.mimic_weight * result["mimic_loss"], **result}
+
+        if ids_predict is None:
+            ids_predict = complement(ids_keep, self.grid[0] * self.grid[1])  # [B, L-K]
         encoded = self.encoder(images, ids_keep)
-        decoded = gather_tokens(self.decoder(encoded.latent, ids_keep), ids_masked)  # [B, L-K, d]
-        result: dict[str, Tensor] = {}
+        decoded = self.decoder(encoded.latent, ids_keep, ids_predict)  # [B, P, d]
+        result = {}
         loss = images.new_zeros((), dtype=torch.float32)
 
         if self.objective.mimics:
@@ -140,8 +168,8 @@ class Student(nn.Module):
             loss = loss + self.mimic_weight * result["mimic_loss"]
 
         if self.objective.pixels:
-            result["pred"] = self.decoder.predict_pixels(decoded)  # [B, L-K, p*p*3]
-            true = gather_tokens(patchify(images, self.encoder.patch_size), ids_masked)  # [B, L-K, p*p*3]
+            result["pred"] = self.decoder.predict_pixels(decoded)  # [B, P, p*p*3]
+            true = gather_tokens(patchify(images, self.encoder.patch_size), ids_predict)  # [B, P, p*p*3]
             result["pixel_loss"] = pixel_loss(result["pred"], true, self.norm_pix_loss)
             loss = loss + self.pixel_weight * result["pixel_loss"]
 

@@ -5,11 +5,12 @@ Parameter names are those of facebookresearch/mae, so its checkpoints load as th
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.masking import gather_tokens
@@ -128,6 +129,27 @@ def run_blocks(
         if index in taps:
             tapped.append(x)
     return x, tapped
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Multi-head attention of [B, P, D] to keys and values [B, N, D], before its output map: [B, P, D]."""
+    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def block_at(block: Block, x: Tensor, rows: Tensor) -> Tensor:
+    """A block's output at the rows [B, P] int64 of x [B, N, D]: [B, P, D]. Other rows are keys and values only.
+
+    The block is one of `transformer` without drop path.
+    """
+    attn: Any = block.attn
+    dim, normed = x.shape[-1], block.norm1(x)
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    query = F.linear(gather_tokens(normed, rows), weight[:dim], bias[:dim])
+    key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+    x = gather_tokens(x, rows) + attn.proj(attention(query, key, value, attn.num_heads))
+    x = x + block.mlp(block.norm2(x))
+    return x
 
 
 def apply(block: Callable[..., Tensor], *inputs: object, checkpointing: bool) -> Tensor:

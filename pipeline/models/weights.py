@@ -17,17 +17,15 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.models.build import build_classifier, build_student
 from pipeline.models.classifier import Classifier
-from pipeline.models.mr_mae import Student
+from pipeline.models.mr_mae import FOR_DECODER, Student
 from pipeline.tensor_files import save_tensors
 from pipeline.weights import load_tensors, misfit, read_state
 
 # Parts of a task and not of the encoder, by the first part of the flat name.
 TASK_PARTS = frozenset(
-    {"decoder_embed", "mask_token", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred"}
-    | {"mimic", "fc_norm", "head"}
+    {"decoder_embed", "mask_token", "decoder_pos_embed", "decoder_blocks", "decoder_cross_blocks", "decoder_norm"}
+    | {"decoder_pred", "mimic", "fc_norm", "head"}
 )
-# Parts of the encoder that only the decoder reads; a classifier may be built without them.
-FOR_DECODER = frozenset({"norm", "stage1_output_decode", "stage2_output_decode"})
 
 
 @dataclass

@@ -26,10 +26,21 @@ class AblateConfig(Config):
     measures: list[Measure] = Field(default=["knn", "linear-probe", "finetune"], min_length=1)
     caches: dict[str, list[str]]  # name → keys for `extract-teacher-features`
     variants: dict[str, VariantConfig]
+    groups: list[str] = Field(default_factory=list)  # run the variants of these groups alone; default: all
+
+    @property
+    def chosen(self) -> dict[str, VariantConfig]:
+        """The variants that are run."""
+        return {
+            name: variant for name, variant in self.variants.items() if not self.groups or variant.group in self.groups
+        }
 
     @model_validator(mode="after")
     def _known_caches(self) -> "AblateConfig":
         for name, variant in self.variants.items():
             if variant.cache is not None and variant.cache not in self.caches:
                 raise ValueError(f"variants.{name}.cache={variant.cache}: caches has {', '.join(self.caches)}")
+        groups = {variant.group for variant in self.variants.values()}
+        if strange := set(self.groups) - groups:
+            raise ValueError(f"groups={sorted(strange)}: the variants have {', '.join(sorted(groups))}")
         return self

@@ -4,6 +4,7 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.configs.cache import AttentionKind, QuantiserName, StoreName
+from pipeline.configs.models import DecoderKind
 
 
 class PlanConfig(Config):
@@ -13,6 +14,8 @@ class PlanConfig(Config):
     views: int = Field(default=1, ge=1)  # of each image
     teacher: str = "clip_vitb16"  # a name that `mrmae teachers` lists, timm:NAME or open_clip:ARCH:TAG
     student: str = "mrmae_vit_base_patch16"
+    decoder: DecoderKind = "full"  # as in pre-training
+    predict_share: float | None = Field(default=None, gt=0, le=1)  # as in pre-training
     store: StoreName = "zarr"
     quantiser: QuantiserName = "int8"
     attention: AttentionKind = "mean"

@@ -58,7 +58,7 @@ def test_every_part_is_measured_and_said(caplog: pytest.LogCaptureFixture) -> No
     assert extract["views"] == 16  # the least: in 0.01 s the bare forward would do one
     assert min(extract[f"{what}_views_per_s"] for what in ("bare", "stage", "steady")) > 0
     for name in names[2:4]:
-        assert set(figures["parts"][name]["images_per_s"]) == {"mae", "cached", "online"}
+        assert set(figures["parts"][name]["images_per_s"]) == {"mae", "cached", "cached_cross", "online"}
         assert min(figures["parts"][name]["loader_images_per_s"].values()) > 0
     assert figures["parts"][names[4]]["step"]["speedup"] > 0
 

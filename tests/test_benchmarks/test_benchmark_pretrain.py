@@ -18,7 +18,7 @@ def test_figures_are_there_and_make_sense(store: str) -> None:
     }
     figures = run(BenchmarkPretrainConfig.model_validate(config))
     lanes = figures["teachers"]["0"]
-    assert set(lanes["images_per_s"]) == {"mae", "cached", "online"}
+    assert set(lanes["images_per_s"]) == {"mae", "cached", "cached_cross", "online"}
     low, high = lanes["cached_over_mae"]["range"]
     assert 0 < low <= lanes["cached_over_mae"]["ratio"] <= high
     assert lanes["online_over_cached"]["ratio"] > 1  # a ViT-Ti's forward on top of a micro student's step

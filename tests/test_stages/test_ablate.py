@@ -75,6 +75,9 @@ def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None
     said.clear()
     assert ablate.run(config, file, said.append) == table
     assert said == []
+    assert "untrained" not in ablate.run(config.model_copy(update={"groups": ["objective"]}), file, said.append)
+    with pytest.raises(ConfigError, match=r"groups=\['target'\]: the variants have , objective"):
+        load_config(AblateConfig, file, ["groups=[target]"], section="ablate")
     write_config(tmp_path, image_tree, caches={"one": ["views.count=2"]})
     with pytest.raises(ConfigError, match="holds extract-teacher-features with other keys than now"):
         ablate.run(load_config(AblateConfig, file, section="ablate"), file, said.append)

@@ -105,6 +105,45 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+CROSS = {**MICRO, "decoder": "cross"}  # predicts 4 of 16 cells
+
+
+def test_a_cross_decoder_resumes_bit_for_bit_and_workers_change_nothing(
+    make_cache: Make, image_tree: Path, tmp_path: Path
+) -> None:
+    common = {**inputs(make_cache(), image_tree), "student": CROSS, "grad_norms_every": 0}
+    pretrain.run(pretrain_config(tmp_path / "whole", **common))
+    resumed = killed_and_resumed(tmp_path / "killed", 4, checkpoint_every=3, **common)
+    assert resumed.trained == [3, 4, 5]
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    common["data"] = {"path": str(image_tree), "workers": 2}
+    pretrain.run(pretrain_config(tmp_path / "two", **common))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") == losses(tmp_path / "two")
+    common["student"] = {**CROSS, "predict_share": 0.5}
+    with pytest.raises(CheckpointError, match="holds a run with student="):
+        pretrain.run(pretrain_config(tmp_path / "two", **common))
+
+
+def test_a_run_from_before_masks_were_disjoint_goes_on_with_its_own(
+    make_cache: Make, image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {**inputs(make_cache(), image_tree), "mask": {"masks_per_sample": 4}, "grad_norms_every": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "_drew_masks_apart", lambda config: True)
+        pretrain.run(pretrain_config(tmp_path / "before", **common))
+        with pytest.MonkeyPatch.context() as inner:
+            Steps(inner, kill_at=4)
+            with pytest.raises(Killed):
+                pretrain.run(pretrain_config(tmp_path / "resumed", checkpoint_every=3, **common))
+    pretrain.run(pretrain_config(tmp_path / "resumed", checkpoint_every=3, **common))
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "before")
+    pretrain.run(pretrain_config(tmp_path / "new", **common))
+    assert losses(tmp_path / "new") != losses(tmp_path / "before")
+    new = load_checkpoint(max((tmp_path / "new/checkpoints").glob("step-*"))).identity["mask"]
+    assert new["disjoint"]
+
+
 def test_block_order_shows_a_shard_after_the_other_also_after_a_resume(
     make_cache: Make, image_tree: Path, tmp_path: Path
 ) -> None:
@@ -381,6 +420,31 @@ def test_cached_equals_online_for_masked_rows_and_channel_statistics(
     views = {"count": 2, "image_size": 64}
     pretrain.run(pretrain_config(tmp_path / "online", teacher=TEACHER, views=views, **common))
     assert dict(losses(tmp_path / "online")) == pytest.approx(dict(losses(tmp_path / "cached")), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("objective", "focus", "masks"),
+    [
+        ("mr_mae", "sampled", 4),
+        ("mr_mae", "top-k", 1),
+        ("mr_mae", "random", 4),
+        ("joint_decoder", "sampled", 2),
+        ("feature_encoder", "sampled", 1),
+    ],
+)
+def test_cached_equals_online_where_a_share_is_predicted(
+    make_cache: Make, image_tree: Path, tmp_path: Path, objective: str, focus: str, masks: int
+) -> None:
+    common: dict[str, Any] = {
+        "data": {"path": str(image_tree), "workers": 0}, "student": CROSS, "mimic": {"objective": objective},
+        "mask": {"focus": focus, "masks_per_sample": masks},
+    }  # fmt: skip
+    pretrain.run(
+        pretrain_config(tmp_path / "cached", cache={"path": str(make_cache(cache__quantiser="float32"))}, **common)
+    )
+    views = {"count": 2, "image_size": 64}
+    pretrain.run(pretrain_config(tmp_path / "online", teacher=TEACHER, views=views, **common))
+    assert dict(losses(tmp_path / "online")) == pytest.approx(dict(losses(tmp_path / "cached")), rel=1e-5)
 
 
 def test_two_live_teachers(image_tree: Path, tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from pipeline.assembly.inspection import reconstruct
 from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError
-from pipeline.models import build_student, save_weights
+from pipeline.models import Student, build_student, load_model, save_weights
+from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune, pretrain, visualize
 from stages.visualize import VisualizeConfig
-from tests.test_stages.conftest import ENCODER, TEACHER, finetune_config, pretrain_config
+from tests.test_stages.conftest import ENCODER, MICRO, TEACHER, finetune_config, pretrain_config
 
 
 def config(init: Path, output: Path, **changes: Any) -> VisualizeConfig:
@@ -36,6 +39,23 @@ def test_from_the_cache_it_learned_from(student_run: Path, colours: Path, tmp_pa
     assert "drawn by attention" in facts["columns"][1]
     with Image.open(facts["picture"]) as picture:
         assert picture.width > 2 * picture.height  # seven columns, two rows
+
+
+def test_a_cross_decoder_completes_all_masked_patches(image_tree: Path, tmp_path: Path) -> None:
+    data = {"path": str(image_tree), "workers": 0}
+    keys = {"mimic": {"objective": "mae"}, "views": {"image_size": 64}, "student": {**MICRO, "decoder": "cross"}}
+    pretrain.run(pretrain_config(tmp_path / "run", data=data, max_steps=1, **keys))
+    student = load_model(resolve_checkpoint(tmp_path / "run"))
+    assert isinstance(student, Student)
+    images, ids_keep = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), torch.tensor([[0, 5], [7, 9]])
+    shown = reconstruct(student.eval(), images, ids_keep)
+    grey = shown.masked[0, 0, 20, 40]  # in a masked patch
+    assert (shown.masked[0, 0] == grey).float().mean() > 0.8
+    assert (shown.completed[0, 0] == grey).float().mean() < 0.1
+    assert torch.equal(shown.completed[0, :, :16, :16], shown.masked[0, :, :16, :16])  # a visible one
+    facts = visualize.run(config(tmp_path / "run", tmp_path / "a.png", data=data))
+    assert "reconstruction" in columns(facts)
+    assert facts["pixel_loss"] > 0
 
 
 def test_a_webdataset_cache_brings_its_images(cache: Path, image_tree: Path, tmp_path: Path) -> None:

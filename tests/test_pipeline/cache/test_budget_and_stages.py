@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,19 @@ def test_plan_of_imagenet() -> None:
     half = plan.run(plan.PlanConfig(quantiser="float16", views=2))
     assert half["bytes"] == pytest.approx(2 * 386e9, rel=0.01)
     json.dumps(answer)
+
+
+@pytest.mark.parametrize(
+    ("keys", "ratio"),
+    [({}, 1.0), ({"predict_share": 0.25}, 0.953), ({"decoder": "cross"}, 0.581),
+     ({"decoder": "cross", "predict_share": 0.5}, 0.691), ({"decoder": "cross", "predict_share": 1.0}, 0.801),
+     ({"decoder": "cross", "student": "mrmae_convvit_base_patch16"}, 0.641)],
+)  # fmt: skip
+def test_plan_follows_the_decoder(keys: dict[str, Any], ratio: float) -> None:
+    answer = plan.run(plan.PlanConfig.model_validate(keys))
+    assert answer["step_over_mae"] == pytest.approx(ratio, abs=0.001)
+    step = answer["student_step_gmac"]
+    assert answer["saving_ceiling"] == pytest.approx((step + answer["teacher_gmac"]) / step)
 
 
 def test_plan_names_the_slower_side() -> None:

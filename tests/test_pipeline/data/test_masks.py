@@ -3,11 +3,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.stats import chisquare
 
 from pipeline.configs.data import Focus
-from pipeline.data.masks import MaskSampler, visible_count
+from pipeline.data.masks import MaskSampler, predicted_count, select_predicted, select_visible, visible_count
 
 ATTENTION = np.random.default_rng(0).dirichlet(np.full(64, 0.5)).astype(np.float16)
 
@@ -101,3 +102,56 @@ def test_a_mask_does_not_depend_on_its_company(focus: Focus, count: int) -> None
     for row in range(33):
         alone = draw_masks(attention[row : row + 1], every[row : row + 1], 64, 16, focus, 5, count)
         assert np.array_equal(alone[0], together[row])
+
+
+def test_masks_by_attention_are_complementary_and_the_first_is_what_one_alone_would_be() -> None:
+    attention = np.tile(ATTENTION, (200, 1))
+    ids = draw_masks(attention, samples(200), 64, 16, "sampled", 0, 4)
+    assert (np.sort(ids.reshape(200, 64)) == np.arange(64)).all()
+    assert np.array_equal(ids[:, :1], draw_masks(attention, samples(200), 64, 16, "sampled", 0, 1))
+    shown = ATTENTION.astype(np.float64)[ids].sum(axis=(0, 2))  # attention that each of the four masks shows
+    assert (np.diff(shown) < 0).all()
+    on_device = select_visible(
+        torch.from_numpy(attention),
+        torch.from_numpy(MaskSampler(64, 16, "sampled", 0, 4).noise(samples(200))[:, 0]),
+        16,
+        4,
+    )
+    assert np.array_equal(on_device.view(200, 4, 16).numpy(), ids)
+
+
+def test_masks_that_cant_be_disjoint_are_drawn_apart() -> None:
+    """As are those of a run from before: mask by mask as if it were the only one."""
+    attention = np.tile(ATTENTION, (20, 1))
+    for sampler in (MaskSampler(64, 16, "sampled", 0, 5), MaskSampler(64, 16, "sampled", 0, 4, independent=True)):
+        assert not sampler.shares_a_draw
+        noise = sampler.noise(samples(20))
+        apart = [
+            select_visible(torch.from_numpy(attention), torch.from_numpy(noise[:, mask]), 16)
+            for mask in range(sampler.count)
+        ]
+        assert np.array_equal(sampler.draw(attention, samples(20)), torch.stack(apart, 1).numpy())
+
+
+def test_the_predicted_patches_are_a_share_of_all_or_all_masked_ones() -> None:
+    assert [predicted_count(196, 49, share) for share in (0.25, 0.5, 0.001)] == [49, 98, 1]
+    assert predicted_count(36, 9, 0.25) == 9
+    assert [predicted_count(196, 49, share) for share in (0.75, 0.8, 1.0)] == [None, None, None]
+
+
+def test_predicted_patches_are_masked_ones_drawn_evenly_by_seed_epoch_and_index() -> None:
+    requests = [(epoch, index) for epoch in range(2) for index in range(400)]
+    sampler = MaskSampler(16, 4, "random", 0, 2, predict=3)
+    ids_keep, lots = sampler.draw(None, requests), sampler.lots(requests)
+    ids = np.stack([sampler.ids_predict(keep, row) for keep, row in zip(ids_keep, lots, strict=True)])
+    assert ids.shape == (800, 2, 3)
+    assert (np.diff(ids, axis=2) > 0).all()  # ascending, no patch twice
+    assert not (ids[..., None] == ids_keep[:, :, None]).any()  # none of them is visible
+    assert chisquare(np.bincount(ids.ravel(), minlength=16)).pvalue > 1e-3
+    on_device = select_predicted(torch.from_numpy(lots).flatten(0, 1), torch.from_numpy(ids_keep).flatten(0, 1), 3)
+    assert np.array_equal(on_device.view(800, 2, 3).numpy(), ids)
+    assert np.array_equal(sampler.lots(requests[5:6])[0], lots[5])  # whatever company it is in
+    assert len({tuple(row.ravel()) for row in lots}) == 800
+    other_seed = MaskSampler(16, 4, "random", 1, 2, predict=3)
+    assert not (other_seed.lots(requests) == lots).any()
+    assert not (sampler.noise(requests) == lots).any()  # a stream of its own
