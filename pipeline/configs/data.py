@@ -1,6 +1,6 @@
 """Images, views, masks and their order."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -12,6 +12,8 @@ OrderKind = Literal["full", "block"]
 
 class DataConfig(Config):
     """Which images."""
+
+    main_key: ClassVar[str] = "path"
 
     path: str = Field(min_length=1)  # a folder (tree or flat) or tars (a glob or brace pattern)
     limit: int | None = Field(None, gt=0)  # at most so many, evenly spread over the whole

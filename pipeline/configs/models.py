@@ -1,6 +1,6 @@
 """The student and its objective."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ MIMIC_WEIGHT = 10.0  # measured: docs/results.md. At 1 the pixel loss outweighs 
 
 class StudentConfig(Config):
     """Which encoder, and what differs from its published size."""
+
+    main_key: ClassVar[str] = "name"
 
     name: str = "mrmae_vit_base_patch16"
     image_size: int = Field(224, ge=8, le=4096)  # pixels; views.image_size must equal it

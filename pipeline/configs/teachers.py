@@ -1,6 +1,6 @@
 """The teacher."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ TokenChoice = Literal["norm", "block", "projected"]
 
 class TeacherConfig(Config):
     """Which teacher, and which of its tokens."""
+
+    main_key: ClassVar[str] = "spec"
 
     spec: str = Field(min_length=1)  # see `mrmae teachers`: dino_vitb16, clip_vitb16, timm:NAME, mrmae:RUN, ...
     weights: str | None = None  # a local weights file, of any ending; "random" for tests; default: the hub

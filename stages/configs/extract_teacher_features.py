@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from pipeline.configs.teachers import TeacherConfig
 
 class CacheOutput(Config):
     """Where the features go, and in what form."""
+
+    main_key: ClassVar[str] = "path"
 
     path: PathField
     store: StoreName = "zarr"

@@ -1,6 +1,6 @@
 """The keys of `pretrain`."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,15 @@ from pipeline.configs.training import OptimConfig, RunConfig
 class CacheInput(Config):
     """One cache to learn from."""
 
+    main_key: ClassVar[str] = "path"
+
     path: PathField
 
 
 class PretrainData(Config):
     """The images; a webdataset cache holds them itself and needs no path."""
+
+    main_key: ClassVar[str] = "path"
 
     path: str | None = Field(None, min_length=1)  # as in extraction
     limit: int | None = Field(None, gt=0)  # as in extraction

@@ -1,6 +1,6 @@
 """The keys of `visualize`."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, Strict, model_validator
 
@@ -12,6 +12,8 @@ from pipeline.configs.teachers import TeacherConfig
 
 class CacheInput(Config):
     """The cache that a student learned from."""
+
+    main_key: ClassVar[str] = "path"
 
     path: PathField
 
