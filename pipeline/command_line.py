@@ -90,9 +90,8 @@ class KeyCommand(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            if error.possibilities:
-                raise  # nearly an option of the command
             from pipeline.config_errors import explain_option
             from pipeline.errors import ConfigError
 
-            raise ConfigError(explain_option(self._load_class(), error.option_name, words)) from error
+            near = error.possibilities or ()
+            raise ConfigError(explain_option(self._load_class(), error.option_name, words, near)) from error

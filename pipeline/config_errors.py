@@ -1,33 +1,14 @@
 """What is wrong with a config, in one line that names the key as a user gives it."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from pipeline.errors import wanted
 from pipeline.keys import Key, annotation_at, items_of, keys_of, main_key, section_of, shown, values_of
 
-# What is wanted, by pydantic's kind of error; in braces what pydantic knows of it.
-_WANTED = {
-    "int": "must be a whole number",
-    "float": "must be a number",
-    "bool": "must be true or false",
-    "string": "must be text: in a file, put it in quotes",
-    "path": "must be a path: in a file, put it in quotes",
-    "is_instance_of": "must be a path: in a file, put it in quotes",
-    "literal": "must be {expected}",
-    "greater_than": "must be greater than {gt}",
-    "greater_than_equal": "must be {ge} or more",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be {le} or less",
-    "finite_number": "must be a finite number",
-    "too_short": "needs {min_length} values or more",
-    "too_long": "takes {max_length} values at most",
-    "list": "must be a list: [a,b]",
-    "tuple": "must be a list: [a,b]",
-    "dict": "must be keys and values: {{name: value}}",
-}
 _SHOWN = 4  # keys in a suggestion
 _FEW = 2
 
@@ -49,26 +30,37 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
             problems[f"{key}: {text}" if key else text] = []
         else:
             problems.setdefault(f"{key}={_shown(problem['input'])}: ", []).append(_wanted(cls, path, problem))
-    return "config: " + "; ".join(start + _either(wanted) for start, wanted in problems.items())
+    return "config: " + "; ".join(start + _either(texts) for start, texts in problems.items())
 
 
-def _either(wanted: Sequence[str]) -> str:
+def _either(texts: Sequence[str]) -> str:
     """What the members of a union want, as in: must be true or false or 'loss'."""
-    return " or ".join(dict.fromkeys(wanted)).replace(" or must be", " or")
+    return " or ".join(dict.fromkeys(texts)).replace(" or must be", " or")
 
 
 def suggest_keys(cls: type[BaseModel], path: Sequence[str]) -> str:
     """Keys that an unknown one may stand for: of this name at any depth, or of a similar one; else those beside it."""
     section = ".".join(path[:-1])
-    by_depth = sorted(keys_of(cls), key=lambda key: key.name.count("."))
-    beside = [key for key in by_depth if key.name.rpartition(".")[0] == section]
-    named, similar = _named(by_depth, path[-1]), _similar(beside, path[-1])
+    keys = _by_nearness(cls)
+    beside = [key for key in keys if key.name.rpartition(".")[0] == section]
+    named, similar = _named(keys, path[-1]), _similar(beside, path[-1])
     if section and len(named) > _FEW:
         named = []  # a name as common as `path` says nothing of what was meant in this section
-    found = named or similar or ([] if section else _similar(by_depth, path[-1]))
+    found = named or similar or ([] if section else _similar(keys, path[-1]))
     if found:
-        return "did you mean " + " or ".join(f"'{name}'" for name in found[:_SHOWN]) + "?"
+        return _did_you_mean(found)
     return "known here: " + ", ".join(key.name.rpartition(".")[2] for key in beside)
+
+
+def _did_you_mean(names: Sequence[str]) -> str:
+    return "did you mean " + " or ".join(f"'{name}'" for name in names[:_SHOWN]) + "?"
+
+
+def _by_nearness(cls: type[BaseModel]) -> list[Key]:
+    """Keys as they are likely to be meant: those of sections that are there by default, then the others; by depth."""
+    keys = list(keys_of(cls))
+    absent = tuple(f"{key.name}." for key in keys if "section" in key.type and key.default in ("null", "{}"))
+    return sorted(keys, key=lambda key: (key.name.startswith(absent), key.name.count(".")))
 
 
 def _named(keys: Sequence[Key], name: str) -> list[str]:
@@ -108,16 +100,11 @@ def _example(cls: type[BaseModel], path: Sequence[str]) -> str:
     return " ".join(f"{key}.{name}=..." for name in required) or f"{key}.KEY=..."
 
 
-def _wanted(cls: type[BaseModel], path: Sequence[str], problem: Any) -> str:
-    kind: str = problem["type"]
-    if problem["input"] == "":
-        return "must not be empty"
-    family = kind if kind in _WANTED else kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_error")
-    if family.startswith("int"):  # int_parsing_size, int_from_float
-        family = "int"
-    if family.startswith("model"):
+def _wanted(cls: type[BaseModel], path: Sequence[str], problem: Mapping[str, Any]) -> str:
+    if problem["type"].startswith("model"):
         return f"is a section: give its keys, as in {_example_below(cls, path)}"
-    return _WANTED.get(family, "can't be taken").format(**problem.get("ctx", {}))
+    text = wanted(problem)
+    return f"{text}: in a file, put it in quotes" if text in ("must be text", "must be a path") else text
 
 
 def _example_below(cls: type[BaseModel], path: Sequence[str]) -> str:
@@ -132,8 +119,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def explain_option(cls: type[BaseModel], option: str, words: Sequence[str]) -> str:
-    """What to write in place of an option that there isn't, such as `--batch_size 60`."""
+def explain_option(cls: type[BaseModel], option: str, words: Sequence[str], near: Sequence[str]) -> str:
+    """What to write in place of an option that there isn't, such as `--batch_size 60`.
+
+    Args:
+        near: options that look like it.
+    """
     place = next(place for place, word in enumerate(words) if word.startswith(option))
     name, equals, value = words[place].partition("=")
     if not equals:
@@ -141,6 +132,8 @@ def explain_option(cls: type[BaseModel], option: str, words: Sequence[str]) -> s
         value = following if following and not following.startswith("-") and "=" not in following else "VALUE"
     path = name.lstrip("-").replace("-", "_").split(".")
     start = f"there is no option {name}: keys are given without dashes, as key=value"
-    if annotation_at(cls, path) is None:
-        return f"{start} ({suggest_keys(cls, path)})"
-    return f"{start}: write {'.'.join(path)}={value}"
+    if annotation_at(cls, path) is not None:
+        return f"{start}: write {'.'.join(path)}={value}"
+    if near and not _named(list(keys_of(cls)), path[-1]):
+        return f"there is no option {name}: {_did_you_mean(near)}"
+    return f"{start} ({suggest_keys(cls, path)})"

@@ -168,7 +168,7 @@ def _name(member: Any) -> str:
     if values_of(member) is not None:
         return f"{_type(values_of(member))} by name"
     section = section_of(member)
-    return "section" if section else _NAMES[member]
+    return "section" if section else _NAMES.get(member, member.__name__)
 
 
 def _first_sentence(cls: type[BaseModel]) -> str:

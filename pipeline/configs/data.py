@@ -28,7 +28,7 @@ class ViewConfig(Config):
     scale: Pair = (0.2, 1.0)  # share of the image's area
     ratio: Pair = (3 / 4, 4 / 3)  # width over height of the box
     hflip: float = Field(0.5, ge=0, le=1)  # probability of a mirrored view
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)  # of boxes and mirrors
     interpolation: Literal["pillow", "torch"] = "pillow"  # whose antialiased bicubic; torch's is twice as fast on x86
 
     @model_serializer(mode="wrap")

@@ -17,7 +17,7 @@ class CacheInput(Config):
 
     main_key: ClassVar[str] = "path"
 
-    path: PathField
+    path: PathField  # the cache's folder
 
 
 class PretrainData(Config):
@@ -33,7 +33,7 @@ class PretrainData(Config):
 class MaskConfig(Config):
     """Which patches the encoder sees."""
 
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that are hidden
     focus: Focus = "sampled"  # by the teacher's attention; random without a cache
     masks_per_sample: int = Field(1, ge=1, le=8)  # masks trained of each image read; batch_size counts masks
 
