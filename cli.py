@@ -254,8 +254,11 @@ def _explain(error: Exception) -> tuple[str, int]:
         return "the accelerator's memory is full: raise accum_iter in training, lower batch_size in everything else", 2
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_ANOTHERS_END):
         return "another process of this job has ended: the line that it left says why", 2
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"unexpected {type(error).__name__}: {first_line} (mrmae --debug ... shows where)", 2
+    if isinstance(error, MemoryError):
+        return "the memory is full: lower data.workers or batch_size, or give the job more memory", 2
+    lines = str(error).strip().splitlines() or ["no message"]
+    line = lines[-1] if any(text.startswith("Traceback ") for text in lines) else lines[0]  # handed over by a process
+    return f"unexpected {type(error).__name__}: {line} (mrmae --debug ... shows where)", 2
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:

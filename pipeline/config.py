@@ -7,6 +7,7 @@ values that the sections share by interpolation. Config classes lie in `pipeline
 derive from `Config`.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -61,7 +62,7 @@ def _fill(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expand(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
 PathField = Annotated[Path, BeforeValidator(_expand)]

@@ -9,8 +9,8 @@ from pipeline.keys import Key, keys_of
 _INTRODUCTION = """# Keys
 
 Every key of every command that takes `key=value`. This page is written by `make keys` from the config classes, and a
-test compares the two. `mrmae COMMAND --keys` prints the part of one command, `mrmae COMMAND --print-config` the values
-that a call would use. [configuration.md](configuration.md) says how values are written.
+test compares the two. `mrmae pretrain --keys` prints the part of one command, `mrmae pretrain --print-config ...` the
+values that a call would use. [configuration.md](configuration.md) says how values are written.
 
 NAME is a name of your choice. A section is given by its keys; "or its path" means that text in place of the section
 gives that key: `data=photos` is `data.path=photos`.

@@ -158,6 +158,26 @@ def test_debug_shows_the_traceback(words: list[str]) -> None:
     assert result.output.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a b\nmore"), "unexpected ValueError: a b (mrmae --debug ... shows where)"),
+        (
+            RuntimeError(
+                "Caught ValueError in a process\nTraceback (most recent call last):\n  File x\nValueError: bad"
+            ),
+            "unexpected RuntimeError: ValueError: bad (mrmae --debug ... shows where)",
+        ),
+        (KeyError(), "unexpected KeyError: no message (mrmae --debug ... shows where)"),
+        (MemoryError(), "the memory is full: lower data.workers or batch_size, or give the job more memory"),
+    ],
+)
+def test_an_error_of_no_kind_is_its_own_line(error: Exception, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.plan.run", lambda config: (_ for _ in ()).throw(error))
+    result = mrmae("plan")
+    assert (result.exit_code, result.output) == (2, f"error: {line}\n")
+
+
 def test_an_empty_folder(tmp_path: Path) -> None:
     result = mrmae("extract-teacher-features", f"data.path={tmp_path}", "teacher.spec=x", f"cache.path={tmp_path}/c")
     assert result.exit_code == 2
