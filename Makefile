@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu check clean
+.PHONY: demo test test-slow test-gpu check keys clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mrmae needs Python 3.11 or newer; set PYTHON=/path/to/it")'
@@ -29,6 +29,9 @@ check: $(STAMP)  ## everything a change must pass
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+keys: $(STAMP)  ## docs/keys.md, after a change of a config class
+	$(BIN)/mrmae --keys > docs/keys.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,15 +5,11 @@ import, so that `mrmae --help` answers at once; heavy libraries are imported whe
 that prints errors and sets exit codes: 0 well, 1 the command found damage, 2 it could not run, 130 it was interrupted.
 """
 
-import ast
 import errno
-import inspect
 import json
 import logging
 import os
-import re
 import sys
-import tokenize
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,7 +19,22 @@ from typing import Any, NamedTuple
 
 import click
 
-_EPILOG = "Every key of a config can be given as key=value, for instance: batch_size=256 data.path=/data/train"
+from pipeline.command_line import (
+    DEBUG,
+    QUIET,
+    KeyCommand,
+    flag,
+    is_set,
+    keys_argument,
+    keys_option,
+    printing_option,
+    read_help,
+)
+
+_EPILOG = (
+    "Every key of a config can be given as key=value, for instance: batch_size=256 data.path=/data/train. "
+    "mrmae COMMAND --keys lists them."
+)
 
 # What gloo and NCCL say in the processes that wait for one that has ended.
 _SIGNS_OF_ANOTHERS_END = (
@@ -72,20 +83,16 @@ def _is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _flag(name: str, variable: str, help: str) -> click.Option:
-    return click.Option([name, variable], is_flag=True, help=help)
-
-
 _FILE = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 _PATH = click.Argument(["path"], type=_FILE)
-_KEYS = click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]...")
-_JSON = _flag("--json", "as_json", "Print everything as JSON.")
-_EVALUATE = _flag("--eval", "evaluate", "Train nothing: measure init=RUN, or several by their mean.")
-_EVAL_ONLY = _flag("--eval", "eval_only", "Score the run's newest checkpoint, or checkpoint=PATH.")
+_PRINT_CONFIG = flag("--print-config", "print_config", "Print the config that would be used, as YAML; run nothing.")
+_JSON = flag("--json", "as_json", "Print everything as JSON.")
+_EVALUATE = flag("--eval", "evaluate", "Train nothing: measure init=RUN, or several by their mean.")
+_EVAL_ONLY = flag("--eval", "eval_only", "Score the run's newest checkpoint, or checkpoint=PATH.")
 _PAGE = click.Option(["--output"], type=_FILE, help="The page; by default report.html in the folder.")
 _EXTRACTION = (
-    _flag("--init-only", "init_only", "Calibrate and create the cache, extract nothing: before a job array."),
+    flag("--init-only", "init_only", "Calibrate and create the cache, extract nothing: before a job array."),
     click.Option(["--shard-range"], metavar="A:B", help="Only the shards A to B-1, for job arrays."),
 )
 _VERIFICATION = (
@@ -93,7 +100,7 @@ _VERIFICATION = (
     click.Option(["--data"], metavar="PATH", help="Where the images lie now, if not where they were extracted from."),
     click.Option(["--weights"], metavar="FILE", help="The teacher's weights, for --level deep and --repair."),
     click.Option(["--samples"], type=_COUNT, default=64, show_default=True, help="Records that deep computes again."),
-    _flag("--repair", "repair", "Extract damaged shards again, and those whose lost images decode by now."),
+    flag("--repair", "repair", "Extract damaged shards again, and those whose lost images decode by now."),
 )
 
 
@@ -120,6 +127,17 @@ class Command(NamedTuple):
     @property
     def module(self) -> str:
         return f"{self.package}.{self.name.replace('-', '_')}"
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether it takes KEY=VALUE."""
+        return self.config is not None and _PATH not in self.params
+
+    def load_class(self, evaluate: bool = False) -> Any:
+        """The config class; that of a stage with keys without importing the stage, which takes seconds."""
+        light = self.has_keys and self.package == "stages"
+        module = import_module(self.module.replace("stages.", "stages.configs.") if light else self.module)
+        return getattr(module, (self.evaluation if evaluate else None) or self.config or "")
 
 
 STAGES = (  # in the order of a project
@@ -148,40 +166,50 @@ BENCHMARKS = tuple(
 
 def _build(command: Command) -> click.Command:
     """The click command of a table's row."""
-    params = command.params
-    if command.config is not None and _PATH not in params:
-        required = "file" in command.receives
-        file = click.Option(["--config", "file"], type=_FILE, required=required, help="YAML file; see configs/.")
-        params = (file, _KEYS, *params)
 
-    def call(as_json: bool = False, **given: Any) -> None:
-        command.show(_run(command, given), as_json)
+    def call(as_json: bool = False, print_config: bool = False, **given: Any) -> None:
+        _set_up_logging()
+        if print_config:
+            from pipeline.config import config_text
 
-    return click.Command(command.name, params=list(params), callback=call, help=_read_help(command.module))
+            click.echo(config_text(_load(command, given)), nl=False)
+        else:
+            command.show(_run(command, given), as_json)
+
+    attributes: dict[str, Any] = {"callback": call, "help": read_help(command.module)}
+    if not command.has_keys:
+        return click.Command(command.name, params=[*command.params, DEBUG, QUIET], **attributes)
+    required = "file" in command.receives
+    file = click.Option(["--config", "file"], type=_FILE, required=required, help="YAML file; see configs/.")
+    shown = (keys_option(command.load_class), _PRINT_CONFIG)
+    params = [file, keys_argument(command.load_class), *command.params, *shown, DEBUG, QUIET]
+    return KeyCommand(command.name, command.load_class, params=params, **attributes)
+
+
+def _load(command: Command, given: dict[str, Any]) -> Any:
+    """The config that a command is called with, checked before the command's module is imported."""
+    from pipeline.config import load_config, validate
+
+    if not command.has_keys:
+        return validate(command.load_class(), given)
+    evaluate = command.evaluation is not None and given["evaluate"]
+    section = command.name if command.package == "stages" else "benchmark"  # of a chain's file
+    return load_config(command.load_class(evaluate), given["file"], given["overrides"], section)
 
 
 def _run(command: Command, given: dict[str, Any]) -> Any:
     """Import the command's module and call it with what the user gave."""
-    stage = import_module(command.module)
     if command.config is None:
-        return stage.run()
-    if "path" in given:
-        return stage.run(getattr(stage, command.config).model_validate(given))
-    from pipeline.config import load_config
-
-    section = command.name if command.package == "stages" else "benchmark"  # of a chain's file
-    file, overrides = given.pop("file"), given.pop("overrides")
+        return import_module(command.module).run()
+    config = _load(command, given)
+    stage = import_module(command.module)
+    if not command.has_keys:
+        return stage.run(config)
+    file, _ = given.pop("file"), given.pop("overrides")
     if command.evaluation is not None and given.pop("evaluate"):
-        return stage.evaluate(load_config(getattr(stage, command.evaluation), file, overrides, section))
+        return stage.evaluate(config)
     given |= {name: value for name, value in {"file": file, "say": click.echo}.items() if name in command.receives}
-    return stage.run(load_config(getattr(stage, command.config), file, overrides, section), **given)
-
-
-def _read_help(module: str) -> str:
-    """A module's docstring, read without an import; click must not fill its indented lines as a paragraph."""
-    with tokenize.open(Path(__file__).parent / f"{module.replace('.', '/')}.py") as file:
-        docstring = next(token for token in tokenize.generate_tokens(file.readline) if token.type == tokenize.STRING)
-    return re.sub(r"\n\n(?= )", "\n\n\b\n", inspect.cleandoc(ast.literal_eval(docstring.string)))
+    return stage.run(config, **given)
 
 
 class _Group(click.Group):
@@ -199,6 +227,15 @@ class _Group(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:  # noqa: BLE001 - the one boundary between the program and its user
             _fail(ctx, *_explain(error))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from pipeline.errors import suggest
+
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"there is no command '{args[0]}': {suggest(args[0], self.commands, 'see --help')}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the table, not of the alphabet
@@ -220,27 +257,23 @@ def _explain(error: Exception) -> tuple[str, int]:
         return "the accelerator's memory is full: raise accum_iter in training, lower batch_size in everything else", 2
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_ANOTHERS_END):
         return "another process of this job has ended: the line that it left says why", 2
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"unexpected {type(error).__name__}: {first_line} (mrmae --debug ... shows where)", 2
+    if isinstance(error, MemoryError):
+        return "the memory is full: lower data.workers or batch_size, or give the job more memory", 2
+    lines = str(error).strip().splitlines() or ["no message"]
+    line = lines[-1] if any(text.startswith("Traceback ") for text in lines) else lines[0]  # handed over by a process
+    return f"unexpected {type(error).__name__}: {line} (mrmae --debug ... shows where)", 2
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:
-    if ctx.find_root().params.get("debug"):
+    if is_set(ctx, DEBUG):
         click.echo(traceback.format_exc(), err=True)
     click.echo(f"error: {message}", err=True)
     ctx.exit(code)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
-@click.option("--debug", is_flag=True, help="Show tracebacks, and what the libraries warn about.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors and the result alone.")
-@click.version_option(package_name="mrmae")
-def main(debug: bool, quiet: bool) -> None:
-    """MR-MAE pre-training without paying for the teacher at every step.
-
-    Stage 1 runs a CLIP or DINO teacher once over your images and keeps its features in a cache; stage 2 trains masked
-    autoencoders from images and cache. `mrmae demo` shows all of it in minutes, offline.
-    """
+def _set_up_logging() -> None:
+    ctx = click.get_current_context()
+    debug, quiet = is_set(ctx, DEBUG), is_set(ctx, QUIET)
     level = logging.DEBUG if debug else logging.INFO if _is_first_process() and not quiet else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for package in ("pipeline", "stages", "benchmarks"):
@@ -249,9 +282,32 @@ def main(debug: bool, quiet: bool) -> None:
         warnings.simplefilter("ignore")
 
 
+def _all_keys() -> str:
+    from pipeline.keys_page import keys_page
+
+    rows = {row.name: row for row in STAGES} | {f"benchmark {row.name}": row for row in BENCHMARKS}
+    return keys_page({name: row.load_class() for name, row in rows.items() if row.has_keys})
+
+
+@click.group(
+    cls=_Group,
+    params=[DEBUG, QUIET, printing_option("--keys", _all_keys, "Print the keys of all commands: docs/keys.md.")],
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+)
+@click.version_option(package_name="mrmae")
+def main() -> None:
+    """MR-MAE pre-training without paying for the teacher at every step.
+
+    Stage 1 runs a CLIP or DINO teacher once over your images and keeps its features in a cache; stage 2 trains masked
+    autoencoders from images and cache. `mrmae demo` shows all of it in minutes, offline.
+    """
+
+
 benchmark = click.Group(
     "benchmark",
     help="Measure this machine. Prints JSON; ratios are taken in pairs in one run. Reads, writes, costs: see each one.",
+    params=[DEBUG, QUIET],
     commands=[_build(command) for command in BENCHMARKS],
 )
 for _command in (*map(_build, STAGES), benchmark):

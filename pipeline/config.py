@@ -3,24 +3,25 @@
     config = load_config(PretrainConfig, Path("configs/imagenet.yaml"), ["batch_size=256"], section="pretrain")
 
 A file may describe one command, or a whole chain with a section for each command (`pretrain:`, `knn:`, ...) beside
-values that the sections share by interpolation. A config class lies in `configs/` and derives from
-`Config`; a stage composes them.
+values that the sections share by interpolation. Config classes lie in `pipeline/configs/` and `stages/configs/` and
+derive from `Config`.
 """
 
-import difflib
-import types
-import typing
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, model_validator
 from yaml import YAMLError
 
+from pipeline.config_errors import explain
 from pipeline.errors import ConfigError
 from pipeline.files import write_text
+from pipeline.keys import main_key, section_of
+from pipeline.overrides import read_overrides
 
 
 class Config(BaseModel):
@@ -28,10 +29,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
+    main_key: ClassVar[str] = ""  # what text in place of the section gives: data=photos is data.path=photos
+
     @model_validator(mode="before")
     @classmethod
     def _fill_sections(cls, values: Any) -> Any:
         """A section that is given in part keeps the rest of this command's default: one key is no other recipe."""
+        values = _spread(cls, values)
         if not isinstance(values, dict):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items()}
@@ -58,7 +62,7 @@ def _fill(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expand(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
 PathField = Annotated[Path, BeforeValidator(_expand)]
@@ -69,49 +73,76 @@ Pair = Annotated[tuple[float, float], Strict(False)]
 def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str] = (), section: str = "") -> C:
     """Merge a YAML file (its `section`, if it has one) with `a.b=c` overrides and validate the result as `cls`.
 
-    Values in the overrides are read as YAML; `${oc.env:NAME,default}` and `${other.key}` interpolate, from the root of
-    the file.
+    `pipeline.overrides` says how the overrides are read; `${oc.env:NAME,default}` and `${other.key}` interpolate, from
+    the root of the file.
 
     Raises:
         ConfigError: naming the key and what it allows.
     """
     root = _read_yaml(file) if file is not None else OmegaConf.create({})
-    given: set[str] = set()
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"'{override}' is no override: write key=value, for instance batch_size=256")
-        if key in given:  # as when a shell expands braces, and all words but the last would be lost
-            raise ConfigError(
-                f"{key}=... is given more than once: give it once; quote a pattern: '{key}=...{{00..09}}'"
-            )
-        given.add(key)
+    changes = read_overrides(cls, overrides)
+    sections = [str(key) for key in root if key in _SECTIONS and key not in cls.model_fields]
+    if sections and section and section not in root and file is not None:
+        raise ConfigError(f"--config {file} has no section '{section}' (it has {', '.join(sections)})")
+    if section in root and root[section] is None:  # all of its keys are commented out
+        root[section] = {}
+    if section in root and not OmegaConf.is_dict(root[section]):
+        raise ConfigError(f"--config {file}: expected keys and values in section '{section}'")
     try:
-        changes = OmegaConf.from_dotlist(list(overrides))
-        sections = [str(key) for key in root if key in _SECTIONS and key not in cls.model_fields]
-        if sections and section and section not in root and file is not None:
-            raise ConfigError(f"--config {file} has no section '{section}' (it has {', '.join(sections)})")
+        described = root.get(section, root)
+        _spread_nodes(cls, described)
+        merged = OmegaConf.merge(described, changes)
         if section in root:
-            if root[section] is None:  # all of its keys are commented out
-                root[section] = {}
-            if not OmegaConf.is_dict(root[section]):
-                raise ConfigError(f"--config {file}: expected keys and values in section '{section}'")
-            root[section] = OmegaConf.merge(root[section], changes)
+            root[section] = merged
             merged = root[section]  # interpolations in it still see the values beside it
-        else:
-            merged = OmegaConf.merge(root, changes)
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except GrammarParseError as error:
+        raise ConfigError(
+            "config: a value holds '${', which begins an interpolation: write ${key} or ${oc.env:NAME}, or another name"
+        ) from error
+    except OmegaConfBaseException as error:
         raise ConfigError(f"config: {_first_line(error)}") from error
+    return validate(cls, values)
+
+
+def validate(cls: type[C], values: Any) -> C:
+    """The config of these values. Raises ConfigError, naming the keys that are wrong."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(cls, error)) from error
+        raise ConfigError(explain(cls, error)) from error
+
+
+def config_text(config: Config) -> str:
+    """The resolved config as YAML, which `load_config` reads again."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
 def save_config(config: Config, file: Path) -> None:
     """Write the resolved config as YAML, for a run folder."""
-    write_text(file, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    write_text(file, config_text(config))
+
+
+def _spread(cls: type[BaseModel], values: Any) -> Any:
+    """Text in place of a section, or of a section of it, as the main key of that section."""
+    if isinstance(values, str) and main_key(cls):
+        return {main_key(cls): values}
+    if not isinstance(values, dict):
+        return values
+    sections = {name: section_of(cls.model_fields[name].annotation) for name in values if name in cls.model_fields}
+    return values | {name: _spread(section, values[name]) for name, section in sections.items() if section is not None}
+
+
+def _spread_nodes(cls: type[BaseModel], node: DictConfig) -> None:
+    """As `_spread`, in a file's values, so that an override of another key of the section doesn't replace the text."""
+    for name in [str(key) for key in node if key in cls.model_fields]:
+        section = section_of(cls.model_fields[name].annotation)
+        if section is None or OmegaConf.is_missing(node, name):
+            continue
+        if OmegaConf.is_dict(node[name]) and not OmegaConf.is_interpolation(node, name):
+            _spread_nodes(section, node[name])
+        elif isinstance(node[name], str):
+            node[name] = _spread(section, node[name])
 
 
 def _read_yaml(file: Path) -> DictConfig:
@@ -124,45 +155,6 @@ def _read_yaml(file: Path) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"--config {file}: expected keys and values at the top")
     return loaded
-
-
-def _explain(cls: type[Config], error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"] if not _is_type_tag(part))
-        if problem["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{key}'{_suggest(cls, problem['loc'])}")
-        elif problem["type"] == "missing":
-            problems.append(f"'{key}' is missing: give {key}=...")
-        elif problem["type"] == "value_error":
-            problems.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}" if key else problem["msg"])
-        else:
-            problems.append(f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
-    return "config: " + "; ".join(dict.fromkeys(problems))
-
-
-def _suggest(cls: type[Config], loc: tuple[int | str, ...]) -> str:
-    """Near misses among the keys of the section that holds the unknown one, else all of them."""
-    section: type[Config] | None = cls
-    for part in loc[:-1]:
-        section = _section(section, str(part)) if section else None
-    if section is None:
-        return ""
-    names = list(section.model_fields)
-    near = difflib.get_close_matches(str(loc[-1]), names, n=1)
-    return f" (did you mean '{near[0]}'?)" if near else f" (known here: {', '.join(names)})"
-
-
-def _section(cls: type[Config], name: str) -> type[Config] | None:
-    field = cls.model_fields.get(name)
-    annotation: Any = field.annotation if field else None
-    candidates = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)
-
-
-def _is_type_tag(part: int | str) -> bool:
-    """pydantic puts a union member's name, such as `constrained-str` or `function-before[...]`, into the location."""
-    return isinstance(part, str) and not part.isidentifier()
 
 
 def _first_line(error: Exception) -> str:

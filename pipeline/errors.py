@@ -5,10 +5,35 @@
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 log = logging.getLogger(__name__)
+
+# What is wanted, by pydantic's kind of error; in braces what pydantic knows of it.
+_WANTED = {
+    "missing": "is missing",
+    "extra_forbidden": "is unknown",
+    "model": "must be keys and values",
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be text",
+    "path": "must be a path",
+    "is_instance_of": "must be a path",
+    "literal": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be {le} or less",
+    "finite_number": "must be a finite number",
+    "too_short": "needs {min_length} values or more",
+    "too_long": "takes {max_length} values at most",
+    "list": "must be a list: [a,b]",
+    "tuple": "must be a list: [a,b]",
+    "dict": "must be keys and values: {{name: value}}",
+}
 
 
 class PipelineError(Exception):
@@ -53,6 +78,16 @@ def suggest(name: str, choices: Iterable[str], otherwise: str) -> str:
     """The end of a line about an unknown name: up to three choices that look like it, or `otherwise`."""
     near = difflib.get_close_matches(name, choices, n=3)
     return f"did you mean {', '.join(repr(choice) for choice in near)}?" if near else otherwise
+
+
+def wanted(problem: Mapping[str, Any]) -> str:
+    """What a value must be, of one of the problems that pydantic's ValidationError lists."""
+    kind: str = problem["type"]
+    if problem["input"] == "":
+        return "must not be empty"
+    family = kind if kind in _WANTED else kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_error")
+    family = "int" if family.startswith("int") else family  # int_parsing_size, int_from_float
+    return _WANTED.get(family, "can't be taken").format(**problem.get("ctx", {}))
 
 
 @contextmanager

@@ -138,8 +138,8 @@ def _load(file: Path) -> object:
             ) from error
         raise CheckpointError(f"{file} is torn, or no file of weights: {_FETCH}") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().partition("\n")[0] or type(error).__name__)[:120]
-        raise CheckpointError(f"{file} is torn: it can't be read ({reason}); {_FETCH}") from error
+        log.debug("%s", file, exc_info=True)
+        raise CheckpointError(f"{file} is torn: it ends early, or bytes in it are damaged; {_FETCH}") from error
 
 
 def _check_kind(file: Path, head: bytes) -> None:

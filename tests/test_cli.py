@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, one-line errors, exit codes."""
 
 import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -87,8 +88,30 @@ def test_the_first_process_alone_prints_facts(
         (["pretrain", "--config", "absent.yaml"], "no such file"),
         (["pretrain", "output=/tmp/x", "batchsize=3"], "did you mean 'batch_size'"),
         (["pretrain", "output=/tmp/x", "epochs=many"], "epochs='many'"),
-        (["pretrain", "output=/tmp/x", "mask.mask_ratio=1.5"], "mask.mask_ratio=1.5: input should be less than 1"),
+        (["pretrain", "output=/tmp/x", "mask.mask_ratio=1.5"], "mask.mask_ratio=1.5: must be less than 1"),
         (["extract-teacher-features", "data.path=/absent", "teacher.spec=dino_vits16", "cache.path=/tmp/c"], "/absent"),
+        (["pretrain", "output=/tmp/x", "lr=1e-3"], "unknown key 'lr' (did you mean 'optim.lr'?)"),
+        (
+            ["pretrain", "output=/tmp/x", "image_size=64"],
+            "(did you mean 'views.image_size' or 'student.image_size' or ",
+        ),
+        (["pretrain", "--batch_size", "60"], "there is no option --batch_size: keys are given without dashes, as "),
+        (["pretrain", "--batch_size", "60"], "as key=value: write batch_size=60"),
+        (["pretrain", "output=x", "--batch-size=60"], "write batch_size=60"),
+        (["pretrain", "--data.path", "*.tar"], "write data.path=*.tar"),
+        (["pretrain", "--lr", "1e-3"], "there is no option --lr: keys are given without dashes, as key=value (did you"),
+        (["pretrain", "--epochs", "--keys2"], "write epochs=VALUE"),
+        (["pretrain", "--debg"], "there is no option --debg: did you mean '--debug'?"),
+        (["benchmark", "student", "--batch_size", "60"], "write batch_size=60"),
+        (["knn"], "'data' is missing: give data=..."),
+        (["knn", "data=/absent", "val=/absent"], "/absent"),
+        (["extract-teacher-features", "data=/absent", "teacher=dino_vits16", "cache=/tmp/c"], "/absent"),
+        (["visualize", "init=/absent", "images=a.jpg"], "/absent"),
+        (
+            ["detect", "output=x", "data.val=photos"],
+            "data.val='photos': is a section: give its keys, as in data.val.im",
+        ),
+        (["finetune", "data=/absent", "output=x", "augment.rand_augment=m9"], "augment.rand_augment='m9' is no policy"),
         (["verify-cache", "/absent"], "no cache.json"),
         (["knn", "data.path=/absent", "val.path=/absent"], "/absent"),
         (["finetune", "data.path=/absent", "val.path=/absent", "output=/tmp/x"], "/absent"),
@@ -102,12 +125,57 @@ def test_errors_are_one_line_without_a_traceback(arguments: list[str], message: 
     assert len(result.output.strip().splitlines()) == 1
 
 
-def test_debug_shows_the_traceback() -> None:
-    result = mrmae("--debug", "verify-cache", "/absent")
+def test_a_command_that_there_is_not() -> None:
+    result = mrmae("pretrian")
+    assert result.exit_code == 2
+    assert "there is no command 'pretrian': did you mean 'pretrain'?" in result.output
+
+
+@pytest.mark.parametrize("option", ["-q", "--quiet", "--debug"])
+@pytest.mark.parametrize("words", [["plan"], ["benchmark", "decode"]], ids=" ".join)
+def test_debug_and_quiet_stand_in_any_place(option: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("stages.plan" if words == ["plan"] else "benchmarks.decode")
+    levels = []
+    logger = logging.getLogger("stages")
+    monkeypatch.setattr(logger, "level", logger.level)
+    monkeypatch.setattr(module, "run", lambda config: levels.append(logger.level) or {})
+    keys = [] if words == ["plan"] else ["data=x"]
+    for place in range(len(words) + 1):
+        assert mrmae(*words[:place], option, *words[place:], *keys).exit_code == 0
+    assert mrmae(*words, *keys, option).exit_code == 0
+    assert set(levels) == {logging.DEBUG if option == "--debug" else logging.WARNING}
+    levels.clear()
+    assert mrmae(*words, *keys).exit_code == 0
+    assert levels == [logging.INFO]
+
+
+@pytest.mark.parametrize("words", [["--debug", "verify-cache", "/absent"], ["verify-cache", "/absent", "--debug"]])
+def test_debug_shows_the_traceback(words: list[str]) -> None:
+    result = mrmae(*words)
     assert result.exit_code == 2
     assert "Traceback (most recent call last)" in result.output
     assert "pipeline.errors.CacheError: " in result.output
     assert result.output.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a b\nmore"), "unexpected ValueError: a b (mrmae --debug ... shows where)"),
+        (
+            RuntimeError(
+                "Caught ValueError in a process\nTraceback (most recent call last):\n  File x\nValueError: bad"
+            ),
+            "unexpected RuntimeError: ValueError: bad (mrmae --debug ... shows where)",
+        ),
+        (KeyError(), "unexpected KeyError: no message (mrmae --debug ... shows where)"),
+        (MemoryError(), "the memory is full: lower data.workers or batch_size, or give the job more memory"),
+    ],
+)
+def test_an_error_of_no_kind_is_its_own_line(error: Exception, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.plan.run", lambda config: (_ for _ in ()).throw(error))
+    result = mrmae("plan")
+    assert (result.exit_code, result.output) == (2, f"error: {line}\n")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

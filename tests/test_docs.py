@@ -7,7 +7,6 @@ import argparse
 import importlib
 import re
 import shlex
-import typing
 from pathlib import Path
 
 import click
@@ -17,6 +16,7 @@ from torch.distributed.run import get_args_parser
 
 import cli
 from pipeline.config import Config
+from pipeline.keys import annotation_at
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -137,7 +137,7 @@ def test_commands_exist_and_know_their_keys(document: str, line: str) -> None:
     assert config is not None or not keys
     for key in keys:
         assert config is not None
-        assert knows(config, key.split(".")), f"{document}: {' '.join(name)} has no key {key}"
+        assert annotation_at(config, key.split(".")) is not None, f"{document}: {' '.join(name)} has no key {key}"
 
 
 def options(command: click.Command) -> set[str]:
@@ -156,20 +156,3 @@ def launched(words: list[str]) -> list[str]:
     # Not `-m cli`: Python would run a cli.py of the working folder.
     assert (arguments.no_python, bool(arguments.module), arguments.training_script) == (True, False, "mrmae")
     return list(arguments.training_script_args)
-
-
-def knows(config: type[Config], parts: list[str]) -> bool:
-    """Whether a.b.c is a key of the config; names of the user's own, as in `caches.NAME.path`, may be anything."""
-    if parts[0] not in config.model_fields:
-        return False
-    section, rest = section_of(config, parts[0]), parts[1:]
-    if typing.get_origin(config.model_fields[parts[0]].annotation) is dict:
-        rest = rest[1:]
-    return not rest or section is None or knows(section, rest)
-
-
-def section_of(config: type[Config], name: str) -> type[Config] | None:
-    """The config class that a field holds, if it holds one."""
-    annotation = config.model_fields[name].annotation
-    candidates = (annotation, *typing.get_args(annotation))
-    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Config)), None)

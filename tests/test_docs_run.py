@@ -90,8 +90,8 @@ mrmae extract-teacher-features --config configs/imagenet.yaml
 }
 # Calls that are not run here: why, and the test that runs them.
 ELSEWHERE = {
-    r"make (demo|test|test-slow|test-gpu|check)": (
-        "installs into .venv; demo is run, the others are pytest, ruff and mypy",
+    r"make (demo|test|test-slow|test-gpu|check|keys)": (
+        "installs into .venv; demo is run, the others are pytest, ruff, mypy and `mrmae --keys`",
         "tests/test_stages/test_demo.py::test_the_demo_leaves_a_table_and_pictures",
     ),
     r"(sbatch|srun|scontrol|head) .*": (

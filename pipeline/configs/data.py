@@ -1,6 +1,6 @@
 """Images, views, masks and their order."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -12,6 +12,8 @@ OrderKind = Literal["full", "block"]
 
 class DataConfig(Config):
     """Which images."""
+
+    main_key: ClassVar[str] = "path"
 
     path: str = Field(min_length=1)  # a folder (tree or flat) or tars (a glob or brace pattern)
     limit: int | None = Field(None, gt=0)  # at most so many, evenly spread over the whole
@@ -26,7 +28,7 @@ class ViewConfig(Config):
     scale: Pair = (0.2, 1.0)  # share of the image's area
     ratio: Pair = (3 / 4, 4 / 3)  # width over height of the box
     hflip: float = Field(0.5, ge=0, le=1)  # probability of a mirrored view
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)  # of boxes and mirrors
     interpolation: Literal["pillow", "torch"] = "pillow"  # whose antialiased bicubic; torch's is twice as fast on x86
 
     @model_serializer(mode="wrap")

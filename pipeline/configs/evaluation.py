@@ -14,7 +14,7 @@ class KnnCallbackConfig(Config):
     data: DataConfig  # labelled images whose neighbours vote
     val: DataConfig  # labelled images that are classified
     every: float = Field(10, gt=0)  # epochs
-    k: int = Field(20, ge=1)
+    k: int = Field(20, ge=1)  # neighbours that vote
     temperature: float | None = Field(0.07, gt=0)  # as in `knn`
     crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
     eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process

@@ -1,6 +1,6 @@
 """The student and its objective."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,33 +19,37 @@ MIMIC_WEIGHT = 10.0  # measured: docs/results.md. At 1 the pixel loss outweighs 
 class StudentConfig(Config):
     """Which encoder, and what differs from its published size."""
 
-    name: str = "mrmae_vit_base_patch16"
+    main_key: ClassVar[str] = "name"
+
+    name: str = "mrmae_vit_base_patch16"  # architecture and size, see docs/students.md
     image_size: int = Field(224, ge=8, le=4096)  # pixels; views.image_size must equal it
-    patch_size: int | None = Field(None, ge=1)
-    dim: int | None = Field(None, ge=1)
-    depth: int | None = Field(None, ge=1)
-    num_heads: int | None = Field(None, ge=1)
+    patch_size: int | None = Field(None, ge=1)  # pixels; default of this and the next ones: the published size
+    dim: int | None = Field(None, ge=1)  # width of the encoder
+    depth: int | None = Field(None, ge=1)  # blocks of the encoder
+    num_heads: int | None = Field(None, ge=1)  # attention heads of the encoder
     decoder: DecoderKind = "full"  # MAE's; cross: queries of predicted cells read the visible tokens, at half the cost
     predict_share: float | None = Field(None, gt=0, le=1)  # of all cells; default: 1 (all masked ones), cross: 0.25
-    decoder_dim: int | None = Field(None, ge=1)
-    decoder_depth: int | None = Field(None, ge=1)
-    decoder_heads: int | None = Field(None, ge=1)
+    decoder_dim: int | None = Field(None, ge=1)  # width of the decoder
+    decoder_depth: int | None = Field(None, ge=1)  # blocks of the decoder
+    decoder_heads: int | None = Field(None, ge=1)  # attention heads of the decoder
     gradient_checkpointing: bool = False  # about a third slower, for a fraction of the activations' memory
 
 
 class MimicConfig(Config):
     """The objective: MR-MAE's two losses and the variants that the ablation compares."""
 
-    objective: ObjectiveName = "mr_mae"
+    objective: ObjectiveName = (
+        "mr_mae"  # mr_mae: mimic the teacher and reconstruct pixels; mae: pixels alone; the others: see docs/method.md
+    )
     norm_pix_loss: bool = True  # reconstruct each patch normalised by its own mean and deviation
     fusion: Fusion = "fused"  # which blocks the mimic loss reaches, and how
     fusion_blocks: list[int] | None = None  # default: four, evenly spread
-    target_norm: TargetNorm = "layernorm"
+    target_norm: TargetNorm = "layernorm"  # how the teacher's tokens are normalised
     resize_targets: Literal["bilinear"] | None = None  # teachers on another grid than the student's; null: refuse them
-    mimic_loss: MimicLoss = "smooth_l1"
-    mimic_head: MimicHead = "linear"
-    mimic_weight: float = Field(MIMIC_WEIGHT, ge=0)
-    pixel_weight: float = Field(1.0, ge=0)
+    mimic_loss: MimicLoss = "smooth_l1"  # between prediction and target
+    mimic_head: MimicHead = "linear"  # what maps the student's tokens to the teacher's width
+    mimic_weight: float = Field(MIMIC_WEIGHT, ge=0)  # of the mimic loss
+    pixel_weight: float = Field(1.0, ge=0)  # of the pixel loss
     teacher_weights: dict[str, float] | None = None  # by teacher name; default 1 each
     standardise_teachers: bool = True  # False: the naive joining that the paper found worse
     drop_teachers: DropTeachers = False  # true: one teacher a sample, at random; loss: the worst, and half the others

@@ -12,19 +12,19 @@ class RunConfig(Config):
 
     output: PathField  # the run folder
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest sound checkpoint in output
-    seed: int = Field(0, ge=0, lt=2**63)
-    epochs: int = Field(100, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)  # of the order, the masks, the weights and all that is drawn
+    epochs: int = Field(100, ge=1)  # passes over the images
     max_steps: int | None = Field(None, ge=1)  # stop (and let the learning rate reach its minimum) at this step
     batch_size: int = Field(1024, ge=1)  # global: over all processes and accumulation
     accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
-    precision: Precision = "auto"
+    precision: Precision = "auto"  # auto: bf16 on CUDA, fp32 on a CPU
     compile: bool = False  # torch.compile the model: minutes at the start, faster steps after
     peak_tflops: float | None = Field(None, gt=0)  # dense bf16 TFLOP/s of the card, for mfu; default: by its name
     log_every: int = Field(20, ge=1)  # steps
     checkpoint_every: int = Field(1000, ge=1)  # steps
-    keep_checkpoints: int = Field(2, ge=1)
-    tensorboard: bool = True
-    wandb: bool = False
+    keep_checkpoints: int = Field(2, ge=1)  # newest ones that are kept, beside the best
+    tensorboard: bool = True  # curves in output/tensorboard
+    wandb: bool = False  # curves at Weights & Biases, which must be installed
 
 
 class OptimConfig(Config):
@@ -32,10 +32,10 @@ class OptimConfig(Config):
 
     blr: float = Field(1.5e-4, ge=0)  # base learning rate: lr = blr × batch_size / 256
     lr: float | None = Field(None, ge=0)  # absolute learning rate; in place of blr
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(0.0, ge=0)  # learning rate at the end
     warmup_epochs: float | None = Field(None, ge=0)  # null: a tenth of the run, as 40 of 400 epochs in the paper
-    weight_decay: float = Field(0.05, ge=0)
-    betas: Pair = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0)  # of weight matrices; biases, norms and positions have none
+    betas: Pair = (0.9, 0.95)  # of AdamW
     layer_decay: float = Field(1.0, gt=0, le=1)  # rate of layer i × layer_decay^(depth + 1 - i), fine-tuning only
     clip_grad: float | None = Field(None, gt=0)  # maximal gradient norm
 

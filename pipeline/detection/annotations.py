@@ -8,9 +8,10 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, wanted
 
 _FAR = 10  # sides of the image; tools do draw polygons that leave it a little
+_SEGMENTATION = "must be a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], ...], or an RLE of size and counts"
 _POINTS = 3  # a polygon of fewer has no area, and pycocotools takes two points for a box
 
 
@@ -195,9 +196,9 @@ def _entries(lists: dict[str, Any], key: str, cls: type[E], file: Path) -> Itera
             kind = cls.__name__.removesuffix("Entry").lower()
             name = entry["id"] if isinstance(entry, dict) and "id" in entry else f"number {number + 1}, without an id"
             problem = error.errors()[0]
-            key_path = "".join(f"{part}: " for part in problem["loc"][:1])
-            text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
-            raise DataError(f"{file}: {kind} {name}: {key_path}{text}; mend it or take it away") from error
+            field = "".join(f"{part}: " for part in problem["loc"][:1])
+            text = _SEGMENTATION if field == "segmentation: " else wanted(problem)
+            raise DataError(f"{file}: {kind} {name}: {field}{text}; mend it or take it away") from error
 
 
 def _by_id(entries: Iterator[E], kind: str, file: Path) -> dict[int, E]:

@@ -1,5 +1,6 @@
 """Every teacher by name. A new one is one entry of `TEACHERS`; anything else goes by a prefix. See docs/teachers.md."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def build_teacher(
         TeacherError: unknown spec, weights that can't be had or don't fit, a choice that the model doesn't offer, a
             network that can't be built or run.
     """
-    source = None if weights is None else str(Path(weights).expanduser())
+    source = None if weights is None else os.path.expanduser(weights)
     name = spec if spec in TEACHERS else _short_name(spec)
 
     def build(weights: str | None, **options: Any) -> Teacher:

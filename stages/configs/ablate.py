@@ -21,9 +21,11 @@ class VariantConfig(Config):
 class AblateConfig(Config):
     """Everything `ablate` takes."""
 
-    output: PathField
-    seeds: list[int] = Field(default=[0, 1], min_length=1)
-    measures: list[Measure] = Field(default=["knn", "linear-probe", "finetune"], min_length=1)
+    output: PathField  # folder of the runs and the tables
+    seeds: list[int] = Field(default=[0, 1], min_length=1)  # each variant is run with each of them
+    measures: list[Measure] = Field(
+        default=["knn", "linear-probe", "finetune"], min_length=1
+    )  # commands that measure each run
     caches: dict[str, list[str]]  # name → keys for `extract-teacher-features`
     variants: dict[str, VariantConfig]
     groups: list[str] = Field(default_factory=list)  # run the variants of these groups alone; default: all

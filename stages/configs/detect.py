@@ -19,13 +19,13 @@ class DetectionDataConfig(Config):
 class DetectConfig(RunConfig):
     """Everything `detect` takes."""
 
-    epochs: int = Field(25, ge=1)
-    batch_size: int = Field(32, ge=1)
+    epochs: int = Field(25, ge=1)  # passes over the images
+    batch_size: int = Field(32, ge=1)  # global: over all processes and accumulation
     data: DetectionDataConfig
     init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
     student: StudentConfig | None = None  # needed from scratch and for a lone weights file
     image_size: int = Field(1024, ge=32, le=4096)  # side of the canvas that images lie on, a multiple of two patches
-    drop_path: float = Field(0.1, ge=0, lt=1)
+    drop_path: float = Field(0.1, ge=0, lt=1)  # stochastic depth of the last block, rising from 0
     detector: DetectorConfig = DetectorConfig()
     jitter: JitterConfig = JitterConfig()
     optim: OptimConfig = OptimConfig(

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,9 +15,11 @@ from pipeline.configs.teachers import TeacherConfig
 class CacheOutput(Config):
     """Where the features go, and in what form."""
 
-    path: PathField
-    store: StoreName = "zarr"
-    quantiser: QuantiserName = "int8"
+    main_key: ClassVar[str] = "path"
+
+    path: PathField  # the cache's folder, or with several teachers the folder of their caches
+    store: StoreName = "zarr"  # zarr: features beside the images; webdataset: tars that hold the images, too
+    quantiser: QuantiserName = "int8"  # how tokens are stored; int8 takes a byte a channel
     samples_per_shard: int = Field(1024, ge=1, le=65536)  # one file a shard and view: 154 MB at 196x768
     attention: Literal["mean", "heads"] = "mean"  # heads: one row each, for people who want to look
     summary: bool = False  # also the teacher's class token: one row more a view, which mimic.summary_weight needs
@@ -44,7 +46,7 @@ class ExtractConfig(Config):
     views: ViewConfig = ViewConfig()
     cache: CacheOutput
     batch_size: int = Field(64, ge=1)  # views per forward pass of the teacher
-    precision: Precision = "auto"
+    precision: Precision = "auto"  # of the teacher's forward pass; auto: bf16 on CUDA, fp32 on a CPU
     max_tombstones: float = Field(0.01, ge=0, le=1)  # share of unreadable images above which the run fails
 
     @model_validator(mode="after")

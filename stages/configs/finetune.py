@@ -14,11 +14,11 @@ class AugmentConfig(Config):
     """Augmentation and label noise; null or 0 switches a part off."""
 
     scale: tuple[float, float] = Field((0.08, 1.0), strict=False)  # random resized crop, share of the area
-    hflip: float = Field(0.5, ge=0, le=1)
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    mixup: float = Field(0.8, ge=0)
-    cutmix: float = Field(1.0, ge=0)
-    smoothing: float = Field(0.1, ge=0, lt=1)
+    hflip: float = Field(0.5, ge=0, le=1)  # probability of a mirrored image
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's policy; null: none
+    mixup: float = Field(0.8, ge=0)  # alpha of mixup; 0: none
+    cutmix: float = Field(1.0, ge=0)  # alpha of cutmix; 0: none
+    smoothing: float = Field(0.1, ge=0, lt=1)  # label smoothing
     erase: float = Field(0.25, ge=0, le=1)  # probability of random erasing
 
     @model_validator(mode="after")
@@ -38,8 +38,8 @@ class FinetuneConfig(RunConfig):
     student: StudentConfig | None = None  # needed from scratch and for a lone weights file
     image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: the student's. Positions are resampled
     crop: float = Field(0.875, gt=0, le=1)  # central share of validation images; 1 for images cut already
-    pool: Literal["mean", "cls"] = "mean"
-    drop_path: float = Field(0.1, ge=0, lt=1)
+    pool: Literal["mean", "cls"] = "mean"  # what the head sees: the mean of the patch tokens, or the class token
+    drop_path: float = Field(0.1, ge=0, lt=1)  # stochastic depth of the last block, rising from 0
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65)
     ema: EmaConfig = EmaConfig()

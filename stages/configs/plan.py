@@ -13,18 +13,18 @@ class PlanConfig(Config):
     samples: int = Field(default=1_281_167, ge=1)  # images of the dataset; ImageNet-1k by default
     views: int = Field(default=1, ge=1)  # of each image
     teacher: str = "clip_vitb16"  # a name that `mrmae teachers` lists, timm:NAME or open_clip:ARCH:TAG
-    student: str = "mrmae_vit_base_patch16"
-    decoder: DecoderKind = "full"  # as in pre-training
-    predict_share: float | None = Field(default=None, gt=0, le=1)  # as in pre-training
-    store: StoreName = "zarr"
-    quantiser: QuantiserName = "int8"
-    attention: AttentionKind = "mean"
+    student: str = "mrmae_vit_base_patch16"  # a name as in student.name
+    decoder: DecoderKind = "full"  # as student.decoder of pre-training
+    predict_share: float | None = Field(default=None, gt=0, le=1)  # as student.predict_share of pre-training
+    store: StoreName = "zarr"  # of the cache
+    quantiser: QuantiserName = "int8"  # of the cache
+    attention: AttentionKind = "mean"  # what the cache keeps of it
     summary: bool = False  # as cache.summary of extraction
-    epochs: int = Field(default=400, ge=1)
-    gpus: int = Field(default=8, ge=1)
+    epochs: int = Field(default=400, ge=1)  # of training
+    gpus: int = Field(default=8, ge=1)  # of training and extraction
     cores: int = Field(default=16, ge=1)  # CPU cores a GPU, for decoding
     extraction_rate: float = Field(default=1000.0, gt=0)  # views, of one GPU; assumed, see `mrmae benchmark extract`
     training_rate: float = Field(default=2000.0, gt=0)  # images, of all GPUs; assumed, see `mrmae benchmark pretrain`
     photo_rate: float = Field(default=223.0, gt=0)  # photos that a core decodes; `mrmae benchmark decode`
     stored_rate: float = Field(default=960.0, gt=0)  # stored 224-px photos that a core decodes and crops
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)  # share of the patches that are hidden

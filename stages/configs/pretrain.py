@@ -1,6 +1,6 @@
 """The keys of `pretrain`."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,15 @@ from pipeline.configs.training import OptimConfig, RunConfig
 class CacheInput(Config):
     """One cache to learn from."""
 
-    path: PathField
+    main_key: ClassVar[str] = "path"
+
+    path: PathField  # the cache's folder
 
 
 class PretrainData(Config):
     """The images; a webdataset cache holds them itself and needs no path."""
+
+    main_key: ClassVar[str] = "path"
 
     path: str | None = Field(None, min_length=1)  # as in extraction
     limit: int | None = Field(None, gt=0)  # as in extraction
@@ -29,7 +33,7 @@ class PretrainData(Config):
 class MaskConfig(Config):
     """Which patches the encoder sees."""
 
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that are hidden
     focus: Focus = "sampled"  # by the teacher's attention; random without a cache
     masks_per_sample: int = Field(1, ge=1, le=8)  # masks trained of each image read; batch_size counts masks
 

@@ -1,6 +1,6 @@
 """The keys of `visualize`."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, Strict, model_validator
 
@@ -13,7 +13,9 @@ from pipeline.configs.teachers import TeacherConfig
 class CacheInput(Config):
     """The cache that a student learned from."""
 
-    path: PathField
+    main_key: ClassVar[str] = "path"
+
+    path: PathField  # the cache's folder
 
 
 class VisualizeConfig(Config):
@@ -24,15 +26,15 @@ class VisualizeConfig(Config):
     images: Annotated[tuple[PathField, ...], Strict(False)] = ()  # image files
     data: DataConfig | None = None  # or images by data.path, as in extraction
     samples: Annotated[tuple[int, ...], Strict(False)] = ()  # which of data.path; default: `count`, evenly spread
-    count: int = Field(6, ge=1, le=64)
+    count: int = Field(6, ge=1, le=64)  # images that are drawn
     cache: CacheInput | None = None  # the teacher as cached: its views, tokens and attention
     caches: dict[str, CacheInput] = Field(default_factory=dict)  # several teachers: a name and a cache each
     teacher: TeacherConfig | None = None  # or a live one
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that are hidden
     focus: Focus | None = None  # default: sampled by the teacher's attention, if any
     crop: float = Field(1.0, gt=0, le=1)  # central share of images that no cache gives a view of
     min_score: float = Field(0.5, ge=0, le=1)  # of what a detector shows
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)  # of the masks
     output: PathField | None = None  # the PNG; default: visualize.png in the run folder `init`
 
     @model_validator(mode="after")

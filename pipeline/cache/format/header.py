@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipeline.cache.files import read_whole
 from pipeline.cache.format.quantiser import Quantiser
 from pipeline.configs.cache import AttentionKind, StoreName, SummaryKind
-from pipeline.errors import CacheDamage, CacheError
+from pipeline.errors import CacheDamage, CacheError, wanted
 
 FILE = "cache.json"
 # Bounds of what a header may ask for: tools make room by them before they have seen a byte of data.
@@ -224,7 +224,7 @@ class CacheHeader(_Section):
                     f"{where}: this cache is compressed with Blosc, which only earlier versions of mrmae read: "
                     "extract again into a new folder, or use an earlier version"
                 ) from error
-            raise CacheDamage(f"{where}: {key}: {problem['msg']}; {remedy}") from error
+            raise CacheDamage(f"{where}: {key}: {wanted(problem)}; {remedy}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CacheDamage(f"{where} is no cache.json of version 1 or 2; {remedy}") from error
         if stated != header.fingerprint or not unchanged:

@@ -1,0 +1,97 @@
+"""What every command of the command line has: keys that can be listed and completed, --debug and --quiet.
+
+Nothing heavy is imported before it is needed, so that `--help` answers at once.
+"""
+
+import ast
+import inspect
+import re
+import tokenize
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+LoadClass = Callable[[], Any]  # () → the config class of a command
+
+
+def flag(name: str, variable: str, help: str) -> click.Option:
+    return click.Option([name, variable], is_flag=True, help=help)
+
+
+def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    """A command and the groups around it share `ctx.meta`, so the option may stand before or behind the command."""
+    if value:
+        ctx.meta[f"mrmae.{option.name}"] = True
+
+
+def _shared(names: list[str], help: str) -> click.Option:
+    return click.Option(names, is_flag=True, is_eager=True, expose_value=False, callback=_remember, help=help)
+
+
+DEBUG = _shared(["--debug"], "Show tracebacks, and what the libraries warn about.")
+QUIET = _shared(["-q", "--quiet"], "Print errors and the result alone.")
+
+
+def is_set(ctx: click.Context, option: click.Option) -> bool:
+    """Whether DEBUG or QUIET is given, in whatever place."""
+    return f"mrmae.{option.name}" in ctx.meta
+
+
+def printing_option(name: str, text: Callable[[], str], help: str) -> click.Option:
+    """An option that prints a text and ends the program, whatever else is given."""
+
+    def show(ctx: click.Context, _option: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            click.echo(text(), nl=False)
+            ctx.exit()
+
+    return click.Option([name], is_flag=True, is_eager=True, expose_value=False, callback=show, help=help)
+
+
+def keys_option(load_class: LoadClass) -> click.Option:
+    def text() -> str:
+        from pipeline.keys_page import keys_text
+
+        return keys_text(load_class())
+
+    return printing_option("--keys", text, "List the keys with type, default and meaning.")
+
+
+def keys_argument(load_class: LoadClass) -> click.Argument:
+    """KEY=VALUE words; a shell completes the keys, and behind `=` the words that a key may have."""
+
+    def complete(_ctx: click.Context, _argument: click.Parameter, begun: str) -> list[CompletionItem]:
+        from pipeline.keys import completions
+
+        return [CompletionItem(word, help=meaning) for word, meaning in completions(load_class(), begun)]
+
+    return click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete)
+
+
+def read_help(module: str) -> str:
+    """A module's docstring, read without an import; click must not fill its indented lines as a paragraph."""
+    with tokenize.open(Path(__file__).parents[1] / f"{module.replace('.', '/')}.py") as file:
+        docstring = next(token for token in tokenize.generate_tokens(file.readline) if token.type == tokenize.STRING)
+    return re.sub(r"\n\n(?= )", "\n\n\b\n", inspect.cleandoc(ast.literal_eval(docstring.string)))
+
+
+class KeyCommand(click.Command):
+    """A command that takes KEY=VALUE; who writes a key as an option is told how keys are given."""
+
+    def __init__(self, name: str, load_class: LoadClass, **attributes: Any) -> None:
+        super().__init__(name, **attributes)
+        self._load_class = load_class
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from pipeline.config_errors import explain_option
+            from pipeline.errors import ConfigError
+
+            near = error.possibilities or ()
+            raise ConfigError(explain_option(self._load_class(), error.option_name, words, near)) from error
