@@ -55,8 +55,10 @@ from pipeline.progress import track
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
-from pipeline.training.run import Run, RunConfig, plan_steps
+from pipeline.training.run import Run, RunConfig, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
+
+_LARGEST_BATCH = 32  # of batch_size=auto: ConvMAE's
 
 
 class DetectionDataConfig(Config):
@@ -71,7 +73,6 @@ class DetectConfig(RunConfig):
     """Everything `detect` takes."""
 
     epochs: int = Field(25, ge=1)
-    batch_size: int = Field(32, ge=1)
     data: DetectionDataConfig
     init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
     student: StudentConfig | None = None  # needed from scratch and for a lone weights file
@@ -98,6 +99,7 @@ def run(config: DetectConfig, *, eval_only: bool = False) -> dict[str, Any]:
 
 def _train(config: DetectConfig) -> dict[str, Any]:
     train, val = _open_both(config.data)
+    config = settle_batch_size(config, len(train), largest=_LARGEST_BATCH)
     torch.manual_seed(config.seed)
     start = read_start(config.init, config.student, config.output)
     model, layers = _build(config, start, train)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from pipeline.assembly.students import Start, encoder_arguments, read_start
 from pipeline.config import Config, PathField
 from pipeline.data.augment import Augment, rand_augment
-from pipeline.data.images import DataConfig, ImageSource
+from pipeline.data.images import DataConfig, ImageSource, ValConfig
 from pipeline.data.labelled import (
     LabelledBatch,
     LabelledDataset,
@@ -55,7 +55,7 @@ from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
 from pipeline.training.optim import OptimConfig
-from pipeline.training.run import Run, RunConfig, plan_steps
+from pipeline.training.run import Run, RunConfig, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 
 
@@ -87,7 +87,7 @@ class FinetuneConfig(RunConfig):
 
     epochs: int = Field(100, ge=1)
     data: DataConfig  # labelled training images, or a folder that holds train/ and val/
-    val: DataConfig | None = None  # labelled validation images; default: val/ in data.path
+    val: ValConfig | None = None  # labelled validation images; default: val/ in data.path
     init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
     student: StudentConfig | None = None  # needed from scratch and for a lone weights file
     image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: the student's. Positions are resampled
@@ -109,8 +109,8 @@ class EvaluateConfig(FinetuneConfig):
     """What `finetune --eval` takes: the same keys, so that one section of a file serves both; it needs init and val."""
 
     init: Annotated[tuple[PathField, ...], BeforeValidator(_several), Strict(False)] = Field(min_length=1)  # type: ignore[assignment]  # one classifier or several
-    val: DataConfig
-    data: DataConfig | None = None  # type: ignore[assignment]  # not read
+    val: ValConfig
+    data: DataConfig | None = None  # type: ignore[assignment]  # read where val.share is given
     output: PathField | None = None  # type: ignore[assignment]  # folder for metrics.json
 
 
@@ -122,6 +122,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     start = read_start(config.init, config.student, config.output)
     model = _build(config, start, classes)
     size = model.image_size[0]
+    config = settle_batch_size(config, len(train))
     plan = plan_steps(config, len(train))
     _check_mixing(config, plan)
     identity = {
@@ -163,7 +164,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError, CheckpointError: one of them is no classifier, or they take different sizes.
         DataError: they know other classes than `val` has.
     """
-    val = open_labelled("val.path", config.val)
+    val = _open_val(config)
     device = processes().device
     models = []
     for path in config.init:
@@ -181,6 +182,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         result["each"] = {str(path): row["top1"] for path, row in zip(config.init, rows, strict=False)}
     write_record(config.output, "finetune_eval", {**result, "init": [str(path) for path in config.init]})
     return result
+
+
+def _open_val(config: EvaluateConfig) -> ImageSource:
+    if config.val.share is None:
+        return open_labelled("val.path", config.val)
+    if config.data is None:
+        raise ConfigError(f"val.share={config.val.share} is a share of data.path: give data.path=..., as in training")
+    return open_splits(config.data, config.val)[1]
 
 
 def _load_classifier(path: Path, config: EvaluateConfig) -> tuple[Classifier, tuple[str, ...]]:

@@ -7,19 +7,21 @@ This measures how much a checkpoint knows, without fine-tuning:
 Reads labelled images (data.path, val.path) and a checkpoint (init). Writes metrics.json to output if given. Costs one
 forward pass over the images, then minutes for all learning rates at once.
 
-The recipe is MAE's: LARS, no weight decay, an affine-free batch norm before the classifier.
+The recipe is MAE's: LARS, no weight decay, an affine-free batch norm before the classifier. Batch and learning rates
+adapt to the number of images, unless batch_size and blrs are given.
 """
 
 import logging
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
 from pipeline.assembly.frozen_features import FrozenConfig, frozen_features
-from pipeline.evaluation.probe import linear_probe
+from pipeline.evaluation.probe import fitting_lrs, linear_probe
 from pipeline.evaluation.records import write_record
 from pipeline.ownership import stage
 from pipeline.processes import processes
+from pipeline.steps import fit_batch_size
 
 log = logging.getLogger(__name__)
 
@@ -30,28 +32,34 @@ class LinearProbeConfig(FrozenConfig):
     """Everything `linear-probe` takes."""
 
     epochs: int = Field(90, ge=1)
-    batch_size: int = Field(4096, ge=2)  # the batch norm wants two
-    # Per 256 images, all trained at once.
-    blrs: Annotated[tuple[float, ...], Strict(False)] = Field((0.02, 0.05, 0.1, 0.2, 0.5), min_length=1)
+    # auto: the largest of 4096, 2048, ... that leaves 8 steps an epoch. The batch norm wants two images
+    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    # Learning rates per 256 images, all trained at once; default: by the number of steps
+    blrs: Annotated[tuple[float, ...], Strict(False), Field(min_length=1)] | None = None
 
 
 @stage
 def run(config: LinearProbeConfig) -> dict[str, Any]:
     """Returns top1 and top5 of the best learning rate, and every rate's."""
     frozen = frozen_features(config)
-    batch_size = min(config.batch_size, len(frozen.train_x))
-    steps = config.epochs * (len(frozen.train_x) // batch_size)
+    count = len(frozen.train_x)
+    batch_size = fit_batch_size(count, 2, largest=4096) if config.batch_size == "auto" else config.batch_size
+    batch_size = min(batch_size, count)
+    steps = config.epochs * (count // batch_size)
     if steps < _FEW_STEPS:
         log.warning("%d steps train a classifier but little: lower batch_size or raise epochs", steps)
+    lrs = tuple(blr * batch_size / 256 for blr in config.blrs) if config.blrs else fitting_lrs(steps)
+    if processes().is_main_process:
+        log.info("%d steps of %d images, learning rates %s", steps, batch_size, ", ".join(f"{lr:.3g}" for lr in lrs))
     result = linear_probe(
         frozen,
         epochs=config.epochs,
         batch_size=batch_size,
-        lrs=tuple(blr * batch_size / 256 for blr in config.blrs),
+        lrs=lrs,
         seed=config.seed,
         device=processes().device,
     )
-    _warn_at_the_edge(config.blrs, [figures["top1"] for figures in result["all"]])
+    _warn_at_the_edge(tuple(lr * 256 / batch_size for lr in lrs), [figures["top1"] for figures in result["all"]])
     write_record(config.output, "linear_probe", result)
     return dict(result)
 

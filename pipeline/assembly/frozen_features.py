@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.assembly.students import features_of, load_encoder
 from pipeline.assembly.teachers import load_teacher
 from pipeline.config import Config, PathField
-from pipeline.data.images import DataConfig, ImageSource
+from pipeline.data.images import DataConfig, ImageSource, ValConfig
 from pipeline.data.labelled import LabelledDataset, open_splits
 from pipeline.data.loader import load_in_order
 from pipeline.errors import ConfigError
@@ -33,7 +33,7 @@ class FrozenConfig(Config):
     """What is frozen, and the images that it is measured on."""
 
     data: DataConfig  # labelled images that the classifier learns from, or a folder that holds train/ and val/
-    val: DataConfig | None = None  # labelled images that it is measured on; default: val/ in data.path
+    val: ValConfig | None = None  # labelled images that it is measured on; default: val/ in data.path
     init: PathField | None = None  # a run, a checkpoint or a public weights file
     student: StudentConfig | None = None  # for a lone weights file, or an untrained student
     teacher: TeacherConfig | None = None  # measure a teacher instead

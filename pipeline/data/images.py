@@ -21,7 +21,7 @@ import braceexpand
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from pipeline.data.listing import EXTENSIONS, first_image
@@ -42,6 +42,19 @@ class DataConfig(Config):
     path: str = Field(min_length=1)  # a folder (tree or flat) or tars (a glob or brace pattern)
     limit: int | None = Field(None, gt=0)  # at most so many, evenly spread over the whole
     workers: int = Field(2, ge=0, le=256)  # decoding processes per training process
+
+
+class ValConfig(DataConfig):
+    """Which images are for validation. With neither `path` nor `share` they are val/ in data.path."""
+
+    path: str | None = Field(None, min_length=1)  # type: ignore[assignment]  # a folder or tars
+    share: float | None = Field(None, gt=0, lt=1)  # hold this share of each class of data.path back; no path then
+
+    @model_validator(mode="after")
+    def _share_is_of_data(self) -> "ValConfig":
+        if self.share is not None and (self.path is not None or self.limit is not None):
+            raise ValueError("val.share takes images of data.path: leave val.path and val.limit out")
+        return self
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ class StudentConfig(Config):
     """Which encoder, and what differs from its published size."""
 
     name: str = "mrmae_vit_base_patch16"
-    image_size: int = Field(224, ge=8, le=4096)  # pixels; views.image_size must equal it
-    patch_size: int | None = Field(None, ge=1)
+    image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: in pretrain those of the views, else 224
+    patch_size: int | None = Field(None, ge=1)  # pixels; default: 16, in pretrain what gives the teachers' grid
     dim: int | None = Field(None, ge=1)
     depth: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)

@@ -14,7 +14,7 @@ import logging
 import uuid
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
@@ -25,8 +25,8 @@ from pipeline.config import Config, PathField, Precision, save_config
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.files import write_text
 from pipeline.processes import open_accelerator, processes, without_cuda
-from pipeline.steps import StepPlan
-from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+from pipeline.steps import StepPlan, fit_batch_size
+from pipeline.training.checkpoint import Checkpoint, newest_checkpoint, recorded_identity
 from pipeline.training.interruption import Interrupted
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63)
     epochs: int = Field(100, ge=1)
     max_steps: int | None = Field(None, ge=1)  # stop (and let the learning rate reach its minimum) at this step
-    batch_size: int = Field(1024, ge=1)  # global: over all processes and accumulation
+    # Global: over all processes and accumulation. auto: the largest of 1024, 512, ... that leaves 8 steps an epoch
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
     precision: Precision = "auto"
     compile: bool = False  # torch.compile the model: minutes at the start, faster steps after
@@ -52,8 +53,30 @@ class RunConfig(Config):
     wandb: bool = False
 
 
+R = TypeVar("R", bound=RunConfig)
+
+
+def settle_batch_size(config: R, images: int, per_image: int = 1, largest: int = 1024) -> R:
+    """The config with a number for batch_size=auto: that of the run in `output`, else what `images` allow.
+
+    Micro-batches are even, as mixup wants them.
+
+    Args:
+        images: of an epoch.
+        per_image: masks that are trained of each image; batch_size counts masks.
+        largest: what auto begins with.
+    """
+    if config.batch_size != "auto":
+        return config
+    size = recorded_identity(config.output).get("batch_size")
+    if size is None:
+        unit = 2 * processes().num_processes * config.accum_iter * per_image
+        size = fit_batch_size(images, unit, per_image, largest)
+    return config.model_copy(update={"batch_size": size})
+
+
 def plan_steps(config: RunConfig, images: int, per_image: int = 1) -> StepPlan:
-    """Divide `images` an epoch into global batches; the remainder goes unseen that epoch.
+    """Divide `images` an epoch into global batches; the remainder goes unseen that epoch. batch_size is a number.
 
     Args:
         per_image: masks that are trained of each image; batch_size counts masks.
@@ -62,6 +85,7 @@ def plan_steps(config: RunConfig, images: int, per_image: int = 1) -> StepPlan:
         TrainingError: the batch doesn't divide, or an epoch holds less than one batch.
     """
     state, batch_size = processes(), config.batch_size
+    assert isinstance(batch_size, int)
     unit = state.num_processes * config.accum_iter * per_image
     if batch_size % unit:
         raise TrainingError(
