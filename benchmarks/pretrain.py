@@ -78,7 +78,7 @@ def run(config: BenchmarkPretrainConfig) -> dict[str, Any]:
         DataError, TeacherError, ConfigError: as extraction and pre-training themselves.
     """
     with open_bench(precision=config.precision, threads=config.threads, folder=config.folder) as bench:
-        source = open_or_draw(config.data, config.images, bench.folder / "images", config.student.image_size)
+        source = open_or_draw(config.data, config.images, bench.folder / "images", config.student.image_size or 224)
         teachers = {str(number): measure_lanes(config, number, source, bench) for number in range(len(config.teachers))}
         return bench.report(config, {"teachers": teachers, "stored_views": _measure_loader(config, source, bench)})
 
@@ -87,7 +87,7 @@ def measure_lanes(config: BenchmarkPretrainConfig, number: int, source: ImageSou
     """The four lanes with one of the config's teachers, by turns."""
     choice = config.teachers[number].model_copy(update={"compile": config.compile})
     teacher = load_teacher(choice, bench.device, bench.dtype)
-    views = ViewConfig(image_size=config.student.image_size)
+    views = ViewConfig(image_size=config.student.image_size or 224)
     crossed = config.model_copy(update={"student": config.student.model_copy(update={"decoder": "cross"})})
     cached = _extract(config, number, config.store, teacher, source, bench)
     lanes = {
@@ -145,7 +145,7 @@ def _measure_loader(config: BenchmarkPretrainConfig, source: ImageSource, bench:
     teacher = load_teacher(config.teachers[0], bench.device, bench.dtype)
     knowledge = _extract(config, 0, "webdataset", teacher, source, bench)
     lane = TrainingLane(config.model_copy(update={"workers": 0, "compile": False}), knowledge, bench)
-    size, count = config.student.image_size, config.batch_size * config.steps
+    size, count = config.student.image_size or 224, config.batch_size * config.steps
     jpegs = cycle([knowledge.caches["teacher"].read(index, 0).image or b"" for index in knowledge.samples.tolist()])
     pixels = np.empty((size, size, 3), np.uint8)
 
@@ -177,7 +177,7 @@ def _extract(
     config: BenchmarkPretrainConfig, number: int, store: str, teacher: Teacher, source: ImageSource, bench: Bench
 ) -> CachedKnowledge:
     """A cache of the teacher, extracted by the first call that asks for it."""
-    folder, views = bench.folder / f"{number}-{store}", ViewConfig(image_size=config.student.image_size)
+    folder, views = bench.folder / f"{number}-{store}", ViewConfig(image_size=config.student.image_size or 224)
     if not folder.exists():
         write_caches(
             Extractor(source, views, [teacher], config.batch_size, 0, store), folder, 64, quantiser=config.quantiser

@@ -2,6 +2,22 @@
 
 from dataclasses import dataclass
 
+_STEPS_AN_EPOCH = 8  # that a batch size of "auto" leaves, if the images allow it
+
+
+def fit_batch_size(images: int, unit: int = 1, per_image: int = 1, largest: int = 1024) -> int:
+    """The largest of `largest`, half of it, a quarter, ... that leaves an epoch 8 steps or more.
+
+    Args:
+        images: of an epoch.
+        unit: the result is a multiple of it, and at least it.
+        per_image: trained views of each image; the result counts views.
+    """
+    size = largest
+    while size > unit and images * per_image // size < _STEPS_AN_EPOCH:
+        size //= 2
+    return max(unit, size // unit * unit)
+
 
 @dataclass(frozen=True)
 class StepPlan:

@@ -49,9 +49,11 @@ from pipeline.pixels import normalise
 from pipeline.processes import processes, share_of
 from pipeline.progress import track
 from pipeline.training.engine import fit
-from pipeline.training.run import Run, plan_steps
+from pipeline.training.run import Run, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 from stages.configs.detect import DetectConfig, DetectionDataConfig
+
+_LARGEST_BATCH = 32  # of batch_size=auto: ConvMAE's
 
 
 @stage
@@ -62,6 +64,7 @@ def run(config: DetectConfig, *, eval_only: bool = False) -> dict[str, Any]:
 
 def _train(config: DetectConfig) -> dict[str, Any]:
     train, val = _open_both(config.data)
+    config = settle_batch_size(config, len(train), largest=_LARGEST_BATCH)
     torch.manual_seed(config.seed)
     start = read_start(config.init, config.student, config.output)
     model, layers = _build(config, start, train)

@@ -51,7 +51,7 @@ from pipeline.progress import Progress
 from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.engine import fit
-from pipeline.training.run import Run, plan_steps
+from pipeline.training.run import Run, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 from stages.configs.finetune import EvaluateConfig, FinetuneConfig
 
@@ -65,6 +65,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     start = read_start(config.init, config.student, config.output)
     model = _build(config, start, classes)
     size = model.image_size[0]
+    config = settle_batch_size(config, len(train))
     plan = plan_steps(config, len(train))
     _check_mixing(config, plan)
     identity = {
@@ -106,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError, CheckpointError: one of them is no classifier, or they take different sizes.
         DataError: they know other classes than `val` has.
     """
-    (val,) = leave_unreadable_out({"val.path": open_labelled("val.path", config.val)})
+    val = _open_val(config)
     device = processes().device
     models = []
     for path in config.init:
@@ -124,6 +125,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         result["each"] = {str(path): row["top1"] for path, row in zip(config.init, rows, strict=False)}
     write_record(config.output, "finetune_eval", {**result, "init": [str(path) for path in config.init]})
     return result
+
+
+def _open_val(config: EvaluateConfig) -> ImageSource:
+    if config.val.share is None:
+        return leave_unreadable_out({"val.path": open_labelled("val.path", config.val)})[0]
+    if config.data is None:
+        raise ConfigError(f"val.share={config.val.share} is a share of data.path: give data.path=..., as in training")
+    return open_splits(config.data, config.val)[1]
 
 
 def _load_classifier(path: Path, config: EvaluateConfig) -> tuple[Classifier, tuple[str, ...]]:

@@ -30,6 +30,7 @@ from pipeline.data.masks import MaskSampler, predicted_count, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError, ConfigError
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
+from pipeline.models.sizes import resolve_size
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
 from pipeline.processes import processes
@@ -38,7 +39,7 @@ from pipeline.teachers import Teacher
 from pipeline.training.checkpoint import newest_checkpoint, recorded_start, resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
-from pipeline.training.run import Run, plan_steps
+from pipeline.training.run import Run, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 from pipeline.weights import state_digest
 from stages.configs.pretrain import PretrainConfig
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Train to the end, or to the next interruption; returns the last metrics."""
     knowledge = _open_knowledge(config)
-    _check_views(config, knowledge)
+    config = _fit_to(knowledge, config)
     student = _build(config, knowledge)
     masks = _masks(config, knowledge, student)
     identity = _identity(config, knowledge, student, masks) | {"init": _start_from(config, student)}
@@ -110,13 +111,36 @@ def _load_teachers(config: PretrainConfig) -> dict[str, Teacher]:
     return dict(zip(config.teachers or [teacher.name for teacher in teachers], teachers, strict=True))
 
 
-def _check_views(config: PretrainConfig, knowledge: Knowledge) -> None:
-    """The views of the caches, or those of the config, must have the student's size."""
-    if knowledge.views.image_size != config.student.image_size:
+def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
+    """The config with the sizes that it leaves open: the batch by the images, the student by views and grid.
+
+    Raises:
+        ConfigError: the student is given another size than the views have.
+    """
+    config = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
+    student, size = config.student, knowledge.views.image_size
+    if student.image_size not in (None, size):
         raise ConfigError(
-            f"student.image_size={config.student.image_size}, but the views have {knowledge.views.image_size} pixels: "
-            f"set student.image_size={knowledge.views.image_size}"
+            f"student.image_size={student.image_size}, but the views have {size} pixels: set student.image_size={size}"
         )
+    student = student.model_copy(update={"image_size": size})
+    if student.patch_size is None and config.mimic.resize_targets is None:
+        student = student.model_copy(update={"patch_size": _patch_of_grid(knowledge, student.name)})
+    return config.model_copy(update={"student": student})
+
+
+def _patch_of_grid(knowledge: Knowledge, student: str) -> int | None:
+    """The patch that gives the student the teachers' grid; None for the named one, and where none does."""
+    grids, size, named = set(knowledge.grids.values()), knowledge.views.image_size, resolve_size(student)
+    if len(grids) != 1:
+        return None
+    (h, w), smallest = grids.pop(), 4 if named.is_conv else 1
+    patch = size // h
+    if (patch * h, patch * w) != (size, size) or patch % smallest or patch == named.patch_size:
+        return None
+    if processes().is_main_process:
+        log.info("student.patch_size=%d: with it the student has the teacher's grid of %dx%d", patch, h, w)
+    return patch
 
 
 def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
@@ -193,6 +217,7 @@ def _drew_masks_apart(config: PretrainConfig) -> bool:
 def _evaluation(config: PretrainConfig, plan: StepPlan) -> Evaluation | None:
     if config.knn is None:
         return None
+    assert config.student.image_size is not None  # `_fit_to` has set it
     measure = knn_callback(config.knn, config.student.image_size)
     return Evaluation(measure, max(1, round(config.knn.every * plan.steps_per_epoch)), best="knn_top1")
 

@@ -20,6 +20,19 @@ class DataConfig(Config):
     workers: int = Field(2, ge=0, le=256)  # decoding processes per training process
 
 
+class ValConfig(DataConfig):
+    """Which images are for validation. With neither `path` nor `share` they are val/ in data.path."""
+
+    path: str | None = Field(None, min_length=1)  # type: ignore[assignment]  # a folder or tars
+    share: float | None = Field(None, gt=0, lt=1)  # hold this share of each class of data.path back; no path then
+
+    @model_validator(mode="after")
+    def _share_is_of_data(self) -> "ValConfig":
+        if self.share is not None and (self.path is not None or self.limit is not None):
+            raise ValueError("val.share takes images of data.path: leave val.path and val.limit out")
+        return self
+
+
 class ViewConfig(Config):
     """How views are drawn: a random resized crop and a mirror, `count` of them for each sample."""
 

@@ -3,7 +3,7 @@
 from pydantic import Field, model_validator
 
 from pipeline.config import Config, PathField
-from pipeline.configs.data import DataConfig
+from pipeline.configs.data import DataConfig, ValConfig
 from pipeline.configs.models import StudentConfig
 from pipeline.configs.teachers import TeacherConfig
 
@@ -24,7 +24,7 @@ class FrozenConfig(Config):
     """What is frozen, and the images that it is measured on."""
 
     data: DataConfig  # labelled images that the classifier learns from, or a folder that holds train/ and val/
-    val: DataConfig | None = None  # labelled images that it is measured on; default: val/ in data.path
+    val: ValConfig | None = None  # labelled images that it is measured on; default: val/ in data.path
     init: PathField | None = None  # a run, a checkpoint or a public weights file
     student: StudentConfig | None = None  # for a lone weights file, or an untrained student
     teacher: TeacherConfig | None = None  # measure a teacher instead

@@ -22,9 +22,9 @@ class StudentConfig(Config):
     main_key: ClassVar[str] = "name"
 
     name: str = "mrmae_vit_base_patch16"  # architecture and size, see docs/students.md
-    image_size: int = Field(224, ge=8, le=4096)  # pixels; views.image_size must equal it
-    patch_size: int | None = Field(None, ge=1)  # pixels; default of this and the next ones: the published size
-    dim: int | None = Field(None, ge=1)  # width of the encoder
+    image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: in pretrain those of the views, else 224
+    patch_size: int | None = Field(None, ge=1)  # pixels; default: 16, in pretrain what gives the teachers' grid
+    dim: int | None = Field(None, ge=1)  # width of the encoder; default of this and the next ones: the published size
     depth: int | None = Field(None, ge=1)  # blocks of the encoder
     num_heads: int | None = Field(None, ge=1)  # attention heads of the encoder
     decoder: DecoderKind = "full"  # MAE's; cross: queries of predicted cells read the visible tokens, at half the cost

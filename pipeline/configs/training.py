@@ -1,6 +1,6 @@
 """A run of training, its optimiser and its average of weights."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,8 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63)  # of the order, the masks, the weights and all that is drawn
     epochs: int = Field(100, ge=1)  # passes over the images
     max_steps: int | None = Field(None, ge=1)  # stop (and let the learning rate reach its minimum) at this step
-    batch_size: int = Field(1024, ge=1)  # global: over all processes and accumulation
+    # Global: over all processes and accumulation. auto: the largest of 1024, 512, ... that leaves 8 steps an epoch
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     accum_iter: int = Field(1, ge=1)  # micro-batches per step in each process
     precision: Precision = "auto"  # auto: bf16 on CUDA, fp32 on a CPU
     compile: bool = False  # torch.compile the model: minutes at the start, faster steps after

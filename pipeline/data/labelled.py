@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.configs.data import DataConfig, ViewConfig
+from pipeline.configs.data import DataConfig, ValConfig, ViewConfig
 from pipeline.data.augment import Augment
 from pipeline.data.decoding import decode
 from pipeline.data.images import ImageSource, open_images
@@ -33,17 +34,21 @@ log = logging.getLogger(__name__)
 def open_splits(data: DataConfig, val: DataConfig | None = None) -> tuple[ImageSource, ImageSource, int]:
     """Labelled training and validation images, whose labels mean the same, and the number of classes.
 
-    Without `val`, `data.path` is a folder that holds train/ and val/, as torchvision's data sets lie.
+    Without `val.path`, `data.path` is a folder that holds train/ and val/, as torchvision's data sets lie, or gives
+    `val.share` of its images away (see `hold_back`).
 
     Raises:
         DataError: nothing there, no classes or but one, too many files that can't be read in one of them, or
             validation has classes that training lacks.
         ConfigError: no `val`, and no train/ and val/ in `data.path`.
     """
-    if val is None:
-        data, val = _split_folder(data)
-    train, held_out = open_labelled("data.path", data), open_labelled("val.path", val)
-    train, held_out = leave_unreadable_out({"data.path": train, "val.path": held_out})
+    share = val.share if isinstance(val, ValConfig) else None
+    if share is None and (val is None or not val.path):
+        data, val = _split_folder(data, val)
+    sets = {"data.path": open_labelled("data.path", data)}
+    if val is not None and share is None:
+        sets["val.path"] = open_labelled("val.path", val)
+    train, *held_out = leave_unreadable_out(sets)
     classes = train.num_classes
     distinct = len(np.unique(train.labels))
     if distinct < 2:
@@ -54,7 +59,30 @@ def open_splits(data: DataConfig, val: DataConfig | None = None) -> tuple[ImageS
             f"{train.key(worst)} has label {classes - 1}, but data.path={data.path} holds only {len(train)} images of "
             f"{distinct} classes: number the classes from 0 on"
         )
-    return train, match_classes(held_out, train.classes, classes, "data.path"), classes
+    if share is not None:
+        return *hold_back(train, share), classes
+    return train, match_classes(held_out[0], train.classes, classes, "data.path"), classes
+
+
+def hold_back(source: ImageSource, share: float) -> tuple[ImageSource, ImageSource]:
+    """(training, validation) images: of each class `share` is for validation, and one image or more for each set.
+
+    A hash of each image's key chooses. So the split is the same in every command and on every machine, and a new image
+    hardly changes it. A class of one image is trained on alone.
+
+    Raises:
+        DataError: no class has two images.
+    """
+    hashes = np.array([xxhash.xxh3_64_intdigest(bytes(key)) for key in source.keys], np.uint64)
+    chosen = np.zeros(len(source), bool)
+    for label in np.unique(source.labels):
+        members = np.flatnonzero(source.labels == label)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        chosen[members[np.argsort(hashes[members])[:count]]] = True
+    if not chosen.any():
+        raise DataError(f"val.share={share} holds no image back: no class of data.path has two images")
+    log.info("val.share=%g: %d images for validation, %d to learn from", share, chosen.sum(), (~chosen).sum())
+    return source.select(np.flatnonzero(~chosen)), source.select(np.flatnonzero(chosen))
 
 
 def open_labelled(key: str, data: DataConfig) -> ImageSource:
@@ -198,14 +226,16 @@ def _check_labelled(source: ImageSource) -> None:
     raise DataError(f"{unlabelled} has no class: give a class-folder tree, or tars with KEY.cls beside KEY.jpg")
 
 
-def _split_folder(data: DataConfig) -> tuple[DataConfig, DataConfig]:
+def _split_folder(data: DataConfig, val: DataConfig | None) -> tuple[DataConfig, DataConfig]:
     root = os.path.expanduser(data.path)
-    train, val = os.path.join(root, "train"), os.path.join(root, "val")
-    if not (os.path.isdir(train) and os.path.isdir(val)):
+    train, val_folder = os.path.join(root, "train"), os.path.join(root, "val")
+    if not (os.path.isdir(train) and os.path.isdir(val_folder)):
         raise ConfigError(
-            f"'val.path' is missing: give val.path=..., or a data.path that holds train/ and val/ ({data.path} doesn't)"
+            f"'val.path' is missing: give val.path=..., val.share=0.1 to hold a tenth of the images back, or a "
+            f"data.path that holds train/ and val/ ({data.path} doesn't)"
         )
-    return data.model_copy(update={"path": train}), data.model_copy(update={"path": val, "limit": None})
+    held_out = val or data.model_copy(update={"limit": None})
+    return data.model_copy(update={"path": train}), held_out.model_copy(update={"path": val_folder})
 
 
 @dataclass

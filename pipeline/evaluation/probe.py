@@ -19,6 +19,17 @@ from pipeline.evaluation.metrics import topk_accuracy
 TRUST, MOMENTUM = 0.001, 0.9
 
 
+# LARS moves the weights by lr × TRUST × their norm a step, so lr × steps says how far they come. Below 20,000 steps
+# these products enclose the best of 60 to 450 images (docs/results.md); above, the rates are MAE's at a batch of 4096.
+_PATHS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+_MANY_STEPS, _MAE_LRS = 20_000, (0.32, 0.8, 1.6, 3.2, 8.0)
+
+
+def fitting_lrs(steps: int) -> tuple[float, ...]:
+    """Peak learning rates for a training of so many steps."""
+    return _MAE_LRS if steps >= _MANY_STEPS else tuple(path / max(steps, 1) for path in _PATHS)
+
+
 class ProbeHeads:
     """R linear classifiers on the same features, one a learning rate, trained by LARS side by side.
 
@@ -102,8 +113,7 @@ def linear_probe(
         sets: N features to train on, and those to measure.
         epochs: passes over the training features; an incomplete last batch is left out of each.
         batch_size: samples a step, 2 or more (for the norm) and at most N.
-        lrs: peak learning rates. MAE's is 0.1 · batch_size / 256 for 1.28 M images; LARS moves weights by a fixed
-            share a step, so small sets, which take few steps, want up to a hundred times more.
+        lrs: peak learning rates. MAE's is 0.1 · batch_size / 256 for 1.28 M images; see `fitting_lrs`.
         seed: of the first weights and the order of samples.
         device: where to train; None for where the training features are.
 

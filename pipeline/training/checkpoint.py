@@ -130,6 +130,16 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def recorded_identity(output: Path) -> dict[str, Any]:
+    """What the newest checkpoint of the run in `output` says must not change; empty where there is none."""
+    for path in sorted((output / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            return load_checkpoint(path, only=()).identity
+        except CheckpointError:
+            continue  # `newest_checkpoint` says so
+    return {}
+
+
 class RecordedStart(NamedTuple):
     """What a run says of the weights that it started from."""
 

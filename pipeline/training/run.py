@@ -14,7 +14,7 @@ import logging
 import uuid
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
@@ -25,15 +25,37 @@ from pipeline.configs.training import RunConfig
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.files import write_text
 from pipeline.processes import open_accelerator, processes, without_cuda
-from pipeline.steps import StepPlan
-from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+from pipeline.steps import StepPlan, fit_batch_size
+from pipeline.training.checkpoint import Checkpoint, newest_checkpoint, recorded_identity
 from pipeline.training.interruption import Interrupted
 
 log = logging.getLogger(__name__)
 
 
+R = TypeVar("R", bound=RunConfig)
+
+
+def settle_batch_size(config: R, images: int, per_image: int = 1, largest: int = 1024) -> R:
+    """The config with a number for batch_size=auto: that of the run in `output`, else what `images` allow.
+
+    Micro-batches are even, as mixup wants them.
+
+    Args:
+        images: of an epoch.
+        per_image: masks that are trained of each image; batch_size counts masks.
+        largest: what auto begins with.
+    """
+    if config.batch_size != "auto":
+        return config
+    size = recorded_identity(config.output).get("batch_size")
+    if size is None:
+        unit = 2 * processes().num_processes * config.accum_iter * per_image
+        size = fit_batch_size(images, unit, per_image, largest)
+    return config.model_copy(update={"batch_size": size})
+
+
 def plan_steps(config: RunConfig, images: int, per_image: int = 1) -> StepPlan:
-    """Divide `images` an epoch into global batches; the remainder goes unseen that epoch.
+    """Divide `images` an epoch into global batches; the remainder goes unseen that epoch. batch_size is a number.
 
     Args:
         per_image: masks that are trained of each image; batch_size counts masks.
@@ -42,6 +64,7 @@ def plan_steps(config: RunConfig, images: int, per_image: int = 1) -> StepPlan:
         TrainingError: the batch doesn't divide, or an epoch holds less than one batch.
     """
     state, batch_size = processes(), config.batch_size
+    assert isinstance(batch_size, int)
     unit = state.num_processes * config.accum_iter * per_image
     if batch_size % unit:
         raise TrainingError(

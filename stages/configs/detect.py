@@ -20,7 +20,6 @@ class DetectConfig(RunConfig):
     """Everything `detect` takes."""
 
     epochs: int = Field(25, ge=1)  # passes over the images
-    batch_size: int = Field(32, ge=1)  # global: over all processes and accumulation
     data: DetectionDataConfig
     init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
     student: StudentConfig | None = None  # needed from scratch and for a lone weights file

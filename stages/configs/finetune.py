@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from pipeline.config import Config, PathField
-from pipeline.configs.data import DataConfig
+from pipeline.configs.data import DataConfig, ValConfig
 from pipeline.configs.models import StudentConfig
 from pipeline.configs.training import EmaConfig, OptimConfig, RunConfig
 
@@ -33,7 +33,7 @@ class FinetuneConfig(RunConfig):
 
     epochs: int = Field(100, ge=1)
     data: DataConfig  # labelled training images, or a folder that holds train/ and val/
-    val: DataConfig | None = None  # labelled validation images; default: val/ in data.path
+    val: ValConfig | None = None  # labelled validation images; default: val/ in data.path
     init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
     student: StudentConfig | None = None  # needed from scratch and for a lone weights file
     image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: the student's. Positions are resampled
@@ -55,6 +55,6 @@ class EvaluateConfig(FinetuneConfig):
     """What `finetune --eval` takes: the same keys, so that one section of a file serves both; it needs init and val."""
 
     init: Annotated[tuple[PathField, ...], BeforeValidator(_several), Strict(False)] = Field(min_length=1)  # type: ignore[assignment]  # one classifier or several
-    val: DataConfig
-    data: DataConfig | None = None  # type: ignore[assignment]  # not read
+    val: ValConfig
+    data: DataConfig | None = None  # type: ignore[assignment]  # read where val.share is given
     output: PathField | None = None  # type: ignore[assignment]  # folder for metrics.json

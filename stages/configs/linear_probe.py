@@ -1,6 +1,6 @@
 """The keys of `linear-probe`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
@@ -11,6 +11,7 @@ class LinearProbeConfig(FrozenConfig):
     """Everything `linear-probe` takes."""
 
     epochs: int = Field(90, ge=1)  # passes over the features
-    batch_size: int = Field(4096, ge=2)  # the batch norm wants two
-    # Per 256 images, all trained at once.
-    blrs: Annotated[tuple[float, ...], Strict(False)] = Field((0.02, 0.05, 0.1, 0.2, 0.5), min_length=1)
+    # auto: the largest of 4096, 2048, ... that leaves 8 steps an epoch. The batch norm wants two images
+    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    # Learning rates per 256 images, all trained at once; default: by the number of steps
+    blrs: Annotated[tuple[float, ...], Strict(False), Field(min_length=1)] | None = None

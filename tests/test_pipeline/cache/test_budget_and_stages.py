@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from benchmarks import cache as benchmark_cache
 from pipeline.cache import budget, create_cache, open_writer
 from pipeline.cache.budget import estimate_bytes, readable, require_room
-from pipeline.errors import CacheDamage, CacheError, TeacherError
+from pipeline.errors import CacheDamage, CacheError, ConfigError, TeacherError
 from stages import cache_info, plan
 from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, make_shard
 
@@ -50,7 +51,7 @@ def test_plan_of_imagenet() -> None:
     assert answer["saving_ceiling"] == pytest.approx(1.6, abs=0.01)
     assert answer["teacher_gmac"] == pytest.approx(17.6, abs=0.1)
     assert answer["student_step_gmac"] == pytest.approx(29, abs=0.1)
-    assert answer["extraction_gpu_hours"] == pytest.approx(1_281_167 / 1000 / 3600)
+    assert answer["extraction_gpu_hours"] == pytest.approx(1_281_167 / answer["extraction_rate"] / 3600)
     assert plan.run(plan.PlanConfig(quantiser="int4"))["size"] == "97.52 GB"
     half = plan.run(plan.PlanConfig(quantiser="float16", views=2))
     assert half["bytes"] == pytest.approx(2 * 386e9, rel=0.01)
@@ -80,6 +81,60 @@ def test_plan_names_the_slower_side() -> None:
     assert (stored["training_limit"], stored["training_hours"]) == ("step", pytest.approx(0.05))
     many = plan.run(plan.PlanConfig.model_validate({**rates, "views": 4}))
     assert (many["extraction_limit"], many["extraction_hours"]) == ("teacher", pytest.approx(0.2))
+
+
+def test_plans_hours_follow_cards_student_and_teacher() -> None:
+    def hours(**keys: Any) -> tuple[float, float]:
+        answer = plan.run(plan.PlanConfig.model_validate({"store": "webdataset", "cores": 1000, **keys}))
+        return answer["extraction_hours"], answer["training_hours"]
+
+    extraction, training = hours()
+    assert hours(gpus=16) == pytest.approx((extraction / 2, training / 2))
+    assert hours(gpu="A100") == pytest.approx((extraction * 989 / 312, training * 989 / 312))
+    assert hours(peak_tflops=494.5) == pytest.approx((2 * extraction, 2 * training))
+    assert hours(student="mrmae_vit_tiny_patch16")[1] < training / 3
+    assert hours(teacher="clip_vitl14")[0] == pytest.approx(extraction * 61.5 / 17.6, rel=0.01)
+    with pytest.raises(ConfigError, match=r"gpu=Abacus isn't known here: give peak_tflops=\.\.\."):
+        hours(gpu="Abacus")
+
+
+def test_plan_agrees_with_what_an_h200_did() -> None:
+    answer = plan.run(plan.PlanConfig(gpu="H200", gpus=1, cores=1000))
+    assert answer["training_rate"] == pytest.approx(5294, rel=0.02)
+    assert answer["training_hours_live_teacher"] / answer["training_hours"] == pytest.approx(1.52, rel=0.1)
+    assert 2221 < answer["extraction_rate"] < 10_000
+
+
+def test_plan_counts_the_disk_where_its_rate_is_given() -> None:
+    slow = plan.run(plan.PlanConfig.model_validate({"disk_rate": "100MB"}))
+    assert (slow["extraction_limit"], slow["training_limit"]) == ("disk", "disk")
+    assert slow["training_hours"] == pytest.approx(1_281_167 * 400 * slow["bytes_per_view"] / 100e6 / 3600)
+    assert "disk_rate" in slow["training_moved_by"]
+    assert slow["disk_rate_from"] == "given"
+    assert plan.run(plan.PlanConfig())["disk_rate_from"].startswith("not counted: give disk_rate=")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1.28M", 1_280_000), ("300k", 300_000), ("1B", 10**9), (1e6, 10**6), (12, 12)]
+)
+def test_plan_reads_numbers_as_people_write_them(text: object, number: int) -> None:
+    assert plan.PlanConfig.model_validate({"samples": text}).samples == number
+
+
+@pytest.mark.parametrize("text", ["many", "1.5", "-3M", 0])
+def test_plan_refuses_other_numbers_of_samples(text: object) -> None:
+    with pytest.raises(ValidationError, match="samples"):
+        plan.PlanConfig.model_validate({"samples": text})
+
+
+def test_every_limit_of_a_plan_names_its_keys_and_every_rate_its_source() -> None:
+    answer = plan.run(plan.PlanConfig(cores=1, extraction_rate=1e9, photo_rate=100.0))
+    assert (answer["extraction_limit"], answer["training_limit"]) == ("decoding", "decoding")
+    assert "cores" in answer["extraction_moved_by"]
+    assert "store=webdataset" in answer["training_moved_by"]
+    assert (answer["extraction_rate_from"], answer["photo_rate_from"]) == ("given", "given")
+    assert "31% of 989 dense bf16 TFLOP/s (H100, data sheet); measured on one H200" in answer["training_rate_from"]
+    assert "measured" in answer["stored_rate_from"]
 
 
 def test_plan_of_something_unknown() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.configs.data import DataConfig
-from pipeline.data.labelled import LabelledDataset, match_classes, open_labelled, open_splits
+from pipeline.configs.data import DataConfig, ValConfig
+from pipeline.data.labelled import LabelledDataset, hold_back, match_classes, open_labelled, open_splits
 from pipeline.errors import ConfigError, DataError
 
 
@@ -144,3 +144,31 @@ def test_names_against_numbers_are_counted_in_order(tmp_path: Path, caplog: pyte
         DataError, match=r"2 class folders with names \(bee, \.\.\.\) and data\.path knows 3 numbers: which"
     ):
         open_splits(numbers, tree(tmp_path / "some", "bee", "cat"))
+
+
+def test_a_share_is_held_back_of_each_class(tmp_path: Path) -> None:
+    for name, count in (("ant", 20), ("bee", 7), ("cat", 1)):
+        tree(tmp_path, name, images=count)
+    source = open_labelled("data.path", DataConfig(path=str(tmp_path)))
+    train, val = hold_back(source, 0.1)
+    assert np.bincount(val.labels, minlength=3).tolist() == [2, 1, 0]  # the only cat is learnt from
+    assert np.bincount(train.labels).tolist() == [18, 6, 1]
+    assert not {*train.keys.tolist()} & {*val.keys.tolist()}
+    assert hold_back(source, 0.1)[1].keys.tolist() == val.keys.tolist()
+
+
+def test_the_split_outlives_new_images(tmp_path: Path) -> None:
+    """A key's hash decides: of other images a new one takes the place of one at most."""
+    tree(tmp_path, "ant", images=40)
+    former = hold_back(open_labelled("data.path", DataConfig(path=str(tmp_path))), 0.2)[1]
+    Image.new("RGB", (12, 10)).save(tmp_path / "ant" / "0a.png")
+    later = hold_back(open_labelled("data.path", DataConfig(path=str(tmp_path))), 0.2)[1]
+    assert len({*former.keys.tolist()} & {*later.keys.tolist()}) >= len(former) - 1
+
+
+def test_nothing_to_hold_back(tmp_path: Path) -> None:
+    source = open_labelled("data.path", tree(tmp_path, "ant", "bee", images=1))
+    with pytest.raises(DataError, match=r"val\.share=0\.5 holds no image back: no class of data\.path has two images"):
+        hold_back(source, 0.5)
+    with pytest.raises(ValueError, match=r"leave val\.path and val\.limit out"):
+        ValConfig(path="x", share=0.5)
