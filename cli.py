@@ -78,7 +78,7 @@ def _flag(name: str, variable: str, help: str) -> click.Option:
 
 _FILE = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
-_PATH = click.Argument(["path"], type=_FILE)
+_PATH = click.Argument(["path"])  # a text: a URL is no path
 _KEYS = click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]...")
 _JSON = _flag("--json", "as_json", "Print everything as JSON.")
 _EVALUATE = _flag("--eval", "evaluate", "Train nothing: measure init=RUN, or several by their mean.")
@@ -164,10 +164,10 @@ def _run(command: Command, given: dict[str, Any]) -> Any:
     stage = import_module(command.module)
     if command.config is None:
         return stage.run()
-    if "path" in given:
-        return stage.run(getattr(stage, command.config).model_validate(given))
-    from pipeline.config import load_config
+    from pipeline.config import load_config, validate
 
+    if "path" in given:
+        return stage.run(validate(getattr(stage, command.config), given))
     section = command.name if command.package == "stages" else "benchmark"  # of a chain's file
     file, overrides = given.pop("file"), given.pop("overrides")
     if command.evaluation is not None and given.pop("evaluate"):

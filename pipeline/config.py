@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from pipeline.errors import ConfigError
 from pipeline.files import write_text
+from pipeline.locations import check_url, is_url
 
 
 class Config(BaseModel):
@@ -58,10 +59,17 @@ def _fill(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expand(value: object) -> object:
+    if isinstance(value, str) and is_url(value):
+        raise ValueError(f"{value} is no local path, which this needs: `mrmae cache-copy` copies a cache to one")
     return Path(value).expanduser() if isinstance(value, str) and value else value
 
 
+def _locate(value: object) -> object:
+    return check_url(value) if isinstance(value, str) and is_url(value) else _expand(value)
+
+
 PathField = Annotated[Path, BeforeValidator(_expand)]
+LocationField = Annotated[Path | str, BeforeValidator(_locate)]  # a str is a URL
 Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 on CUDA, fp32 on CPUs
 Pair = Annotated[tuple[float, float], Strict(False)]
 
@@ -103,6 +111,15 @@ def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str]
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"config: {_first_line(error)}") from error
+    return validate(cls, values)
+
+
+def validate(cls: type[C], values: object) -> C:
+    """The config that these keys and values make.
+
+    Raises:
+        ConfigError: naming the key and what it allows.
+    """
     try:
         return cls.model_validate(values)
     except ValidationError as error:

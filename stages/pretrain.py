@@ -14,13 +14,17 @@ Ctrl-C and SIGTERM stop it after a checkpoint. The same command goes on from the
 """
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pipeline.assembly.caches import CacheInput, mirrors_of, require_local_room
+from pipeline.assembly.fetching import OrderedFetching
 from pipeline.assembly.knn_callback import KnnCallbackConfig, knn_callback
 from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, Targets, open_cached, open_live
 from pipeline.assembly.samples import PretrainBatch
@@ -28,7 +32,7 @@ from pipeline.assembly.teachers import load_teacher, teacher_dtype
 from pipeline.config import Config, PathField
 from pipeline.data.loader import Samples
 from pipeline.data.masks import Focus, MaskSampler, visible_count
-from pipeline.data.order import EpochOrder
+from pipeline.data.order import EpochOrder, OrderKind
 from pipeline.data.views import ViewConfig
 from pipeline.errors import CacheError, ConfigError
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
@@ -48,12 +52,6 @@ from pipeline.training.task import Evaluation, Task
 from pipeline.weights import state_digest
 
 log = logging.getLogger(__name__)
-
-
-class CacheInput(Config):
-    """One cache to learn from."""
-
-    path: PathField
 
 
 class PretrainData(Config):
@@ -81,7 +79,8 @@ class MaskConfig(Config):
 class OrderConfig(Config):
     """In which order an epoch visits its samples."""
 
-    kind: Literal["full", "block"] = "full"  # block: shuffle inside windows of shards, for disks that hate random reads
+    # block: shuffle inside windows of shards, for disks that hate random reads; by default for remote caches alone
+    kind: OrderKind | None = None
     window: int = Field(16, ge=1)  # shards
 
 
@@ -118,20 +117,25 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     _check_views(config, knowledge)
     student = _build(config, knowledge)
     masks = _masks(config, knowledge, student)
-    identity = _identity(config, knowledge, student) | {"init": _start_from(config, student)}
+    mirrors = mirrors_of(knowledge.caches) if isinstance(knowledge, CachedKnowledge) else []
+    kind = config.order.kind or ("block" if mirrors else "full")
+    require_local_room(mirrors, knowledge.block, None if kind == "full" else config.order.window)
+    identity = _identity(config, knowledge, student, kind) | {"init": _start_from(config, student)}
     training = Run(config, identity, may_change=("samples",))
-    if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
-        log.info("checked %s", knowledge.check(config.seed, config.check_records))
-    _give_statistics(config, knowledge, student, goes_on=training.resumed is not None)
     plan = plan_steps(config, len(knowledge.samples), per_image=config.mask.masks_per_sample)
+    order = EpochOrder(knowledge.samples, config.seed, kind, knowledge.block, config.order.window)
+    if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
+        near = _shown_first(order, plan, training.start_step) if mirrors else knowledge.samples
+        log.info("checked %s", knowledge.check(near, config.seed, config.check_records))
+    _give_statistics(config, knowledge, student, goes_on=training.resumed is not None)
     dataset = knowledge.dataset(masks, student.target_rows, student.grid)
-    order = EpochOrder(knowledge.samples, config.seed, config.order.kind, knowledge.block, config.order.window)
+    announce = OrderedFetching(mirrors, order) if mirrors else iter
     task = Task(
         name="pretrain",
         model=student,
         spec=model_record(student),
         losses=_Losses(knowledge.targets(dataset)),
-        samples=Samples(dataset, order, config.data.workers),
+        samples=Samples(dataset, order, config.data.workers, announce),
         evaluation=_evaluation(config, plan),
         grad_norms=GradNorms(("mimic_loss", "pixel_loss"), list(student.encoder.parameters()), config.grad_norms_every),
     )
@@ -154,7 +158,7 @@ def _open_knowledge(config: PretrainConfig) -> Knowledge:
     data = config.data
     if config.cache or config.caches:
         caches = {"": config.cache} if config.cache else config.caches
-        return open_cached({name: cache.path for name, cache in caches.items()}, data.path, data.limit)
+        return open_cached({name: cache.place for name, cache in caches.items()}, data.path, data.limit)
     teachers = _load_teachers(config)
     if not teachers and config.mimic.objective != "mae":
         raise ConfigError(
@@ -247,6 +251,12 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
     )
 
 
+def _shown_first(order: EpochOrder, plan: StepPlan, start_step: int) -> NDArray[np.int64]:
+    """The samples int64 [n] of the run's next step: their shards are fetched anyway."""
+    epoch, step = divmod(start_step, plan.steps_per_epoch)
+    return order.take(epoch, np.arange(plan.images_per_step) + step * plan.images_per_step)
+
+
 def _evaluation(config: PretrainConfig, plan: StepPlan) -> Evaluation | None:
     if config.knn is None:
         return None
@@ -254,12 +264,12 @@ def _evaluation(config: PretrainConfig, plan: StepPlan) -> Evaluation | None:
     return Evaluation(measure, max(1, round(config.knn.every * plan.steps_per_epoch)), best="knn_top1")
 
 
-def _identity(config: PretrainConfig, knowledge: Knowledge, student: Student) -> dict[str, Any]:
+def _identity(config: PretrainConfig, knowledge: Knowledge, student: Student, kind: OrderKind) -> dict[str, Any]:
     """What a resumed run must have in common with the one it goes on from."""
     samples = knowledge.samples
     return knowledge.identity() | {
         "stage": "pretrain",
-        "order": config.order.model_dump(),
+        "order": config.order.model_dump() | {"kind": kind},
         "mask": config.mask.model_dump(),
         "views": knowledge.views.model_dump(mode="json"),
         "student": student.spec,

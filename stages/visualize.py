@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import Field, Strict, model_validator
 from torch import Tensor
 
+from pipeline.assembly.caches import CacheInput
 from pipeline.assembly.detectors import load_detector
 from pipeline.assembly.inspection import PatchFeatures, Reconstruction, choose_patches, patch_features, reconstruct
 from pipeline.assembly.samples import PretrainDataset
@@ -47,12 +48,6 @@ from pipeline.teachers.teacher_config import TeacherConfig
 from pipeline.training.checkpoint import resolve_checkpoint
 
 _CHUNK = 8  # images through a network at once: sixty-four at 224 px would want a training run's memory
-
-
-class CacheInput(Config):
-    """The cache that a student learned from."""
-
-    path: PathField
 
 
 class VisualizeConfig(Config):
@@ -197,7 +192,7 @@ def _reconstruct(model: Student, images: Tensor, ids: Tensor, device: torch.devi
 def _cached(config: VisualizeConfig, size: int) -> Shown:
     """Views as the cache holds them, with the tokens and the attention that a student learned from."""
     assert config.cache is not None
-    reader = open_cache(config.cache.path)
+    reader = open_cache(config.cache.place)
     views = ViewConfig.model_validate(reader.header.view_policy.model_dump())
     if views.image_size != size:
         raise ConfigError(f"the cache's views have {views.image_size} pixels, init={config.init} takes {size}")

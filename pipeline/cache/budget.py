@@ -1,5 +1,6 @@
 """How large a cache will be, before anything is written."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def require_room(path: Path, needed: int) -> None:
             f"{path} needs about {readable(needed)} and its disk has {readable(free)} free: "
             "choose another disk, fewer views, or the int8 quantiser"
         )
+
+
+def parse_bytes(text: object) -> object:
+    """Bytes of a text in decimal units, such as 50GB; anything else stays as it is."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text) if isinstance(text, str) else None
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else text
 
 
 def readable(size: float) -> str:
