@@ -95,14 +95,22 @@ _VERIFICATION = (
     click.Option(["--samples"], type=_COUNT, default=64, show_default=True, help="Records that deep computes again."),
     _flag("--repair", "repair", "Extract damaged shards again, and those whose lost images decode by now."),
 )
+_COPY = (
+    click.Argument(["source"], metavar="SRC"),
+    click.Argument(["target"], metavar="DST"),
+    click.Option(["--shards"], metavar="A:B", help="Only the shards A to B-1."),
+    _flag("--dry-run", "dry_run", "Say what would be copied, and copy nothing."),
+    _flag("--full", "full", "Read also what DST has already, byte by byte, and replace what is damaged."),
+    click.Option(["--license"], help="Of the features, for the card: a name that the hub knows, such as cc-by-4.0."),
+)
 
 
 class Command(NamedTuple):
     """A command calls `run(config)` of the module that has its name, and shows what that returns.
 
     Attributes:
-        config: class of the module. With parameter `path` the parameters are its keys; else --config and KEY=VALUE
-            give its keys, and the parameters go to `run`. None: `run` takes nothing.
+        config: class of the module. With an argument of its own the parameters are its keys; else --config and
+            KEY=VALUE give its keys, and the parameters go to `run`. None: `run` takes nothing.
         params: options and arguments of the command's own.
         show: prints what `run` returned; takes the result, and whether --json was given.
         evaluation: class of the module for `evaluate(config)`, which --eval calls in place of `run`.
@@ -134,6 +142,7 @@ STAGES = (  # in the order of a project
     Command("visualize", "VisualizeConfig"),
     Command("export", "ExportConfig"),
     Command("report", "ReportConfig", (_PATH, _PAGE)),
+    Command("cache-copy", "CacheCopyConfig", (*_COPY, _JSON)),
     Command("cache-info", "CacheInfoConfig", (_PATH, _JSON)),
     Command("plan", "PlanConfig"),
     Command("teachers", None, show=show_text),
@@ -148,7 +157,7 @@ BENCHMARKS = tuple(
 def _build(command: Command) -> click.Command:
     """The click command of a table's row."""
     params = command.params
-    if command.config is not None and _PATH not in params:
+    if command.config is not None and not any(isinstance(param, click.Argument) for param in params):
         required = "file" in command.receives
         file = click.Option(["--config", "file"], type=_FILE, required=required, help="YAML file; see configs/.")
         params = (file, _KEYS, *params)
@@ -166,7 +175,7 @@ def _run(command: Command, given: dict[str, Any]) -> Any:
         return stage.run()
     from pipeline.config import load_config, validate
 
-    if "path" in given:
+    if "overrides" not in given:
         return stage.run(validate(getattr(stage, command.config), given))
     section = command.name if command.package == "stages" else "benchmark"  # of a chain's file
     file, overrides = given.pop("file"), given.pop("overrides")

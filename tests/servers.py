@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Fault = str | None
-"""`cut`: half of the body, then the end. `stall`: half, then silence. `truncate`: half, as if that were all. `flip`: one
-bit differs. `whole`: ranges are ignored. A number: that status. None: no fault."""
+"""`cut`: half of the body, then the end. `stall`: half, then silence. `truncate`: half, as if that were all. `flip`:
+one bit differs. `whole`: ranges are ignored. A number: that status. None: no fault."""
 
 
 class FilesServer:

@@ -26,14 +26,16 @@ from pipeline.files import hash_source
 log = logging.getLogger(__name__)
 
 
-_KEPT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mrmae"
+def _kept() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mrmae"
 
 
 class CacheInput(Config):
     """A cache to read: a local folder, or a URL whose shards are fetched into one."""
 
     path: LocationField
-    local: PathField = _KEPT  # shards of remote caches: a folder on a local disk, which processes and runs share
+    # Where shards of remote caches are kept: a folder on a local disk, which processes and runs share; ~/.cache/mrmae
+    local: PathField = Field(default_factory=_kept)
     local_limit: Annotated[int, BeforeValidator(parse_bytes)] = Field(50_000_000_000, gt=0)  # its bytes, or 50GB
 
     @property

@@ -28,6 +28,7 @@ from pipeline.cache.format.header import (
     ViewSection,
     match_header,
     read_header,
+    shard_span,
 )
 from pipeline.cache.format.quantiser import Quantiser, QuantiserName
 from pipeline.cache.format.records import Record, ShardData
@@ -76,6 +77,7 @@ __all__ = [
     "read_header",
     "repair",
     "revivable",
+    "shard_span",
     "verify",
     "wait_for_cache",
 ]

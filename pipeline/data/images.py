@@ -27,6 +27,7 @@ from pipeline.config import Config
 from pipeline.data.listing import EXTENSIONS, first_image
 from pipeline.data.listing_index import open_listing
 from pipeline.errors import DataError, StorageError
+from pipeline.locations import is_url
 
 # A file that is gone, forbidden or none at all stays so; EIO, ESTALE, ETIMEDOUT and the like may pass.
 _LASTING = frozenset(
@@ -143,6 +144,8 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
     Raises:
         DataError: nothing there, no images in it, or images both beside and inside class folders, or beside tars.
     """
+    if is_url(path):
+        raise DataError(f"data.path: {path} is no local path, which this needs: copy the images to a local disk")
     expanded = os.path.abspath(os.path.expanduser(path))
     tars = _find_tars(expanded)
     listing, index = open_listing(expanded, tars)

@@ -1,6 +1,7 @@
 """Stages with a cache behind a URL: the same training as from a local copy, and clear refusals."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import cli
+from pipeline.assembly.caches import CacheInput
+from pipeline.cache import open_mirror
 from pipeline.cache.remote import objects
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError
 from stages import pretrain
 from tests.servers import FilesServer, s3_server, upload
 from tests.test_stages.conftest import pretrain_config
@@ -49,13 +52,14 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 def test_training_from_s3_gives_the_same_bits(cache: Path, image_tree: Path, s3: str, tmp_path: Path) -> None:
     upload(cache, f"s3://bucket/{cache.name}")
-    expected = train(tmp_path / "a", **inputs(cache, image_tree, str(cache), tmp_path, 0))
-    remote = inputs(cache, image_tree, f"s3://bucket/{cache.name}", tmp_path, 2)
+    local = inputs(cache, image_tree, str(cache), tmp_path, 0)
+    expected = train(tmp_path / "a", **local)
+    remote = inputs(cache, image_tree, f"s3://bucket/{cache.name}", tmp_path, 2) | {"checkpoint_every": 3}
     assert equal(train(tmp_path / "b", **remote), expected)
-    # Stopped after three steps, gone on from the local copy, and from the bucket for the last step.
-    train(tmp_path / "c", **remote | {"max_steps": 3})
-    train(tmp_path / "c", **inputs(cache, image_tree, str(cache), tmp_path, 0) | {"max_steps": 5})
-    assert equal(train(tmp_path / "c", **remote), expected)
+    # Stopped after three steps, it goes on from either.
+    for place in (local, remote):
+        shutil.rmtree(tmp_path / "b/checkpoints/step-00000006")
+        assert equal(train(tmp_path / "b", **place), expected)
     written = "".join(file.read_text() for file in (tmp_path / "b").glob("*.*") if file.is_file())
     assert "s3://bucket" in written
     assert "secret-of-the-test" not in written
@@ -70,18 +74,15 @@ def test_failing_requests_and_a_small_folder_change_nothing(
     random = np.random.default_rng(0)
     with FilesServer(cache).running() as server:
         server.fault = lambda path, count: "500" if random.random() < 0.05 else None
-        mirror = pretrain.CacheInput.model_validate({"path": server.url, "local": str(tmp_path / "local")}).place
-        opened = objects_sizes(mirror)
-        remote = inputs(cache, image_tree, server.url, tmp_path, 1, local_limit=opened)
+        place = CacheInput.model_validate({"path": server.url, "local": str(tmp_path / "local")}).place
+        remote = inputs(cache, image_tree, server.url, tmp_path, 1, local_limit=room_for_two(place))
         assert equal(train(tmp_path / "b", **remote), expected)
         large = [path for path, _, sent in server.requests if path.startswith(("tokens/", "shards/")) and sent]
         assert len(large) > len(set(large))
 
 
-def objects_sizes(place: Any) -> int:
+def room_for_two(place: Any) -> int:
     """A limit that two shards fit in, and not three."""
-    from pipeline.cache import open_mirror
-
     mirror = open_mirror(place)
     return mirror.metadata_size() + 2 * max(map(mirror.size, range(3))) + 1000
 
@@ -90,25 +91,23 @@ def test_block_order_is_the_default_for_remote_caches(cache: Path, image_tree: P
     with FilesServer(cache).running() as server:
         remote = inputs(cache, image_tree, server.url, tmp_path, 0)
         train(tmp_path / "a", **remote | {"order": {}})
-    kinds = [json.loads(file.read_text())["identity"]["order"] for file in (tmp_path / "a").rglob("state.json")]
+    kinds = [json.loads(file.read_text())["identity"]["order"] for file in (tmp_path / "a").rglob("checkpoint.json")]
     assert kinds == [{"kind": "block", "window": 16}]
 
 
 def test_a_folder_too_small_for_the_order_is_refused(cache: Path, image_tree: Path, tmp_path: Path) -> None:
     with FilesServer(cache).running() as server:
-        remote = inputs(cache, image_tree, server.url, tmp_path, 0, local_limit="200kB")
-        with pytest.raises(CacheError, match=r"cache\.local_limit=200 kB is too little .* smaller order\.window"):
+        place = CacheInput.model_validate({"path": server.url, "local": str(tmp_path / "local")}).place
+        limit = f"{room_for_two(place) / 1000 - 1.5:.3f} kB"
+        remote = inputs(cache, image_tree, server.url, tmp_path, 0, local_limit=limit)
+        with pytest.raises(CacheError, match=r"cache\.local_limit=.* is too little .* smaller order\.window"):
             train(tmp_path / "a", **remote)
         with pytest.raises(CacheError, match=r"set order\.kind=block, or give more"):
             train(tmp_path / "a", **remote | {"order": {"kind": "full"}})
 
 
 def test_cache_info_reads_a_url(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.assembly import caches
-
-    monkeypatch.setitem(caches.CacheInput.model_fields, "local", caches.CacheInput.model_fields["local"])
-    monkeypatch.setattr(caches.CacheInput.model_fields["local"], "default", tmp_path / "local")
-    caches.CacheInput.model_rebuild(force=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with FilesServer(cache).running() as server:
         done = CliRunner().invoke(cli.main, ["cache-info", server.url, "--json"])
         local = CliRunner().invoke(cli.main, ["cache-info", str(cache), "--json"])

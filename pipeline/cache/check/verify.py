@@ -29,6 +29,7 @@ from pipeline.files import PARTIAL, hash_source
 
 Level = Literal["quick", "full", "deep"]
 _COUNTS = ("committed", "records", "bytes", "tombstones")  # added up over shards
+CARDS = ("README.md", ".gitattributes")  # what lies beside a cache that is handed on
 _NAMED = 10  # damaged samples of one view that get a finding of their own
 
 
@@ -139,7 +140,12 @@ class _Verifier:
 
     def _check_strays(self, report: Report) -> None:
         shards = range(self._header.shards)
-        expected = {FILE, *map(commit_file, shards), *(file for shard in shards for file in self._store.files(shard))}
+        expected = {
+            FILE,
+            *CARDS,
+            *map(commit_file, shards),
+            *(file for shard in shards for file in self._store.files(shard)),
+        }
         expected |= {file for shard in (None, *shards) for file in self._store.derived(shard)}
         for name in _files(self._path):
             if name in expected:

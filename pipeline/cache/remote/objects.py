@@ -45,6 +45,9 @@ class Objects:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{url}: {self._scheme}:// needs {package}: pip install -e '.[remote]'")
 
+    def __str__(self) -> str:
+        return self.url
+
     def read_whole(self, name: str) -> bytes:
         """A small file. Raises FileNotFoundError, or StorageError as `read`."""
         content: bytes = self._retry(name, lambda: self._system.cat_file(f"{self.url}/{name}"))
@@ -91,9 +94,13 @@ class Objects:
             return int(self._retry(name, lambda: self._system.size(f"{self.url}/{name}")))
         return None
 
-    def write(self, name: str, path: Path) -> None:
-        """Upload a local file. Whoever reads sees the former file or all of this one."""
+    def upload(self, name: str, path: Path) -> None:
+        """Write a file from a local one. Whoever reads sees the former file or all of this one."""
         self._retry(name, lambda: self._system.put_file(str(path), f"{self.url}/{name}"))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file, as `upload` does."""
+        self._retry(name, lambda: self._system.pipe_file(f"{self.url}/{name}", content))
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
@@ -106,6 +113,11 @@ class Objects:
         import fsspec
 
         return fsspec.filesystem(self._scheme, **_options(self._scheme))
+
+    @property
+    def takes_files(self) -> bool:
+        """Whether files can be written there. The hub takes them too, but each would be a commit of its own."""
+        return self._scheme in ("s3", "gs")
 
     def _forget(self, name: str) -> None:
         """Let the library look again at what it may remember."""
@@ -142,7 +154,8 @@ class Objects:
 def _options(scheme: str) -> dict[str, Any]:
     """Timeouts: a server that says nothing is one that fails. Everything else is the library's own configuration."""
     if scheme == "s3":
-        return {"config_kwargs": {"connect_timeout": _CONNECT, "read_timeout": _SILENCE}}
+        # With a concurrency of its own it would ask for a file's size before it reads it.
+        return {"config_kwargs": {"connect_timeout": _CONNECT, "read_timeout": _SILENCE}, "max_concurrency": 1}
     if scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 

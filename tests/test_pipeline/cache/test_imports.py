@@ -18,6 +18,7 @@ ALLOWED = {  # folder or file → what it may import of the cache, itself aside
     "reader": {"files", "format", "stores", "tables", "remote"},
     "shard_writing": {"format", "writer"},
     "budget": {"format"},
+    "card": {"budget", "format"},
     "check": {"files", "format", "stores", "reader", "writer"},
 }
 
