@@ -85,7 +85,7 @@ def _is_first_process() -> bool:
 
 _FILE = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
-_PATH = click.Argument(["path"], type=_FILE)
+_PATH = click.Argument(["path"])  # a text: a URL is no path
 _PRINT_CONFIG = flag("--print-config", "print_config", "Print the config that would be used, as YAML; run nothing.")
 _JSON = flag("--json", "as_json", "Print everything as JSON.")
 _EVALUATE = flag("--eval", "evaluate", "Train nothing: measure init=RUN, or several by their mean.")
@@ -102,14 +102,22 @@ _VERIFICATION = (
     click.Option(["--samples"], type=_COUNT, default=64, show_default=True, help="Records that deep computes again."),
     flag("--repair", "repair", "Extract damaged shards again, and those whose lost images decode by now."),
 )
+_COPY = (
+    click.Argument(["source"], metavar="SRC"),
+    click.Argument(["target"], metavar="DST"),
+    click.Option(["--shards"], metavar="A:B", help="Only the shards A to B-1."),
+    flag("--dry-run", "dry_run", "Say what would be copied, and copy nothing."),
+    flag("--full", "full", "Read also what DST has already, byte by byte, and replace what is damaged."),
+    click.Option(["--license"], help="Of the features, for the card: a name that the hub knows, such as cc-by-4.0."),
+)
 
 
 class Command(NamedTuple):
     """A command calls `run(config)` of the module that has its name, and shows what that returns.
 
     Attributes:
-        config: class of the module. With parameter `path` the parameters are its keys; else --config and KEY=VALUE
-            give its keys, and the parameters go to `run`. None: `run` takes nothing.
+        config: class of the module. With an argument of its own the parameters are its keys; else --config and
+            KEY=VALUE give its keys, and the parameters go to `run`. None: `run` takes nothing.
         params: options and arguments of the command's own.
         show: prints what `run` returned; takes the result, and whether --json was given.
         evaluation: class of the module for `evaluate(config)`, which --eval calls in place of `run`.
@@ -131,7 +139,7 @@ class Command(NamedTuple):
     @property
     def has_keys(self) -> bool:
         """Whether it takes KEY=VALUE."""
-        return self.config is not None and _PATH not in self.params
+        return self.config is not None and not any(isinstance(param, click.Argument) for param in self.params)
 
     def load_class(self, evaluate: bool = False) -> Any:
         """The config class; that of a stage with keys without importing the stage, which takes seconds."""
@@ -153,6 +161,7 @@ STAGES = (  # in the order of a project
     Command("visualize", "VisualizeConfig"),
     Command("export", "ExportConfig"),
     Command("report", "ReportConfig", (_PATH, _PAGE)),
+    Command("cache-copy", "CacheCopyConfig", (*_COPY, _JSON)),
     Command("cache-info", "CacheInfoConfig", (_PATH, _JSON)),
     Command("plan", "PlanConfig"),
     Command("teachers", None, show=show_text),

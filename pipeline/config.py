@@ -21,6 +21,7 @@ from pipeline.config_errors import explain
 from pipeline.errors import ConfigError
 from pipeline.files import write_text
 from pipeline.keys import main_key, section_of
+from pipeline.locations import check_url, is_url
 from pipeline.overrides import read_overrides
 
 
@@ -52,7 +53,7 @@ C = TypeVar("C", bound=Config)
 # A file with one of these at its root describes a chain, unless the command itself has such a key (`pretrain` has knn).
 _SECTIONS = frozenset(
     {"extract-teacher-features", "pretrain", "finetune", "detect", "knn", "linear-probe", "visualize", "export"}
-    | {"demo", "plan", "ablate"}
+    | {"demo", "plan", "ablate", "bootstrap"}
 )
 
 
@@ -62,10 +63,17 @@ def _fill(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expand(value: object) -> object:
+    if isinstance(value, str) and is_url(value):
+        raise ValueError(f"{value} is no local path, which this needs: `mrmae cache-copy` copies a cache to one")
     return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
+def _locate(value: object) -> object:
+    return check_url(value) if isinstance(value, str) and is_url(value) else _expand(value)
+
+
 PathField = Annotated[Path, BeforeValidator(_expand)]
+LocationField = Annotated[Path | str, BeforeValidator(_locate)]  # a str is a URL
 Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 on CUDA, fp32 on CPUs
 Pair = Annotated[tuple[float, float], Strict(False)]
 
@@ -106,7 +114,7 @@ def load_config(cls: type[C], file: Path | None = None, overrides: Sequence[str]
 
 
 def validate(cls: type[C], values: Any) -> C:
-    """The config of these values. Raises ConfigError, naming the keys that are wrong."""
+    """The config of these values. Raises ConfigError, naming the keys that are wrong and what they allow."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:

@@ -2,24 +2,26 @@
 
 That is: teacher, views, bytes a view, fidelity, completeness, images that could not be read.
 
-Reads the header and the commit records at PATH, no data. Writes nothing. Costs seconds.
+Reads the header and the commit records at PATH, no data. Writes nothing; of a remote cache (s3://, gs://,
+hf://datasets/, https://) it keeps these in the local folder that training uses. Costs seconds.
 """
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from pipeline.cache import Commit, FidelityFigures, read_commit, read_header
+from pipeline.assembly.caches import place_of
+from pipeline.cache import Commit, FidelityFigures, RemoteCache, open_mirror, read_commit, read_header
 from pipeline.cache.budget import readable
 from pipeline.cache.format.commits import committed_shards
-from pipeline.config import Config, PathField
+from pipeline.config import Config, LocationField
+from pipeline.configs.cache import CacheInput
 
 
 class CacheInfoConfig(Config):
     """Which cache, and how much of it to list."""
 
-    path: PathField  # the cache's folder
+    path: LocationField  # the cache's folder, or its URL
     tombstones: int = Field(default=20, ge=0)  # at most so many are listed
 
 
@@ -29,7 +31,8 @@ def run(config: CacheInfoConfig) -> dict[str, Any]:
     Raises:
         CacheError: no cache there. CacheDamage: its header or a commit record is damaged.
     """
-    path: Path = config.path
+    place = place_of(CacheInput(path=config.path))
+    path = open_mirror(place).root if isinstance(place, RemoteCache) else place
     header = read_header(path)
     commits = [read_commit(path, header, shard) for shard in committed_shards(path, header)]
     stones = [stone for commit in commits for stone in commit.tombstones]
@@ -38,7 +41,7 @@ def run(config: CacheInfoConfig) -> dict[str, Any]:
     token_bytes = header.rows * header.stored_dim * header.quantiser.dtype.itemsize
     fidelity = FidelityFigures.merge(commit.fidelity for commit in commits)
     return {
-        "path": str(path),
+        "path": str(config.path),
         "store": header.store,
         "dataset": header.dataset.model_dump(),
         "teacher": header.teacher,

@@ -34,11 +34,11 @@ from pipeline.cache import (
     open_writer,
     read_commit,
     read_header,
+    shard_span,
     wait_for_cache,
 )
 from pipeline.cache.budget import estimate_bytes, require_room
 from pipeline.data.images import ImageSource, open_images
-from pipeline.errors import ConfigError
 from pipeline.ownership import stage
 from pipeline.processes import processes
 from pipeline.progress import Progress
@@ -70,7 +70,7 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
         return {"cache": str(config.cache.path), "shards": header.shards, "extracted": 0}
 
     writers = [open_writer(path) for path in caches]
-    share = _shards(header, shard_range)[state.process_index :: state.num_processes]
+    share = shard_span(header, shard_range, "--shard-range")[state.process_index :: state.num_processes]
     todo = [shard for shard in share if not all(writer.is_committed(shard) for writer in writers)]
     began = time.perf_counter()
     views = config.views.count
@@ -116,15 +116,6 @@ def _require_room(path: Path, wishes: Sequence[CacheHeader]) -> None:
         view = estimate_bytes(wish.rows, wish.dim, wish.store, quantiser, math.prod(wish.attention_shape or (0,)))
         needed += wish.count * wish.views * view
     require_room(path, needed)
-
-
-def _shards(header: CacheHeader, shard_range: str | None) -> Sequence[int]:
-    if shard_range is None:
-        return range(header.shards)
-    first, colon, last = shard_range.partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last) <= header.shards):
-        raise ConfigError(f"--shard-range {shard_range}: give A:B with 0 <= A < B <= {header.shards}")
-    return range(int(first), int(last))
 
 
 def _report(config: ExtractConfig, source: ImageSource, facts: dict[str, Any]) -> dict[str, Any]:

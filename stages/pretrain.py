@@ -17,10 +17,14 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.assembly.caches import mirrors_of, place_of, require_local_room
+from pipeline.assembly.fetching import OrderedFetching
 from pipeline.assembly.knn_callback import knn_callback
 from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, Targets, open_cached, open_live
 from pipeline.assembly.samples import PretrainBatch
@@ -54,20 +58,26 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     config = _fit_to(knowledge, config)
     student = _build(config, knowledge)
     masks = _masks(config, knowledge, student)
+    mirrors = mirrors_of(knowledge.caches) if isinstance(knowledge, CachedKnowledge) else []
+    kind = config.order.kind or ("block" if mirrors else "full")
+    require_local_room(mirrors, knowledge.block, None if kind == "full" else config.order.window)
+    config = config.model_copy(update={"order": config.order.model_copy(update={"kind": kind})})
     identity = _identity(config, knowledge, student, masks) | {"init": _start_from(config, student)}
     training = Run(config, identity, may_change=("samples",))
-    if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
-        log.info("checked %s", knowledge.check(config.seed, config.check_records))
-    _give_statistics(config, knowledge, student, goes_on=training.resumed is not None)
     plan = plan_steps(config, len(knowledge.samples), per_image=config.mask.masks_per_sample)
+    order = EpochOrder(knowledge.samples, config.seed, kind, knowledge.block, config.order.window)
+    if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
+        near = _shown_first(order, plan, training.start_step) if mirrors else knowledge.samples
+        log.info("checked %s", knowledge.check(near, config.seed, config.check_records))
+    _give_statistics(config, knowledge, student, goes_on=training.resumed is not None)
     dataset = knowledge.dataset(masks, student.target_rows, student.grid)
-    order = EpochOrder(knowledge.samples, config.seed, config.order.kind, knowledge.block, config.order.window)
+    announce = OrderedFetching(mirrors, order) if mirrors else iter
     task = Task(
         name="pretrain",
         model=student,
         spec=model_record(student),
         losses=_Losses(knowledge.targets(dataset)),
-        samples=Samples(dataset, order, config.data.workers),
+        samples=Samples(dataset, order, config.data.workers, announce),
         evaluation=_evaluation(config, plan),
         grad_norms=GradNorms(("mimic_loss", "pixel_loss"), list(student.encoder.parameters()), config.grad_norms_every),
     )
@@ -89,7 +99,7 @@ def _open_knowledge(config: PretrainConfig) -> Knowledge:
     data = config.data
     if config.cache or config.caches:
         caches = {"": config.cache} if config.cache else config.caches
-        return open_cached({name: cache.path for name, cache in caches.items()}, data.path, data.limit)
+        return open_cached({name: place_of(cache) for name, cache in caches.items()}, data.path, data.limit)
     teachers = _load_teachers(config)
     if not teachers and config.mimic.objective != "mae":
         raise ConfigError(
@@ -212,6 +222,12 @@ def _drew_masks_apart(config: PretrainConfig) -> bool:
     """Whether the run that goes on is from before several masks by attention were disjoint: it keeps its own."""
     newest = newest_checkpoint(config.output / "checkpoints")
     return newest is not None and "disjoint" not in newest.identity.get("mask", {})
+
+
+def _shown_first(order: EpochOrder, plan: StepPlan, start_step: int) -> NDArray[np.int64]:
+    """The samples int64 [n] of the run's next step: their shards are fetched anyway."""
+    epoch, step = divmod(start_step, plan.steps_per_epoch)
+    return order.take(epoch, np.arange(plan.images_per_step) + step * plan.images_per_step)
 
 
 def _evaluation(config: PretrainConfig, plan: StepPlan) -> Evaluation | None:

@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.assembly.caches import live_samples, match_images, open_caches, views_of
+from pipeline.assembly.caches import live_samples, match_images, open_caches, place_of, views_of
 from pipeline.assembly.detectors import load_detector
 from pipeline.assembly.inspection import PatchFeatures, Reconstruction, choose_patches, patch_features, reconstruct
 from pipeline.assembly.samples import PretrainDataset
 from pipeline.assembly.students import load_encoder
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import CacheReader
+from pipeline.configs.cache import CacheInput
 from pipeline.data.decoding import decode
 from pipeline.data.images import open_images
 from pipeline.data.masks import MaskSampler
@@ -44,7 +45,7 @@ from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.training.checkpoint import resolve_checkpoint
-from stages.configs.visualize import CacheInput, VisualizeConfig
+from stages.configs.visualize import VisualizeConfig
 
 _CHUNK = 8  # images through a network at once: sixty-four at 224 px would want a training run's memory
 
@@ -164,7 +165,7 @@ def _reconstruct(model: Student, images: Tensor, ids: Tensor, device: torch.devi
 
 def _cached(config: VisualizeConfig, caches: Mapping[str, CacheInput], size: int) -> Shown:
     """Views as the caches hold them, with the tokens and the attention that a student learned from."""
-    readers = open_caches({name: cache.path for name, cache in caches.items()})
+    readers = open_caches({name: place_of(cache) for name, cache in caches.items()})
     views = views_of(readers)
     if views.image_size != size:
         raise ConfigError(f"the cache's views have {views.image_size} pixels, init={config.init} takes {size}")

@@ -3,13 +3,15 @@
 import functools
 import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache import CacheReader, Record, open_cache
+from pipeline.cache import CacheReader, LocalFolder, Mirror, Record, RemoteCache, open_cache
+from pipeline.cache.budget import readable
+from pipeline.configs.cache import CacheInput
 from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode
 from pipeline.data.images import ImageSource
@@ -22,7 +24,14 @@ from pipeline.files import hash_source
 log = logging.getLogger(__name__)
 
 
-def open_caches(paths: Mapping[str, Path]) -> dict[str, CacheReader]:
+def place_of(cache: CacheInput) -> Path | RemoteCache:
+    """What `open_cache` takes."""
+    if isinstance(cache.path, Path):
+        return cache.path
+    return RemoteCache(cache.path, LocalFolder(cache.local, cache.local_limit))
+
+
+def open_caches(paths: Mapping[str, Path | RemoteCache]) -> dict[str, CacheReader]:
     """Open one cache a teacher, its tables loaded; an empty name stands for the name of the cache's own teacher.
 
     Raises:
@@ -52,6 +61,42 @@ def _agree(first: str, name: str, readers: Mapping[str, CacheReader]) -> None:
             raise CacheError(
                 f"caches {first} and {name} differ in {what} ({expected}, {found}): their teachers did not see the "
                 "same pixels; extract both from the same images, with the same views.*, store and libraries"
+            )
+
+
+def mirrors_of(caches: Mapping[str, CacheReader]) -> list[Mirror]:
+    """What makes the shards of the remote ones local."""
+    return [cache.shards for cache in caches.values() if isinstance(cache.shards, Mirror)]
+
+
+def require_local_room(mirrors: Sequence[Mirror], block: int, window: int | None) -> None:
+    """Refuse a local folder that would fetch shards again and again.
+
+    Args:
+        block: samples that the order takes for a shard.
+        window: shards that are shuffled together; None stands for all of them.
+
+    Raises:
+        CacheError: it holds less than the shards of two windows, the one that is shown and the next; or a cache has
+            shards of another size.
+    """
+    strange = next((mirror for mirror in mirrors if mirror.header.samples_per_shard != block), None)
+    if strange is not None:
+        raise CacheError(
+            f"{strange.remote.url} has {strange.header.samples_per_shard} samples a shard, the first cache {block}, "
+            "but remote caches need shards of one size: copy this one to a local folder with `mrmae cache-copy`"
+        )
+    for folder in {mirror.remote.local for mirror in mirrors}:
+        needed = 0
+        for mirror in (mirror for mirror in mirrors if mirror.remote.local == folder):
+            shards = mirror.header.shards
+            count = shards if window is None else min(2 * window, shards)
+            needed += mirror.metadata_size() + count * max(map(mirror.size, range(shards)))
+        if needed > folder.limit:
+            remedy = "set order.kind=block, or give more" if window is None else "give more, or a smaller order.window"
+            raise CacheError(
+                f"cache.local_limit={readable(folder.limit)} is too little for this order, which needs "
+                f"{readable(needed)} in {folder.path}: {remedy}"
             )
 
 

@@ -20,7 +20,7 @@ from pipeline.assembly.caches import check_records, live_samples, match_images, 
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.resizing import Grid, resize_attention, resize_tokens
 from pipeline.assembly.samples import PretrainBatch, PretrainDataset
-from pipeline.cache import CacheReader, Quantiser
+from pipeline.cache import CacheReader, Quantiser, RemoteCache
 from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.masks import MaskSampler, select_predicted, select_visible
@@ -109,9 +109,9 @@ class CachedKnowledge:
             for index in chosen.tolist():
                 yield torch.from_numpy(cache.read(index, view, dequantise=True).tokens)
 
-    def check(self, seed: int, count: int) -> str:
+    def check(self, samples: NDArray[np.int64], seed: int, count: int) -> str:
         """See `check_records`."""
-        return check_records(self.caches, self.source, self.samples, seed, count)
+        return check_records(self.caches, self.source, samples, seed, count)
 
     def dataset(self, masks: MaskSampler, rows: str, grid: Grid | None = None) -> PretrainDataset:
         """Samples for a student with this grid; None stands for the caches' own."""
@@ -228,7 +228,7 @@ class LiveKnowledge:
 Knowledge = CachedKnowledge | LiveKnowledge
 
 
-def open_cached(paths: Mapping[str, Path], path: str | None, limit: int | None) -> CachedKnowledge:
+def open_cached(paths: Mapping[str, Path | RemoteCache], path: str | None, limit: int | None) -> CachedKnowledge:
     """Caches, and the images that they were made of.
 
     Args:

@@ -7,9 +7,10 @@
 format/        what every cache consists of: header, commit records, records, quantisers; what a store must offer
 zarr/, tar/    the two stores: how records lie on the disk
 check/         verification and repair
+remote/        caches behind a URL: shards are fetched into a bounded local folder
 reader.py, writer.py, shard_writing.py, budget.py    what training and extraction use
 
-Imports go one way: files.py ← format ← zarr, tar ← stores.py ← reader, writer ← check. `docs/cache-format.md`
+Imports go one way: files.py ← format ← zarr, tar ← stores.py ← remote ← reader, writer ← check. `docs/cache-format.md`
 describes the bytes.
 """
 
@@ -19,10 +20,20 @@ from pipeline.cache.check.report import Finding, Report
 from pipeline.cache.check.verify import Source, verify
 from pipeline.cache.format.commits import Commit, Tombstone, read_commit
 from pipeline.cache.format.fidelity import Fidelity, FidelityFigures
-from pipeline.cache.format.header import CacheHeader, DatasetSection, ViewSection, match_header, read_header
+from pipeline.cache.format.header import (
+    CacheHeader,
+    DatasetSection,
+    ViewSection,
+    match_header,
+    read_header,
+    shard_span,
+)
 from pipeline.cache.format.quantiser import Quantiser
 from pipeline.cache.format.records import Record, ShardData
 from pipeline.cache.reader import CacheReader, open_cache
+from pipeline.cache.remote.ahead import FetchAhead
+from pipeline.cache.remote.folder import LocalFolder
+from pipeline.cache.remote.mirror import Mirror, RemoteCache, open_mirror
 from pipeline.cache.shard_writing import ShardArrays, ShardBuffers, ShardWriting
 from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
 from pipeline.configs.cache import AttentionKind, QuantiserName, StoreName
@@ -34,13 +45,17 @@ __all__ = [
     "CacheWriter",
     "Commit",
     "DatasetSection",
+    "FetchAhead",
     "Fidelity",
     "FidelityFigures",
     "Finding",
+    "LocalFolder",
+    "Mirror",
     "Quantiser",
     "QuantiserName",
     "Record",
     "Reextracted",
+    "RemoteCache",
     "Repair",
     "Report",
     "ShardArrays",
@@ -55,11 +70,13 @@ __all__ = [
     "create_cache",
     "match_header",
     "open_cache",
+    "open_mirror",
     "open_writer",
     "read_commit",
     "read_header",
     "repair",
     "revivable",
+    "shard_span",
     "verify",
     "wait_for_cache",
 ]

@@ -35,13 +35,16 @@ class FileEntry(BaseModel):
     xxh3_128: str
 
 
-def write_file(path: Path, parts: Iterable[Any], *, exclusive: bool = False) -> FileEntry:
+def write_file(
+    path: Path, parts: Iterable[Any], *, exclusive: bool = False, expected: FileEntry | None = None
+) -> FileEntry:
     """Write the concatenated parts (contiguous buffers) to `path` atomically and durably, and measure them.
 
     The caller makes the file's name durable: `sync(folder)`, once for all files of a folder.
 
     Raises:
         FileExistsError: with `exclusive`, `path` exists; it stays as it is.
+        CacheDamage: the parts are not what is `expected`; `path` stays as it is.
         OSError: disk full, read-only, ...; no temporary file stays behind.
     """
     hasher, size = xxhash.xxh3_128(), 0
@@ -52,7 +55,10 @@ def write_file(path: Path, parts: Iterable[Any], *, exclusive: bool = False) -> 
         for part in parts:
             hasher.update(part)
             size += file.write(part)
-    return FileEntry(bytes=size, xxh3_128=hasher.hexdigest())
+        written = FileEntry(bytes=size, xxh3_128=hasher.hexdigest())
+        if expected not in (None, written):
+            raise CacheDamage(f"{path.name} is not what its commit record states (its xxh3-128 differs)")
+    return written
 
 
 def aligned(size: int) -> NDArray[np.uint8]:

@@ -1,9 +1,10 @@
 """Random access to the records of a cache, each checked as it is read."""
 
 import resource
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 from pipeline.cache.files import allow_files
 from pipeline.cache.format.commits import committed_shards, read_commit
 from pipeline.cache.format.header import CacheHeader, read_header
-from pipeline.cache.format.records import OpenView, Record, Seal
+from pipeline.cache.format.records import OpenView, Record, Seal, SizeOf
+from pipeline.cache.remote.mirror import RemoteCache, open_mirror
 from pipeline.cache.stores import store_of
 from pipeline.cache.tables import Tables
 from pipeline.errors import CacheDamage, CacheError
@@ -19,20 +21,59 @@ from pipeline.errors import CacheDamage, CacheError
 _MAX_OPEN_VIEWS = 128  # views of shards whose tables weren't loaded: each keeps its own, about 60 KB
 
 
-def open_cache(path: Path | str) -> "CacheReader":
+class Shards(Protocol):
+    """Makes shards local.
+
+    Attributes:
+        root: the folder where they are read.
+    """
+
+    root: Path
+
+    @property
+    def size_of(self) -> SizeOf | None:
+        """Tells the bytes of a file that may not be there; None where all are."""
+        ...
+
+    @property
+    def advice(self) -> str:
+        """What to do about a damaged record."""
+        ...
+
+    def hold(self, shard: int) -> AbstractContextManager[bool]:
+        """Keep a shard's files where they are read within the block; yields whether others were removed since."""
+        ...
+
+
+class LocalShards:
+    """The shards of a local cache, which lie where they are read."""
+
+    size_of = None
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.advice = f"run `mrmae verify-cache {root} --repair`"
+
+    def hold(self, shard: int) -> AbstractContextManager[bool]:
+        return nullcontext(False)
+
+
+def open_cache(place: Path | str | RemoteCache) -> "CacheReader":
     """Open a cache for reading; every commit record is read and checked, no data yet.
 
     Raises:
         CacheError: no cache there. CacheDamage: cache.json or a commit record is damaged.
+        StorageError: a server fails.
     """
-    path = Path(path)
+    shards: Shards = open_mirror(place) if isinstance(place, RemoteCache) else LocalShards(Path(place))
+    path = shards.root
     header = read_header(path)
     committed, tombstones = np.zeros(header.shards, bool), {}
     for shard in committed_shards(path, header):
         commit = read_commit(path, header, shard)
         committed[shard] = True
         tombstones.update({stone.index: stone.error for stone in commit.tombstones})
-    return CacheReader(path, header, committed, tombstones)
+    return CacheReader(path, header, committed, tombstones, shards)
 
 
 class CacheReader:
@@ -44,11 +85,16 @@ class CacheReader:
     """
 
     def __init__(
-        self, path: Path, header: CacheHeader, committed: NDArray[np.bool_], tombstones: dict[int, str]
+        self,
+        path: Path,
+        header: CacheHeader,
+        committed: NDArray[np.bool_],
+        tombstones: dict[int, str],
+        shards: Shards,
     ) -> None:
-        self.path, self.header, self.tombstones = path, header, tombstones
+        self.path, self.header, self.tombstones, self.shards = path, header, tombstones, shards
         self._committed = committed
-        self._store = store_of(path, header)
+        self._store = store_of(path, header, shards.size_of)
         self._seal = Seal(header.fingerprint)
         self._has_summary = header.summary is not None
         self._count, self._views, self._size = header.count, header.views, header.samples_per_shard
@@ -59,7 +105,7 @@ class CacheReader:
         self._open = lru_cache(capacity)(self._open_view)  # the least recently used view is closed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheReader, (self.path, self.header, self._committed, self.tombstones)
+        return CacheReader, (self.path, self.header, self._committed, self.tombstones, self.shards)
 
     def __len__(self) -> int:
         return self.header.count
@@ -145,14 +191,15 @@ class CacheReader:
             raise CacheError(
                 f"shard {shard} of {self.path} is not extracted yet: finish it with `mrmae extract-teacher-features`"
             )
-        return self._store.open_view(shard, view, self._table(shard, None), self._table(shard, view))
+        shared, table = self._table(shard, None), self._table(shard, view)
+        with self.shards.hold(shard) as some_removed:
+            if some_removed:
+                self._open.cache_clear()  # an open file keeps its bytes on the disk
+            return self._store.open_view(shard, view, shared, table)
 
     def _table(self, shard: int, view: int | None) -> memoryview:
         loaded = self._tables.get(shard, view)
         return memoryview(self._store.table(shard, view)) if loaded is None else loaded
 
     def _damage(self, shard: int, index: int, view: int, error: CacheDamage) -> str:
-        return (
-            f"{self.path}: damage in shard {shard}, sample {index}, view {view}: {error}; "
-            f"run `mrmae verify-cache {self.path} --repair`"
-        )
+        return f"{self.path}: damage in shard {shard}, sample {index}, view {view}: {error}; {self.shards.advice}"

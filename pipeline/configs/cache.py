@@ -1,8 +1,36 @@
-"""What a cache may be: its store, its precision, the attention that it holds."""
+"""What a cache may be: its store, its precision, the attention that it holds; and where one is read from."""
 
-from typing import Literal
+import os
+import re
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pipeline.config import Config, LocationField, PathField
 
 StoreName = Literal["zarr", "webdataset"]
 AttentionKind = Literal["mean", "heads", "none"]
 SummaryKind = Literal["class"]
 QuantiserName = Literal["int8", "int4", "float16", "float32"]
+
+
+def parse_bytes(text: object) -> object:
+    """Bytes of a text in decimal units, such as 50GB; anything else stays as it is."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text) if isinstance(text, str) else None
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else text
+
+
+def _kept() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mrmae"
+
+
+class CacheInput(Config):
+    """A cache to read: a local folder, or a URL whose shards are fetched into one."""
+
+    main_key: ClassVar[str] = "path"
+
+    path: LocationField  # the cache's folder, or its URL: s3://, gs://, hf://datasets/, https://
+    # Where shards of remote caches are kept: a folder on a local disk, which processes and runs share; ~/.cache/mrmae
+    local: PathField = Field(default_factory=_kept)
+    local_limit: Annotated[int, BeforeValidator(parse_bytes)] = Field(50_000_000_000, gt=0)  # its bytes, or 50GB

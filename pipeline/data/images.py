@@ -28,6 +28,7 @@ from pipeline.data.listing import Listing, first_image
 from pipeline.data.listing_index import open_listing
 from pipeline.data.naming import EXTENSIONS, show_counts
 from pipeline.errors import DataError, StorageError
+from pipeline.locations import is_url
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
     Raises:
         DataError: nothing there, no images in it, or images beside tars.
     """
-    if _URL.match(path):
+    if is_url(path):
         raise DataError(f"data.path={path}: images are read from local paths alone: copy them to a disk, or mount them")
     expanded = os.path.abspath(os.path.expanduser(path))
     tars = _find_tars(expanded)

@@ -4,7 +4,7 @@ A global batch is fixed by the config; each process takes its slice. So the stre
 number of processes nor of workers, and a run resumes by asking for the batches from its step on.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -50,10 +50,11 @@ class Samples(Generic[B]):
     dataset: IndexedDataset[B]
     order: EpochOrder
     workers: int
+    announce: Callable[[Iterator[list[Request]]], Iterator[list[Request]]] = iter  # sees requests as they are made
 
     def batches(self, plan: StepPlan, start_step: int) -> Generator[B, None, None]:
         """This process's micro-batches from `start_step` on."""
-        return load(self.dataset, step_requests(self.order, plan, start_step), self.workers)
+        return load(self.dataset, self.announce(step_requests(self.order, plan, start_step)), self.workers)
 
 
 def load(dataset: IndexedDataset[B], requests: Iterable[list[Request]], workers: int) -> Generator[B, None, None]:

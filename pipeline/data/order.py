@@ -72,6 +72,7 @@ class EpochOrder:
     ) -> None:
         self.live, self.seed, self.kind, self.window = live, seed, kind, window
         shards = live // block_size
+        self.block_size = block_size
         self._starts = np.flatnonzero(np.diff(shards, prepend=-1)) if len(live) else np.empty(0, np.int64)
         self._epoch: int | None = None
 
@@ -87,6 +88,24 @@ class EpochOrder:
             [self._in_window(positions, number) for number in self._windows(positions)]
         )
         return self.live[places]
+
+    def windows(self, epoch: int, index: int, count: int) -> list[list[int]]:
+        """The shards of `count` windows, from the one of this epoch that shows sample `index` on, into the next epoch.
+
+        A full order has one window, all shards.
+        """
+        numbers = self.live[self._starts] // self.block_size
+        if self.kind == "full":
+            return [numbers.tolist()]
+        self._enter(epoch)
+        rank = np.searchsorted(numbers, index // self.block_size)
+        first = int(np.flatnonzero(self._shards == rank)[0]) // self.window * self.window
+        shards = self._shards[first:]
+        windows = [shards[start : start + self.window] for start in range(0, len(shards), self.window)]
+        if len(windows) < count:
+            self._enter(epoch + 1)
+            windows += [self._shards[start : start + self.window] for start in range(0, len(numbers), self.window)]
+        return [numbers[window].tolist() for window in windows[:count]]
 
     def _enter(self, epoch: int) -> None:
         if self._epoch == epoch:

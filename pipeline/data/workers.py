@@ -8,13 +8,11 @@ way. `Pool.close` doesn't wait for that: workers only read, so they are killed.
 """
 
 import atexit
-import gc
 import os
 import pickle
 import signal
 import time
 import traceback
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -26,10 +24,10 @@ from typing import Any, NoReturn
 from weakref import WeakSet
 
 import numpy as np
-import torch
 
 from pipeline.data.slots import CAPACITY, Empty, Page, Slots, read_memory, write_memory
 from pipeline.errors import ConfigError
+from pipeline.forking import fork, settle
 
 PREFETCH = 4  # batches that a worker is asked for ahead
 _SLOTS = 8  # a worker's: those asked for, and those that training still uses
@@ -80,7 +78,7 @@ class Pool:
         try:
             for _ in range(workers):
                 self._workers.append(worker := _Worker())
-                worker.pid = _fork()
+                worker.pid = fork()
                 if not worker.pid:
                     _serve(worker.far_end, make, self._slots)
                 worker.far_end.close()
@@ -166,36 +164,17 @@ def _leave_all() -> None:
 os.register_at_fork(after_in_child=_leave_all)
 
 
-def _fork() -> int:
-    with warnings.catch_warnings():
-        # Python 3.12 warns where there are threads. A worker takes no lock that one of them might hold: it reads,
-        # decodes and copies.
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        return os.fork()
-
-
 def _serve(socket: Connection, make: Make, slots: Slots) -> NoReturn:
     """What a worker does until its socket is closed."""
     code = 1
     try:
-        _settle()
+        settle()
         with suppress(EOFError, BrokenPipeError, ConnectionResetError):
             while True:
                 _answer(socket, make, slots)
         code = 0
     finally:
         os._exit(code)  # nothing of the owner's is flushed, finished or joined here
-
-
-def _settle() -> None:
-    """One thread, and deaf to the signals that a terminal or a scheduler sends to the whole process group.
-
-    The owner answers those, and wants its batches until it has saved.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    gc.freeze()  # or a collection would write to every page of the owner's objects, and so copy it
 
 
 def _answer(socket: Connection, make: Make, slots: Slots) -> None:

@@ -1,23 +1,16 @@
 """The keys of `pretrain`."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from pipeline.config import Config, PathField
-from pipeline.configs.data import Focus, ViewConfig
+from pipeline.configs.cache import CacheInput
+from pipeline.configs.data import Focus, OrderKind, ViewConfig
 from pipeline.configs.evaluation import KnnCallbackConfig
 from pipeline.configs.models import MimicConfig, StudentConfig
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.configs.training import OptimConfig, RunConfig
-
-
-class CacheInput(Config):
-    """One cache to learn from."""
-
-    main_key: ClassVar[str] = "path"
-
-    path: PathField  # the cache's folder
 
 
 class PretrainData(Config):
@@ -47,7 +40,8 @@ class MaskConfig(Config):
 class OrderConfig(Config):
     """In which order an epoch visits its samples."""
 
-    kind: Literal["full", "block"] = "full"  # block: shuffle inside windows of shards, for disks that hate random reads
+    # block: shuffle inside windows of shards, for disks that hate random reads; by default for remote caches alone
+    kind: OrderKind | None = None
     window: int = Field(16, ge=1)  # shards
 
 

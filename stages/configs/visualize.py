@@ -1,21 +1,14 @@
 """The keys of `visualize`."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field, Strict, model_validator
 
 from pipeline.config import Config, PathField
+from pipeline.configs.cache import CacheInput
 from pipeline.configs.data import DataConfig, Focus
 from pipeline.configs.models import StudentConfig
 from pipeline.configs.teachers import TeacherConfig
-
-
-class CacheInput(Config):
-    """The cache that a student learned from."""
-
-    main_key: ClassVar[str] = "path"
-
-    path: PathField  # the cache's folder
 
 
 class VisualizeConfig(Config):

@@ -33,6 +33,7 @@ from pipeline.files import PARTIAL, hash_source
 
 Level = Literal["quick", "full", "deep"]
 _COUNTS = ("committed", "records", "bytes", "tombstones")  # added up over shards
+CARDS = ("README.md", ".gitattributes")  # what lies beside a cache that is handed on
 _NAMED = 10  # damaged samples of one view that get a finding of their own
 
 
@@ -145,7 +146,7 @@ class _Verifier:
 
     def _check_strays(self, report: Report) -> None:
         """Files of no shard. The first number of a file's name is its shard, if it has one."""
-        expected = {FILE, *self._store.derived(None)}
+        expected = {FILE, *CARDS, *self._store.derived(None)}
         shards: dict[int, set[str]] = {}
         for name in _files(self._path):
             number = re.search(r"\d{1,9}", name.rpartition("/")[2])

@@ -87,25 +87,25 @@ def read_commit(root: Path, header: CacheHeader, shard: int) -> Commit:
         CacheDamage: missing, damaged, of another shard or cache.
     """
     path = commit_path(root, shard)
-    problem = ""
     try:
-        commit = Commit.from_bytes(read_whole(path))
+        return parse_commit(read_whole(path), header, shard)
     except (ValueError, CacheDamage) as error:
-        problem = str(error)
-    else:
-        span = header.shard_range(shard)
-        if commit.fingerprint != header.fingerprint:
-            problem = "it belongs to another cache"
-        elif commit.shard != shard or commit.count != len(span):
-            problem = f"it states shard {commit.shard} with {commit.count} samples"
-        elif any(stone.index not in span for stone in commit.tombstones):
-            problem = "a tombstone lies outside its shard"
-        elif not all(map(_INSIDE.fullmatch, commit.files)):
-            problem = "it names a file outside the cache"
-    if problem:
         raise CacheDamage(
-            f"shard {shard}: commit record {path.name}: {problem}; run `mrmae verify-cache {root} --repair`"
-        )
+            f"shard {shard}: commit record {path.name}: {error}; run `mrmae verify-cache {root} --repair`"
+        ) from error
+
+
+def parse_commit(content: bytes, header: CacheHeader, shard: int) -> Commit:
+    """One shard's commit record. Raises ValueError when it is damaged, or of another shard or cache."""
+    commit, span = Commit.from_bytes(content), header.shard_range(shard)
+    if commit.fingerprint != header.fingerprint:
+        raise ValueError("it belongs to another cache")
+    if commit.shard != shard or commit.count != len(span):
+        raise ValueError(f"it states shard {commit.shard} with {commit.count} samples")
+    if any(stone.index not in span for stone in commit.tombstones):
+        raise ValueError("a tombstone lies outside its shard")
+    if not all(map(_INSIDE.fullmatch, commit.files)):
+        raise ValueError("it names a file outside the cache")
     return commit
 
 

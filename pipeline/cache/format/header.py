@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipeline.cache.files import read_whole
 from pipeline.cache.format.quantiser import Quantiser
 from pipeline.configs.cache import AttentionKind, StoreName, SummaryKind
-from pipeline.errors import CacheDamage, CacheError, wanted
+from pipeline.errors import CacheDamage, CacheError, ConfigError, wanted
 
 FILE = "cache.json"
 # Bounds of what a header may ask for: tools make room by them before they have seen a byte of data.
@@ -242,6 +242,20 @@ def read_header(path: Path) -> CacheHeader:
     if not file.is_file():
         raise CacheError(f"{path}: no cache.json: give the folder that `mrmae extract-teacher-features` wrote")
     return CacheHeader.from_bytes(read_whole(file), str(file))
+
+
+def shard_span(header: CacheHeader, span: str | None, option: str) -> range:
+    """The shards that an option's A:B names, A to B-1; all of them without it.
+
+    Raises:
+        ConfigError: no such range.
+    """
+    if span is None:
+        return range(header.shards)
+    first, colon, last = span.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last) <= header.shards):
+        raise ConfigError(f"{option} {span}: give A:B with 0 <= A < B <= {header.shards}")
+    return range(int(first), int(last))
 
 
 def match_header(path: Path, found: CacheHeader, wanted: CacheHeader) -> None:

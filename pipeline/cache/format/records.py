@@ -4,7 +4,7 @@ A store knows how a shard lies on the disk. `CacheWriter` and `CacheReader` add 
 of open shards, the same for every store.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from struct import Struct
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +18,7 @@ from pipeline.cache.files import FileEntry
 TAIL = Struct("<4iBQ")  # box (top, left, height, width), hflip, source hash: as a record's checksum covers them
 TAILS: np.dtype[Any] = np.dtype([("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")])  # the same for numpy
 _HEAD = Struct("<QI")  # sample index, view
+SizeOf = Callable[[int, str], int]  # (shard, file that its commit record lists) → bytes
 
 
 @dataclass(slots=True)
@@ -155,6 +156,10 @@ class Store(Protocol):
 
     def files(self, shard: int) -> list[str]:
         """The files that the shard's commit record lists."""
+        ...
+
+    def tables(self, shard: int) -> list[str]:
+        """The files that `table` reads: small ones, which stay in the local copy of a remote cache."""
         ...
 
     def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:

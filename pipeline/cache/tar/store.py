@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.cache.files import Descriptor, FileEntry, checksum, file_of, one_line, read_table, write_file
 from pipeline.cache.format.header import CacheHeader, canonical
-from pipeline.cache.format.records import TAIL, Raw, Seal, ShardData
+from pipeline.cache.format.records import TAIL, Raw, Seal, ShardData, SizeOf
 from pipeline.cache.tar.view import (
     FIELDS,
     NONE,
@@ -44,8 +44,9 @@ class WebdatasetStore:
     entries = frozenset({"shards", "index"})
     descriptors = 1
 
-    def __init__(self, root: Path, header: CacheHeader) -> None:
+    def __init__(self, root: Path, header: CacheHeader, size_of: SizeOf | None = None) -> None:
         self._root, self._header = root, header
+        self._size_of = size_of or (lambda _, file: Descriptor(file_of(root, file)).size())
         self._layout, self._buffer = TensorLayout(header), ThreadBuffer(TensorLayout(header))
 
     def create(self) -> None:
@@ -54,6 +55,9 @@ class WebdatasetStore:
 
     def files(self, shard: int) -> list[str]:
         return [tar_name(shard, view) for view in range(self._header.views)]
+
+    def tables(self, shard: int) -> list[str]:
+        return self.derived(shard)
 
     def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:
         span, written = self._header.shard_range(shard), {}
@@ -73,13 +77,13 @@ class WebdatasetStore:
     def table(self, shard: int, view: int | None, fresh: bool = False) -> bytes:
         if view is None:
             return b""
-        tar = Descriptor(file_of(self._root, tar_name(shard, view)))
+        size = self._size_of(shard, tar_name(shard, view))
         span, index = self._header.shard_range(shard), file_of(self._root, index_name(shard, view))
         if fresh or not index.is_file():
-            rows = index_of(tar, span)
+            rows = index_of(Descriptor(file_of(self._root, tar_name(shard, view))), span)
         else:
             rows = np.frombuffer(read_table(index, len(span) * FIELDS * 8), "<i8").reshape(-1, FIELDS)
-        return within(rows, tar.size()).tobytes()
+        return within(rows, size).tobytes()
 
     def open_view(self, shard: int, view: int, shared: Any, table: Any) -> TarView:
         tar = Descriptor(f"{self._root}/{tar_name(shard, view)}")

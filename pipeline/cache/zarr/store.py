@@ -5,7 +5,7 @@ array, so one `pread` fetches a record: thousands of times faster than decoding 
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,16 @@ class ZarrStore:
         return _metadata(self._header.to_bytes())
 
     def files(self, shard: int) -> list[str]:
+        return self._files(shard, self._specs)
+
+    def tables(self, shard: int) -> list[str]:
+        return self._files(shard, self._specs.keys() - dict(self._large).keys())
+
+    def _files(self, shard: int, names: Collection[str]) -> list[str]:
         return [
             chunk_file(name, shard, view, len(shape))
             for name, (shape, _, _) in self._specs.items()
+            if name in names
             for view in range(self._header.views if len(shape) > 1 else 1)
         ]
 

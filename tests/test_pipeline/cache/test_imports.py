@@ -14,9 +14,11 @@ ALLOWED = {  # folder or file → what it may import of the cache, itself aside
     "stores": {"format", "zarr", "tar"},
     "tables": {"format"},
     "writer": {"files", "format", "stores"},
-    "reader": {"files", "format", "stores", "tables"},
+    "remote": {"files", "format", "stores", "budget"},
+    "reader": {"files", "format", "stores", "tables", "remote"},
     "shard_writing": {"format", "writer"},
     "budget": {"format"},
+    "card": {"budget", "format"},
     "check": {"files", "format", "stores", "reader", "writer"},
 }
 

@@ -1,0 +1,84 @@
+"""The card that goes with a cache: a README.md, which the Hugging Face hub reads as a dataset card."""
+
+from collections.abc import Sequence
+
+from pipeline.cache.budget import readable
+from pipeline.cache.format.commits import Commit
+from pipeline.cache.format.fidelity import FidelityFigures
+from pipeline.cache.format.header import CacheHeader
+
+FILE = "README.md"
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))  # the hub's names
+
+_ZARR = """```python
+import numpy as np
+import zarr
+
+cache = zarr.open("PATH", mode="r")
+tokens = cache["tokens"][0, 0]  # sample 0, view 0: [{tokens}, {dim}]
+```"""
+_TAR = """```python
+import webdataset as wds
+from safetensors.numpy import load
+
+for sample in wds.WebDataset("PATH/shards/000000-00.tar", shardshuffle=False):
+    image, tokens = sample["jpg"], load(sample["safetensors"])["tokens"]  # [{tokens}, {dim}]
+```"""
+_SCALED = """
+Tokens are int8. A token's features are `tokens * scale * std + mean`: `scale` lies beside the tokens, `mean` and `std`
+of each channel in `cache.json` under `quantiser`."""
+
+
+def card(header: CacheHeader, commits: Sequence[Commit], licence: str) -> str:
+    """The text of the card.
+
+    Args:
+        licence: of the features, as the hub names licences.
+    """
+    teacher, views, dataset = header.teacher, header.view_policy, header.dataset
+    size = sum(entry.bytes for commit in commits for entry in commit.files.values())
+    dead = sum(len(commit.tombstones) for commit in commits)
+    fidelity = FidelityFigures.merge(commit.fidelity for commit in commits)
+    figures = fidelity.model_dump(exclude_none=True) if fidelity else {}
+    reading = (_ZARR if header.store == "zarr" else _TAR).format(tokens=header.tokens, dim=header.dim)
+    category = next((name for bound, name in _SIZES if header.count < bound), "1M<n<10M")
+    policy = ", ".join(f"{key} {value}" for key, value in views.model_dump().items())
+    return f"""---
+license: {licence}
+pretty_name: {teacher["name"]} features
+task_categories:
+- image-feature-extraction
+size_categories:
+- {category}
+tags:
+- mrmae-cache
+---
+
+# Features of {teacher["name"]}
+
+Patch tokens and attention of a teacher, extracted once by `mrmae extract-teacher-features`.
+
+| | |
+|---|---|
+| teacher | {teacher["name"]} (`{teacher.get("spec", "")}`, weights sha256 `{teacher.get("weights_sha256", "")}`) |
+| licence | {licence}: that of the teacher's weights and of the images decides |
+| images | {dataset.count} of a {dataset.kind}, {dead} of them unreadable |
+| views | {policy} |
+| tokens | {header.grid[0]}x{header.grid[1]} a view, {header.dim} channels, {header.quantiser.name} |
+| attention | {header.attention} |
+| store | {header.store}, {len(commits)} of {header.shards} shards, {readable(size)} |
+| fidelity | {", ".join(f"{name} {value:.6g}" for name, value in figures.items()) or "not measured"} |
+| fingerprint | `{header.fingerprint}` |
+
+## To read it
+
+{reading}
+{_SCALED if header.quantiser.has_scale else ""}
+
+`mrmae pretrain cache.path=PATH` trains from it, and takes the URL of this folder as well.
+
+## To verify it
+
+Every record has a crc32c, and `commits/` holds the length and the xxh3-128 of every file. `mrmae verify-cache PATH`
+compares all of them. The fingerprint is the sha256 of `cache.json` without it, in canonical JSON.
+"""

@@ -1,0 +1,255 @@
+"""The local copy of one remote cache: all of its metadata, and those of its shards that are wanted.
+
+Its folder has the form of the cache itself, so the stores read it as they read any cache. Metadata are cache.json, the
+commit records and the small tables: about 60 bytes a sample. A shard's large files are fetched together. Each gets its
+name when its bytes have been compared with the commit record: a file that is there is whole.
+"""
+
+import contextlib
+import fcntl
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+
+from pipeline.cache.files import CHECKSUM_BYTES, FileEntry, checksum, file_of, one_line, write_file
+from pipeline.cache.format.commits import Commit, commit_file, commit_path, parse_commit, read_commit
+from pipeline.cache.format.header import FILE, CacheHeader
+from pipeline.cache.remote.folder import LocalFolder, holding, remove, touch
+from pipeline.cache.remote.objects import Objects
+from pipeline.cache.stores import store_of
+from pipeline.errors import CacheDamage, CacheError
+from pipeline.files import remove_dead_partials
+
+log = logging.getLogger(__name__)
+
+_THREADS = 32  # that wait for small files at once
+_BATCH = 256  # shards whose metadata are in memory at once
+_NAME = 32  # digits of the fingerprint that name the folder
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RemoteCache:
+    """Where a remote cache lies, and the local folder for its shards."""
+
+    url: str
+    local: LocalFolder
+
+    def __str__(self) -> str:
+        return self.url
+
+
+def read_remote_header(objects: Objects) -> CacheHeader:
+    """The header of a remote cache.
+
+    Raises:
+        CacheError: no cache there. CacheDamage: edited or damaged. StorageError: the server fails.
+    """
+    try:
+        content = objects.read_whole(FILE)
+    except FileNotFoundError as error:
+        raise CacheError(f"{objects.url}: no cache.json: give the folder that `mrmae cache-copy` wrote") from error
+    return CacheHeader.from_bytes(content, f"{objects.url}/{FILE}")
+
+
+def open_mirror(remote: RemoteCache) -> "Mirror":
+    """The local copy of a remote cache, with the metadata of all shards that are committed by now; errors as above."""
+    mirror = Mirror(remote, read_remote_header(Objects(remote.url)))
+    mirror.fetch_metadata()
+    return mirror
+
+
+class Mirror:
+    """Makes shards of a remote cache local. Pickles small; every method may be called in any process and thread.
+
+    Attributes:
+        root: the local folder, in the form of a cache.
+    """
+
+    def __init__(self, remote: RemoteCache, header: CacheHeader) -> None:
+        self.remote, self.header, self._local = remote, header, remote.local
+        self._cache = header.fingerprint[:_NAME]
+        self.root = remote.local.path / self._cache
+        self._objects, self._store = Objects(remote.url), store_of(self.root, header)
+        self._large = functools.cache(self._large_files)
+        self._opened: set[Path] = set()  # markers of shards that this process has opened
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mirror, (self.remote, self.header)
+
+    @property
+    def advice(self) -> str:
+        """What to do about a damaged record."""
+        return f"remove {self.root} and run again; if it comes back, {self.remote.url} itself is damaged"
+
+    def size(self, shard: int) -> int:
+        """Bytes that a committed shard takes in the local folder."""
+        return sum(entry.bytes for entry in self._large(shard).values())
+
+    def size_of(self, shard: int, file: str) -> int:
+        """Bytes of a file of a shard, by its commit record."""
+        return self._large(shard)[file].bytes
+
+    def metadata_size(self) -> int:
+        """Bytes that the metadata take there."""
+        return self._local.metadata_size(self._cache)
+
+    @contextlib.contextmanager
+    def hold(self, shard: int) -> Iterator[bool]:
+        """Make a shard local and keep it so within the block.
+
+        Yields whether a shard that this process has opened was removed since: closing it frees its bytes.
+
+        Raises:
+            CacheError: the remote files are not those that were committed; or the local folder can't take the shard.
+            StorageError: the server fails.
+        """
+        marker = self._marker(shard)
+        while True:
+            with holding(marker, exclusive=False) as held:
+                if held and self._is_whole(shard):
+                    removed = {former for former in self._opened if not former.exists()}
+                    self._opened = (self._opened - removed) | {marker}
+                    touch(marker)
+                    yield bool(removed)
+                    return
+            with self._naming(shard):
+                self._local.reserve(marker, list(self._large(shard)))
+                self._complete(marker, shard, wait=True)
+
+    def fetch_ahead(self, shard: int, keep: Sequence[int]) -> bool:
+        """Make a shard local without removing any of `keep`; returns whether it is there.
+
+        False: there is no room, or another process fetches it. Errors as `hold`.
+        """
+        marker = self._marker(shard)
+        if marker.exists() and self._is_whole(shard):
+            return True
+        with self._naming(shard):
+            markers = [self._marker(number) for number in keep]
+            reserved = self._local.reserve(marker, list(self._large(shard)), markers)
+            return reserved and self._complete(marker, shard, wait=False)
+
+    def touch(self, shards: Sequence[int]) -> None:
+        """Note that these shards are wanted, so that others go first."""
+        for shard in shards:
+            touch(self._marker(shard))
+
+    def fetch_metadata(self) -> None:
+        """Fetch what isn't here yet of commit records and tables; one process does, the others wait for it.
+
+        Raises:
+            CacheError, StorageError: as `hold`.
+        """
+        with one_line(f"{self.root} can't be written"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileIO(self.root / "lock", "ab") as lock, ThreadPoolExecutor(_THREADS, "metadata") as pool:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not (self.root / FILE).exists():
+                    self._keep([{FILE: self.header.to_bytes()}])
+                shards = range(self.header.shards)
+                absent = [shard for shard in shards if not commit_path(self.root, shard).exists()]
+                for start in range(0, len(absent), _BATCH):
+                    self._keep(list(pool.map(self._metadata, absent[start : start + _BATCH])))
+
+    def _keep(self, batch: Sequence[Mapping[str, bytes]]) -> None:
+        """Write metadata: of each shard the tables, then the commit record."""
+        self._local.add_metadata(self._cache, sum(len(content) for files in batch for content in files.values()))
+        for files in batch:
+            for file, content in files.items():
+                write_file(file_of(self.root, file), [content])
+
+    def _metadata(self, shard: int) -> dict[str, bytes]:
+        """A shard's tables and its commit record, in this order; nothing where it isn't committed."""
+        file = commit_file(shard)
+        try:
+            content = self._twice(shard, file, partial(self._commit, shard))
+        except FileNotFoundError:
+            return {}
+        commit = parse_commit(content, self.header, shard)
+        names = self._store.tables(shard)
+        return {name: self._twice(shard, name, partial(self._table, name, commit)) for name in names} | {file: content}
+
+    def _commit(self, shard: int) -> bytes:
+        content = self._objects.read_whole(commit_file(shard))
+        try:
+            parse_commit(content, self.header, shard)
+        except ValueError as error:
+            raise CacheDamage(str(error)) from error
+        return content
+
+    def _table(self, name: str, commit: Commit) -> bytes:
+        """A table, compared with the commit record; one that no commit record states ends in its own checksum."""
+        with _expected():
+            content, entry = self._objects.read_whole(name), commit.files.get(name)
+        found = FileEntry(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+        if found != entry if entry else checksum(content[:-CHECKSUM_BYTES]) != content[-CHECKSUM_BYTES:]:
+            raise CacheDamage("its checksum differs")
+        return content
+
+    def _large_files(self, shard: int) -> dict[str, FileEntry]:
+        """The files that are fetched when the shard is wanted."""
+        tables = set(self._store.tables(shard))
+        files = read_commit(self.root, self.header, shard).files
+        return {file: entry for file, entry in files.items() if file not in tables}
+
+    def _is_whole(self, shard: int) -> bool:
+        return all(file_of(self.root, file).exists() for file in self._large(shard))
+
+    def _marker(self, shard: int) -> Path:
+        return self._local.marker(self._cache, shard, self.size(shard))
+
+    def _complete(self, marker: Path, shard: int, wait: bool) -> bool:
+        """Fetch what is missing of a shard whose bytes are reserved."""
+        with holding(marker, exclusive=True, wait=wait) as held:
+            if not held:
+                return False
+            try:
+                for file, entry in self._large(shard).items():
+                    if not file_of(self.root, file).exists():
+                        self._twice(shard, file, partial(self._fetch, file, entry))
+            except BaseException:
+                remove(marker)
+                raise
+            return True
+
+    def _fetch(self, file: str, entry: FileEntry) -> None:
+        path = file_of(self.root, file)
+        remove_dead_partials(path)
+        with _expected(), contextlib.closing(self._objects.blocks(file, entry.bytes)) as blocks:
+            write_file(path, blocks, expected=entry)
+
+    def _twice(self, shard: int, file: str, fetch: Callable[[], T]) -> T:
+        """What `fetch` gives; damage is fetched once more, since it may have come on the way."""
+        for attempt in (1, 2):
+            try:
+                return fetch()
+            except CacheDamage as error:
+                if attempt == 2:
+                    raise CacheError(
+                        f"{self.remote.url}: damage in shard {shard}: {file}: {error}, twice: mend it there, by "
+                        "`mrmae cache-copy --full` from a sound copy"
+                    ) from error
+                log.warning("%s/%s: %s; it is fetched once more", self.remote.url, file, error)
+        raise AssertionError
+
+    def _naming(self, shard: int) -> contextlib.AbstractContextManager[None]:
+        return one_line(f"{self.root}: shard {shard} can't be fetched")
+
+
+@contextlib.contextmanager
+def _expected() -> Iterator[None]:
+    """A file that a commit record states must be there."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CacheDamage("it is missing") from error
