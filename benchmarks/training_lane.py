@@ -91,10 +91,10 @@ class TrainingLane:
 
     def gmacs_per_image(self) -> float:
         """Multiply-adds of a forward and a backward, in billions, without the teacher."""
-        ids_keep, targets = self._targets(self.batch)
+        targets = self._targets(self.batch)
 
         def forward_backward() -> None:
-            self.student(normalise(self.batch.images), ids_keep, targets)["loss"].backward()
+            self.student(normalise(self.batch.images), *targets)["loss"].backward()
 
         with torch.compiler.set_stance("force_eager"):
             gmacs = count_gmacs(forward_backward)
@@ -112,9 +112,9 @@ class TrainingLane:
         return int(torch.cuda.max_memory_allocated(self.bench.device)) - before + held
 
     def _step(self, batch: PretrainBatch) -> None:
-        ids_keep, targets = self._targets(batch)
+        targets = self._targets(batch)
         with self.bench.autocast():
-            losses = self.student(normalise(batch.images), ids_keep, targets)
+            losses = self.student(normalise(batch.images), *targets)
         losses["loss"].backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

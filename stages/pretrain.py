@@ -30,7 +30,7 @@ from pipeline.data.loader import Samples
 from pipeline.data.masks import Focus, MaskSampler, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.data.views import ViewConfig
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
 from pipeline.models.student_config import MimicConfig, StudentConfig
 from pipeline.ownership import stage
@@ -48,6 +48,8 @@ from pipeline.training.task import Evaluation, Task
 from pipeline.weights import state_digest
 
 log = logging.getLogger(__name__)
+
+LOSSES = ("mimic_loss", "pixel_loss", "summary_loss")  # whose pull at the encoder is measured
 
 
 class CacheInput(Config):
@@ -116,6 +118,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     """Train to the end, or to the next interruption; returns the last metrics."""
     knowledge = _open_knowledge(config)
     _check_views(config, knowledge)
+    _check_summaries(config, knowledge)
     student = _build(config, knowledge)
     masks = _masks(config, knowledge, student)
     identity = _identity(config, knowledge, student) | {"init": _start_from(config, student)}
@@ -124,7 +127,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         log.info("checked %s", knowledge.check(config.seed, config.check_records))
     _give_statistics(config, knowledge, student, goes_on=training.resumed is not None)
     plan = plan_steps(config, len(knowledge.samples), per_image=config.mask.masks_per_sample)
-    dataset = knowledge.dataset(masks, student.target_rows, student.grid)
+    dataset = knowledge.dataset(masks, student.target_rows, student.grid, summaries=bool(student.summary))
     order = EpochOrder(knowledge.samples, config.seed, config.order.kind, knowledge.block, config.order.window)
     task = Task(
         name="pretrain",
@@ -133,7 +136,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         losses=_Losses(knowledge.targets(dataset)),
         samples=Samples(dataset, order, config.data.workers),
         evaluation=_evaluation(config, plan),
-        grad_norms=GradNorms(("mimic_loss", "pixel_loss"), list(student.encoder.parameters()), config.grad_norms_every),
+        grad_norms=GradNorms(LOSSES, list(student.encoder.parameters()), config.grad_norms_every),
     )
     return fit(task, training, plan, config.optim)
 
@@ -145,8 +148,7 @@ class _Losses:
         self._targets = targets
 
     def __call__(self, student: nn.Module, batch: PretrainBatch) -> dict[str, Tensor]:
-        ids_keep, targets = self._targets(batch)
-        losses: dict[str, Tensor] = student(normalise(batch.images), ids_keep, targets)
+        losses: dict[str, Tensor] = student(normalise(batch.images), *self._targets(batch))
         return losses
 
 
@@ -185,6 +187,22 @@ def _check_views(config: PretrainConfig, knowledge: Knowledge) -> None:
         )
 
 
+def _check_summaries(config: PretrainConfig, knowledge: Knowledge) -> None:
+    """The loss on class tokens needs those of every teacher."""
+    weight, missing = config.mimic.summary_weight, knowledge.without_summary
+    if not weight or not missing:
+        return
+    if isinstance(knowledge, CachedKnowledge):
+        raise CacheError(
+            f"cache {missing[0]} holds no class token, which mimic.summary_weight={weight} needs: extract into a new "
+            "folder with cache.summary=true, or set mimic.summary_weight=0"
+        )
+    raise TeacherError(
+        f"teacher {missing[0]} has no class token, which mimic.summary_weight={weight} needs: choose another teacher, "
+        "or set mimic.summary_weight=0"
+    )
+
+
 def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
     torch.manual_seed(config.seed)
     student = build_student(
@@ -203,10 +221,16 @@ def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
 
 
 def _give_statistics(config: PretrainConfig, knowledge: Knowledge, student: Student, goes_on: bool) -> None:
-    """The statistics that the target norm asks for; those of PHI-S are in the checkpoint of a run that goes on."""
+    """What the target norm asks for, and the dispersions that balance several teachers' summaries.
+
+    The checkpoint of a run that goes on has the statistics of PHI-S and the dispersions.
+    """
     target_norm, workers = config.mimic.target_norm, config.data.workers
     if config.mimic.objective == "mae":
         return
+    if len(student.summary) > 1 and not goes_on:
+        for name, dispersion in knowledge.dispersions(workers).items():
+            student.set_dispersion(name, dispersion)
     if target_norm != "phi_s":
         for name, (mean, std) in knowledge.statistics(target_norm, workers).items():
             student.set_channel_stats(name, torch.from_numpy(mean), torch.from_numpy(std))

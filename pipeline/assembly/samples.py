@@ -1,7 +1,7 @@
 """A pre-training batch: masked views, and the target rows that their teachers' caches hold. Made in the workers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class PretrainBatch:
         targets: teacher → (values [B, R, D] as stored, scale float16 [B, R] or None); the R rows are the visible or the
             masked patches (ascending), as the objective declares. Of a teacher on another grid than the student's they
             are all its tokens, [B / masks, L, D] and [B / masks, L], since they have to be resized first.
+        summaries: teacher → (class token [B / masks, 1, D] as stored, scale float16 [B / masks, 1] or None), of each
+            sample once; empty unless they are asked for.
         indices: int64 [B], sample indices.
     """
 
@@ -40,6 +42,7 @@ class PretrainBatch:
     targets: dict[str, tuple[Tensor, Tensor | None]]
     indices: Tensor
     gumbel: Tensor | None = None
+    summaries: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "PretrainBatch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -54,6 +57,7 @@ class PretrainBatch:
             {name: (move(values), moved(scale)) for name, (values, scale) in self.targets.items()},
             self.indices,
             moved(self.gumbel),
+            {name: (move(values), moved(scale)) for name, (values, scale) in self.summaries.items()},
         )
 
 
@@ -68,6 +72,7 @@ class PretrainDataset:
         rows: which target rows the objective asks for: "visible", "masked" or "none".
         online: a live teacher on the device will say what to focus by; masks that need that are left to it.
         grid: the student's; None where every teacher has it.
+        summaries: whether the teachers' class tokens are wanted too; every cache must have them.
     """
 
     def __init__(
@@ -79,9 +84,10 @@ class PretrainDataset:
         rows: str,
         online: bool = False,
         grid: Grid | None = None,
+        summaries: bool = False,
     ) -> None:
         self.source, self.caches, self.views, self.masks, self.rows = source, dict(caches), views, masks, rows
-        self.grid = grid
+        self.grid, self.summaries = grid, summaries
         self.resized = {name for name, cache in caches.items() if grid and cache.header.grid != grid}
         self.defers_masks = online and masks.focus != "random"
 
@@ -89,7 +95,7 @@ class PretrainDataset:
         count, size = self.masks.count, self.views.image_size
         views = [view_of_epoch(index, epoch, self.views.count) for epoch, index in requests]
         noise = self.masks.noise(requests)
-        records, ids_keep, targets = self._read(requests, views, noise, empty)
+        records, ids_keep, targets, summaries = self._read(requests, views, noise, empty)
         pixels = empty((len(requests), count, size, size, 3), np.uint8)
         gumbel = noise.reshape(-1, self.masks.patches) if self.defers_masks and self.masks.focus == "sampled" else None
         batch = PretrainBatch(
@@ -98,6 +104,7 @@ class PretrainDataset:
             {name: target_rows.tensors() for name, target_rows in targets.items()},
             torch.from_numpy(np.repeat([index for _, index in requests], count)),
             None if gumbel is None else torch.from_numpy(gumbel),
+            {name: summary_rows.tensors() for name, summary_rows in summaries.items()},
         )
         # Pixels after all records, not in between: the two push each other's code and data out of the CPU's cache.
         for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
@@ -107,16 +114,22 @@ class PretrainDataset:
 
     def _read(
         self, requests: list[Request], views: list[int], noise: NDArray[np.float64], empty: Empty
-    ) -> tuple[list[list[Record]], NDArray[np.int64], dict[str, "_TargetRows"]]:
-        """Each sample's records, the visible patches int64 [B, M, K] unless they are deferred, and the target rows."""
+    ) -> tuple[list[list[Record]], NDArray[np.int64], dict[str, "_TargetRows"], dict[str, "_TargetRows"]]:
+        """Each sample's records, the visible patches int64 [B, M, K] unless deferred, target rows and summaries."""
         ids_keep = np.empty((len(requests), self.masks.count, self.masks.keep), np.int64)
         wanted = {} if self.defers_masks or self.rows == "none" else self.caches
         targets = {name: self._target_rows(name, len(requests), empty) for name in wanted}
+        summaries = {
+            name: _TargetRows(cache.header, (len(requests), 1, 1), empty)
+            for name, cache in (self.caches.items() if self.summaries else ())
+        }
         records_of_samples: list[list[Record]] = []
         for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
             # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
             records = {name: cache.read(index, view, keep=False) for name, cache in self.caches.items()}
             records_of_samples.append(list(records.values()))
+            for name, summary_rows in summaries.items():
+                summary_rows.take_summary(row, records[name])
             if self.defers_masks:
                 continue
             ids_keep[row] = self.masks.ids_keep(self._attention_of(records_of_samples[-1]), noise[row])
@@ -124,7 +137,7 @@ class PretrainDataset:
                 ids = ids_keep[row] if self.rows == "visible" else self._masked_ids(ids_keep[row])
                 for name, target_rows in targets.items():
                     target_rows.take(row, records[name], self._all_ids(name) if name in self.resized else ids)
-        return records_of_samples, ids_keep, targets
+        return records_of_samples, ids_keep, targets, summaries
 
     def _target_rows(self, name: str, samples: int, empty: Empty) -> "_TargetRows":
         header = self.caches[name].header
@@ -208,6 +221,12 @@ class _TargetRows:
         if self._scales is not None:
             assert record.scale is not None
             record.scale.take(ids, out=self._scales[row], mode="clip")
+
+    def take_summary(self, row: int, record: Record) -> None:
+        """The class token of a record becomes the one row of sample `row`."""
+        self._values[row] = record.summary
+        if self._scales is not None:
+            self._scales[row] = record.summary_scale
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
         """Values [samples × masks, R, D] and scales [samples × masks, R]."""

@@ -11,6 +11,7 @@ from pipeline.models.mae import Decoder
 from pipeline.models.mimic import MIMIC_WEIGHT, Fusion, Mimic, MimicHead, MimicLoss, TargetNorm
 from pipeline.models.mr_mae import OBJECTIVES, DropTeachers, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
+from pipeline.models.summary import SummaryHead, SummarySource
 from pipeline.models.vit import ViT
 
 
@@ -28,6 +29,8 @@ def build_student(
     mimic_head: MimicHead = "linear",
     mimic_weight: float = MIMIC_WEIGHT,
     pixel_weight: float = 1.0,
+    summary_weight: float = 0.0,
+    summary_source: SummarySource | None = None,
     standardise_teachers: bool = True,
     drop_teachers: DropTeachers = False,
     gradient_checkpointing: bool = False,
@@ -48,6 +51,8 @@ def build_student(
         mimic_loss: "smooth_l1" | "mse" | "cosine".
         mimic_head: "linear" | "mlp".
         mimic_weight, pixel_weight: of the two losses, 0 or more.
+        summary_weight: of the loss on the teachers' class tokens; 0 leaves it and its heads out.
+        summary_source: "class" token of the student, the default where it has one | "mean" of its visible patches.
         standardise_teachers: with several teachers and target_norm "none", bring them to one scale, as the other target
             norms do. With False the teacher of the largest scale dominates.
         drop_teachers: False | True: each sample mimics one teacher, sampled at random | "loss": the one of its highest
@@ -60,6 +65,8 @@ def build_student(
         ConfigError: an unknown name or option, or sizes that don't fit together.
     """
     spec = _spec(locals(), StudentSizes)
+    if not summary_weight:  # as before there was such a loss: runs of then go on
+        del spec["summary_weight"], spec["summary_source"]
     size = resolve_size(name, **sizes)
     check_choice("objective", objective, OBJECTIVES)
     check_choice("target_norm", target_norm, get_args(TargetNorm))
@@ -67,9 +74,12 @@ def build_student(
     check_choice("mimic_head", mimic_head, get_args(MimicHead))
     if not isinstance(drop_teachers, bool):
         check_choice("drop_teachers", drop_teachers, ("false", "true", "loss"))
-    for key, weight in (("mimic_weight", mimic_weight), ("pixel_weight", pixel_weight)):
+    weights = {"mimic_weight": mimic_weight, "pixel_weight": pixel_weight, "summary_weight": summary_weight}
+    for key, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise ConfigError(f"{key}={weight}: give 0 or more")
+    if summary_weight and not OBJECTIVES[objective].mimics:
+        raise ConfigError(f"objective={objective} reads no teacher: set summary_weight=0, or use mr_mae")
     widths, shares = _teachers(objective, teachers or {}, teacher_weights or {})
     blocks = _fusion_blocks(fusion, fusion_blocks, size.depth[-1])
     goal = OBJECTIVES[objective]
@@ -98,14 +108,21 @@ def build_student(
         )
         for teacher, width in widths.items()
     }
+    balanced = len(widths) > 1
+    summaries = {
+        teacher: SummaryHead(encoder.dim, width, balanced) for teacher, width in widths.items() if summary_weight
+    }
     return Student(
         encoder,
         decoder,
         mimics,
+        summaries,
         objective=objective,
         norm_pix_loss=norm_pix_loss,
         mimic_weight=mimic_weight,
         pixel_weight=pixel_weight,
+        summary_weight=summary_weight,
+        summary_source=_summary_source(name, encoder, summary_source),
         teacher_shares=shares,
         drop_teachers=drop_teachers,
         spec=spec,
@@ -149,6 +166,16 @@ def build_classifier(
 
 def _encoder(size: Size, *, sparse: bool = True, **options: Any) -> ViT | ConvViT:
     return ConvViT(size, sparse=sparse, **options) if size.is_conv else ViT(size, **options)
+
+
+def _summary_source(name: str, encoder: ViT | ConvViT, source: SummarySource | None) -> SummarySource:
+    """Which vector of the student predicts summaries: its class token where it has one."""
+    if source is None:
+        return "class" if encoder.num_prefix_tokens else "mean"
+    check_choice("summary_source", source, get_args(SummarySource))
+    if source == "class" and not encoder.num_prefix_tokens:
+        raise ConfigError(f"{name} has no CLS token: use summary_source=mean")
+    return source
 
 
 def _teachers(

@@ -13,6 +13,8 @@ and the pixels of the masked cells after the decoder. `objective` moves or remov
 | mae             | yes                    | –                                          | none        |
 | feature_decoder | –                      | the decoder's tokens at masked cells       | masked      |
 | joint_decoder   | yes                    | the decoder's tokens at masked cells       | masked      |
+
+With `summary_weight` above 0 there is a third loss for each teacher, on its class token (`pipeline.models.summary`).
 """
 
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ from pipeline.models.mae import Decoder, pixel_loss
 from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.mimic import Mimic
 from pipeline.models.patches import patchify
+from pipeline.models.summary import SummaryHead, SummarySource, student_summary
 from pipeline.models.vit import ViT
 
 
@@ -56,11 +59,13 @@ class Student(nn.Module):
 
     Args:
         mimics: teacher name -> its `Mimic`; empty for the objective "mae".
+        summaries: teacher name -> its `SummaryHead`; empty without the summary loss.
+        summary_source: the student's vector that predicts summaries.
         teacher_shares: teacher name -> share of the mimic loss; shares add up to 1.
-        drop_teachers: in training, drop some teachers of each sample. True: it mimics one, sampled by these shares.
-            "loss": it mimics the one of its highest loss, and each other with probability 1/2 (UNIC's teacher dropping,
-            arXiv 2408.05088). Dropped ones have weight zero, and the weights of a sample add up to 1 on average. So
-            every head takes part in every step, as DDP needs.
+        drop_teachers: in training, drop some teachers of each sample from the mimic loss. True: it mimics one, sampled
+            by these shares. "loss": it mimics the one of its highest loss, and each other with probability 1/2 (UNIC's
+            teacher dropping, arXiv 2408.05088). Dropped ones have weight zero, and the weights of a sample add up to 1
+            on average. So every head takes part in every step, as DDP needs.
         spec: the keyword arguments that rebuild this model.
     """
 
@@ -71,11 +76,14 @@ class Student(nn.Module):
         encoder: ViT | ConvViT,
         decoder: Decoder,
         mimics: Mapping[str, Mimic],
+        summaries: Mapping[str, SummaryHead],
         *,
         objective: str,
         norm_pix_loss: bool,
         mimic_weight: float,
         pixel_weight: float,
+        summary_weight: float,
+        summary_source: SummarySource,
         teacher_shares: Mapping[str, float],
         drop_teachers: DropTeachers,
         spec: dict[str, Any],
@@ -83,11 +91,13 @@ class Student(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.mimic = nn.ModuleDict({module_name(teacher): mimic for teacher, mimic in mimics.items()})
+        self.summary = nn.ModuleDict({module_name(teacher): head for teacher, head in summaries.items()})
         self.teachers = tuple(mimics)
         self.objective = OBJECTIVES[objective]
         self.grid, self.target_rows = encoder.grid, self.objective.target_rows
         self.norm_pix_loss = norm_pix_loss
         self.mimic_weight, self.pixel_weight = mimic_weight, pixel_weight
+        self.summary_weight, self.summary_source = summary_weight, summary_source
         self.register_buffer("shares", torch.tensor([teacher_shares[t] for t in self.teachers]), persistent=False)
         self.drop_teachers = drop_teachers if len(self.teachers) > 1 else False
         self.spec = spec
@@ -110,8 +120,21 @@ class Student(nn.Module):
         """
         self._mimic(teacher).set_covariance(mean, covariance)
 
+    def set_dispersion(self, teacher: str, dispersion: Tensor) -> None:
+        """Give the `angular_dispersion` (a scalar) of a teacher's summaries, by which several teachers are balanced.
+
+        Raises:
+            ConfigError: unknown teacher.
+        """
+        self._mimic(teacher)
+        self._summary(teacher).dispersion.copy_(dispersion)
+
     def forward(
-        self, images: Tensor, ids_keep: Tensor, targets: Mapping[str, Tensor] | None = None
+        self,
+        images: Tensor,
+        ids_keep: Tensor,
+        targets: Mapping[str, Tensor] | None = None,
+        summaries: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """One training step's losses.
 
@@ -120,11 +143,12 @@ class Student(nn.Module):
             ids_keep: [B, K] int64, the visible cells; 0 < K < L.
             targets: teacher -> [B, R, D] raw teacher tokens (any float dtype), for the cells that `target_rows` names:
                 "visible": R = K, in `ids_keep` order; "masked": R = L - K, the other cells in ascending order.
+            summaries: teacher -> [B, D] its raw class tokens, if the student has the summary loss.
 
         Returns:
-            float32 scalars `loss`, `pixel_loss` and `mimic_loss` (each only if the objective has it; with several
-            teachers also `mimic_loss/<teacher>`, before weighting). If pixels are predicted also `pred`
-            [B, L - K, p*p*3], those of the masked cells in ascending order.
+            float32 scalars `loss`, `pixel_loss`, `mimic_loss` and `summary_loss` (each only if the student has it; with
+            several teachers also `mimic_loss/<teacher>` and `summary_loss/<teacher>`, before weighting). If pixels are
+            predicted also `pred` [B, L - K, p*p*3], those of the masked cells in ascending order.
 
         Raises:
             ConfigError: a teacher's targets are missing, of another shape, or lack the statistics they need.
@@ -139,6 +163,10 @@ class Student(nn.Module):
             tokens = encoded.hidden if self.objective.mimics == "encoder" else [decoded]
             result |= self._mimic_losses(tokens, targets or {})
             loss = loss + self.mimic_weight * result["mimic_loss"]
+
+        if self.summary:
+            result |= self._summary_losses(encoded.last, summaries or {})
+            loss = loss + self.summary_weight * result["summary_loss"]
 
         if self.objective.pixels:
             result["pred"] = self.decoder.predict_pixels(decoded)  # [B, L-K, p*p*3]
@@ -161,6 +189,17 @@ class Student(nn.Module):
             result |= {f"mimic_loss/{teacher}": means[i] for i, teacher in enumerate(self.teachers)}
         return result
 
+    def _summary_losses(self, last: Tensor, summaries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        missing = [teacher for teacher in self.teachers if teacher not in summaries]
+        if missing:
+            raise ConfigError(f"no summaries of {', '.join(missing)}: pass their class tokens, or use summary_weight=0")
+        vector = student_summary(last, self.encoder.num_prefix_tokens, self.summary_source)
+        losses = torch.stack([self._summary(t)(vector, summaries[t]).mean() for t in self.teachers])  # [T]
+        result = {"summary_loss": (losses * self.shares).sum()}
+        if len(self.teachers) > 1:
+            result |= {f"summary_loss/{teacher}": losses[i] for i, teacher in enumerate(self.teachers)}
+        return result
+
     def _shares(self, losses: Tensor) -> Tensor:
         """Each teacher's share of each sample's loss [B or 1, T]."""
         shares = self.shares.unsqueeze(0)  # [1, T]
@@ -179,6 +218,9 @@ class Student(nn.Module):
         if teacher not in self.teachers:
             raise ConfigError(f"this student has no teacher '{teacher}': it has {', '.join(self.teachers) or 'none'}")
         return self.mimic[module_name(teacher)]  # type: ignore[return-value]  # ModuleDict forgets the type
+
+    def _summary(self, teacher: str) -> SummaryHead:
+        return self.summary[module_name(teacher)]  # type: ignore[return-value]  # as above
 
 
 def module_name(teacher: str) -> str:

@@ -7,6 +7,7 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.models.mimic import MIMIC_WEIGHT, Fusion, MimicHead, MimicLoss, TargetNorm
 from pipeline.models.mr_mae import DropTeachers, ObjectiveName
+from pipeline.models.summary import SummarySource
 
 
 class StudentConfig(Config):
@@ -37,6 +38,8 @@ class MimicConfig(Config):
     mimic_head: MimicHead = "linear"
     mimic_weight: float = Field(MIMIC_WEIGHT, ge=0)
     pixel_weight: float = Field(1.0, ge=0)
+    summary_weight: float = Field(0.0, ge=0)  # of the loss on the teachers' class tokens (cache.summary=true)
+    summary_source: SummarySource | None = None  # what predicts them; default: the student's class token, if it has one
     teacher_weights: dict[str, float] | None = None  # by teacher name; default 1 each
     standardise_teachers: bool = True  # False: the naive joining that the paper found worse
     drop_teachers: DropTeachers = False  # true: one teacher a sample, at random; loss: the worst, and half the others
