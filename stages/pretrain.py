@@ -32,7 +32,7 @@ from pipeline.assembly.teachers import load_teacher, teacher_dtype
 from pipeline.data.loader import Samples
 from pipeline.data.masks import MaskSampler, predicted_count, visible_count
 from pipeline.data.order import EpochOrder
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
 from pipeline.models.sizes import resolve_size
 from pipeline.ownership import stage
@@ -50,12 +50,15 @@ from stages.configs.pretrain import PretrainConfig
 
 log = logging.getLogger(__name__)
 
+LOSSES = ("mimic_loss", "pixel_loss", "summary_loss")  # whose pull at the encoder is measured
+
 
 @stage
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Train to the end, or to the next interruption; returns the last metrics."""
     knowledge = _open_knowledge(config)
     config = _fit_to(knowledge, config)
+    _check_summaries(config, knowledge)
     student = _build(config, knowledge)
     masks = _masks(config, knowledge, student)
     mirrors = mirrors_of(knowledge.caches) if isinstance(knowledge, CachedKnowledge) else []
@@ -70,7 +73,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         near = _shown_first(order, plan, training.start_step) if mirrors else knowledge.samples
         log.info("checked %s", knowledge.check(near, config.seed, config.check_records))
     _give_statistics(config, knowledge, student, goes_on=training.resumed is not None)
-    dataset = knowledge.dataset(masks, student.target_rows, student.grid)
+    dataset = knowledge.dataset(masks, student.target_rows, student.grid, summaries=bool(student.summary))
     announce = OrderedFetching(mirrors, order) if mirrors else iter
     task = Task(
         name="pretrain",
@@ -79,7 +82,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         losses=_Losses(knowledge.targets(dataset)),
         samples=Samples(dataset, order, config.data.workers, announce),
         evaluation=_evaluation(config, plan),
-        grad_norms=GradNorms(("mimic_loss", "pixel_loss"), list(student.encoder.parameters()), config.grad_norms_every),
+        grad_norms=GradNorms(LOSSES, list(student.encoder.parameters()), config.grad_norms_every),
     )
     return fit(task, training, plan, config.optim)
 
@@ -153,6 +156,22 @@ def _patch_of_grid(knowledge: Knowledge, student: str) -> int | None:
     return patch
 
 
+def _check_summaries(config: PretrainConfig, knowledge: Knowledge) -> None:
+    """The loss on class tokens needs those of every teacher."""
+    weight, missing = config.mimic.summary_weight, knowledge.without_summary
+    if not weight or not missing:
+        return
+    if isinstance(knowledge, CachedKnowledge):
+        raise CacheError(
+            f"cache {missing[0]} holds no class token, which mimic.summary_weight={weight} needs: extract into a new "
+            "folder with cache.summary=true, or set mimic.summary_weight=0"
+        )
+    raise TeacherError(
+        f"teacher {missing[0]} has no class token, which mimic.summary_weight={weight} needs: choose another teacher, "
+        "or set mimic.summary_weight=0"
+    )
+
+
 def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
     torch.manual_seed(config.seed)
     student = build_student(
@@ -171,10 +190,16 @@ def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
 
 
 def _give_statistics(config: PretrainConfig, knowledge: Knowledge, student: Student, goes_on: bool) -> None:
-    """The statistics that the target norm asks for; those of PHI-S are in the checkpoint of a run that goes on."""
+    """What the target norm asks for, and the dispersions that balance several teachers' summaries.
+
+    The checkpoint of a run that goes on has the statistics of PHI-S and the dispersions.
+    """
     target_norm, workers = config.mimic.target_norm, config.data.workers
     if config.mimic.objective == "mae":
         return
+    if len(student.summary) > 1 and not goes_on:
+        for name, dispersion in knowledge.dispersions(workers).items():
+            student.set_dispersion(name, dispersion)
     if target_norm != "phi_s":
         for name, (mean, std) in knowledge.statistics(target_norm, workers).items():
             student.set_channel_stats(name, torch.from_numpy(mean), torch.from_numpy(std))

@@ -47,8 +47,8 @@ def test_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"torch": torch, "views": torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)}
     first, second = blocks("teachers.md")
     exec(first.replace('"cuda"', '"cpu"'), names)
-    assert names["tokens"].shape == (1, 196, 768)
-    assert names["attention"].shape == (1, 196)
+    assert names["output"].tokens.shape == (1, 196, 768)
+    assert names["output"].attention.shape == (1, 196)
     exec(second, names)
     assert len(names["outputs"]) == 2
     alone = names["teachers"][1](names["views"])

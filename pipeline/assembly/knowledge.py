@@ -28,6 +28,7 @@ from pipeline.data.readable import leave_unreadable_out
 from pipeline.errors import ConfigError
 from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.phi_s import mean_and_covariance
+from pipeline.models.summary import angular_dispersion
 from pipeline.teachers import Teacher, run_teachers, share_backbones
 
 
@@ -37,6 +38,7 @@ class Shown(NamedTuple):
     ids_keep: Tensor  # int64 [B, K]
     targets: dict[str, Tensor]  # teacher → raw tokens float32 [B, R, D]
     ids_predict: Tensor | None  # int64 [B, P]; None for all masked patches
+    summaries: dict[str, Tensor]  # teacher → raw class tokens float32 [B, D], if the data set is asked for them
 
 
 Targets = Callable[[PretrainBatch], Shown]  # of a batch on the device
@@ -78,6 +80,11 @@ class CachedKnowledge:
         return next((name for name, cache in self.caches.items() if cache.header.attention != "none"), None)
 
     @property
+    def without_summary(self) -> list[str]:
+        """The teachers whose class tokens are not to be had."""
+        return [name for name, cache in self.caches.items() if cache.header.summary is None]
+
+    @property
     def block(self) -> int:
         """Samples that lie together."""
         return self._first.header.samples_per_shard
@@ -99,27 +106,44 @@ class CachedKnowledge:
         """Mean and covariance of the tokens in a fixed choice of each cache's records."""
         return {name: mean_and_covariance(self._spread_tokens(cache)) for name, cache in self.caches.items()}
 
+    def dispersions(self, _workers: int) -> dict[str, Tensor]:
+        """Angular dispersion of each teacher's class tokens, in a fixed choice of its cache's records."""
+        return {name: angular_dispersion(self._spread_summaries(cache)) for name, cache in self.caches.items()}
+
     def _spread_tokens(self, cache: CacheReader) -> Iterator[Tensor]:
         """Tokens [L, D] of records spread evenly over the samples: of view 0, and of others where it has too few."""
         h, w = cache.header.grid
-        wanted, samples = _images_for(cache.header.dim, h * w), self.samples
-        count = min(wanted, len(samples))
-        chosen = samples[np.arange(count) * len(samples) // count]
-        for view in range(min(cache.header.views, math.ceil(wanted / len(samples)))):
-            for index in chosen.tolist():
+        wanted = _images_for(cache.header.dim, h * w)
+        for view in range(min(cache.header.views, math.ceil(wanted / len(self.samples)))):
+            for index in self._spread_samples(wanted):
                 yield torch.from_numpy(cache.read(index, view, dequantise=True).tokens)
+
+    def _spread_summaries(self, cache: CacheReader) -> Iterator[Tensor]:
+        """Class tokens [1, D] of view 0 of samples spread evenly over all."""
+        for index in self._spread_samples(_CALIBRATION):
+            yield torch.from_numpy(cache.read(index, 0, dequantise=True).summary)
+
+    def _spread_samples(self, wanted: int) -> list[int]:
+        count = min(wanted, len(self.samples))
+        return self.samples[np.arange(count) * len(self.samples) // count].tolist()  # type: ignore[no-any-return]
 
     def check(self, samples: NDArray[np.int64], seed: int, count: int) -> str:
         """See `check_records`."""
         return check_records(self.caches, self.source, samples, seed, count)
 
-    def dataset(self, masks: MaskSampler, rows: str, grid: Grid | None = None) -> PretrainDataset:
+    def dataset(
+        self, masks: MaskSampler, rows: str, grid: Grid | None = None, summaries: bool = False
+    ) -> PretrainDataset:
         """Samples for a student with this grid; None stands for the caches' own."""
-        return PretrainDataset(self.source, self.caches, self.views, masks, rows, grid=grid)
+        return PretrainDataset(self.source, self.caches, self.views, masks, rows, grid=grid, summaries=summaries)
 
     def targets(self, dataset: PretrainDataset) -> Targets:
         """The rows that the workers read, dequantised on the device; teachers on another grid are resized first."""
         dequantise = {name: cache.header.quantiser.dequantise for name, cache in self.caches.items()}
+
+        def summary(name: str, stored: tuple[Tensor, Tensor | None]) -> Tensor:
+            values: Tensor = self.caches[name].header.summary_quantiser.dequantise(*stored)
+            return _repeat(values.squeeze(1), dataset.masks.count)
 
         def targets(batch: PretrainBatch) -> Shown:
             assert batch.ids_keep is not None
@@ -127,7 +151,8 @@ class CachedKnowledge:
             maps = {name: tokens[name] for name in dataset.resized & tokens.keys()}
             if maps:
                 tokens |= _rows_of_maps(maps, self.grids, dataset, batch.ids_keep, batch.ids_predict)
-            return Shown(batch.ids_keep, tokens, batch.ids_predict)
+            summaries = {name: summary(name, stored) for name, stored in batch.summaries.items()}
+            return Shown(batch.ids_keep, tokens, batch.ids_predict, summaries)
 
         return targets
 
@@ -165,6 +190,11 @@ class LiveKnowledge:
         """The first teacher with attention to focus by."""
         return next((name for name, teacher in self.teachers.items() if teacher.has_attention), None)
 
+    @property
+    def without_summary(self) -> list[str]:
+        """The teachers whose class tokens are not to be had."""
+        return [name for name, teacher in self.teachers.items() if not teacher.has_summary]
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it goes on from."""
         live = {name: teacher.identity() for name, teacher in self.teachers.items()}
@@ -192,12 +222,20 @@ class LiveKnowledge:
         outputs = self._extractor(workers).sample(images)
         return {name: mean_and_covariance(out.tokens) for name, out in zip(self.teachers, outputs, strict=True)}
 
+    def dispersions(self, workers: int) -> dict[str, Tensor]:
+        """Angular dispersion of each teacher's class tokens of the first views of some images."""
+        outputs = zip(self.teachers, self._extractor(workers).sample(_CALIBRATION), strict=True)
+        return {name: angular_dispersion([out.summary]) for name, out in outputs if out.summary is not None}
+
     def _extractor(self, workers: int) -> Extractor:
         return Extractor(self.source, self.views, list(self.teachers.values()), 64, workers, store="zarr")
 
-    def dataset(self, masks: MaskSampler, rows: str, grid: Grid | None = None) -> PretrainDataset:
+    def dataset(
+        self, masks: MaskSampler, rows: str, grid: Grid | None = None, summaries: bool = False
+    ) -> PretrainDataset:
         """Samples for a student with this grid; None stands for the teachers' own."""
-        return PretrainDataset(self.source, {}, self.views, masks, rows, online=bool(self.teachers), grid=grid)
+        online = bool(self.teachers)
+        return PretrainDataset(self.source, {}, self.views, masks, rows, online, grid, summaries)
 
     def targets(self, dataset: PretrainDataset) -> Targets:
         """What the teachers say of a batch's views; each distinct view is shown to them once."""
@@ -217,10 +255,15 @@ class LiveKnowledge:
                 ids_keep = select_visible(_repeat(attention, masks.count // split), batch.gumbel, masks.keep, split)
                 if batch.lots is not None and masks.predict is not None:
                     ids_predict = select_predicted(batch.lots, ids_keep, masks.predict)
-            tokens = {name: output.tokens for name, output in zip(self.teachers, outputs, strict=True)}
-            if dataset.rows == "none":
-                tokens = {}
-            return Shown(ids_keep, _rows_of_maps(tokens, self.grids, dataset, ids_keep, ids_predict), ids_predict)
+            of_teachers = dict(zip(self.teachers, outputs, strict=True))
+            tokens = {name: output.tokens for name, output in of_teachers.items() if dataset.rows != "none"}
+            summaries = {
+                name: _repeat(output.summary.squeeze(1), masks.count)
+                for name, output in of_teachers.items()
+                if dataset.summaries and output.summary is not None
+            }
+            shown_tokens = _rows_of_maps(tokens, self.grids, dataset, ids_keep, ids_predict)
+            return Shown(ids_keep, shown_tokens, ids_predict, summaries)
 
         return targets
 

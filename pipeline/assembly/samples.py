@@ -1,7 +1,7 @@
 """A pre-training batch: masked views, and the target rows that their teachers' caches hold. Made in the workers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,8 @@ class PretrainBatch:
         targets: teacher → (values [B, R, D] as stored, for int4 [B, R, D/2]; scale float16 [B, R] or None); the R rows
             are the visible or the predicted patches (ascending), as the objective declares. Of a teacher on another
             grid than the student's they are all its tokens, [B / masks, L, ...], since they have to be resized first.
+        summaries: teacher → (class token [B / masks, 1, D] as stored, scale float16 [B / masks, 1] or None), of each
+            sample once; empty unless they are asked for.
         indices: int64 [B], sample indices.
         ids_predict: int64 [B, P], masked patches that are predicted, ascending; None for all of them.
         lots: float64 [B, L], what draws `ids_predict` where the masks are chosen on the device.
@@ -46,6 +48,7 @@ class PretrainBatch:
     gumbel: Tensor | None = None
     ids_predict: Tensor | None = None
     lots: Tensor | None = None
+    summaries: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "PretrainBatch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -62,6 +65,7 @@ class PretrainBatch:
             moved(self.gumbel),
             moved(self.ids_predict),
             moved(self.lots),
+            {name: (move(values), moved(scale)) for name, (values, scale) in self.summaries.items()},
         )
 
 
@@ -76,6 +80,7 @@ class PretrainDataset:
         rows: which target rows the objective asks for: "visible", "masked" or "none".
         online: a live teacher on the device will say what to focus by; masks that need that are left to it.
         grid: the student's; None where every teacher has it.
+        summaries: whether the teachers' class tokens are wanted too; every cache must have them.
     """
 
     def __init__(
@@ -87,9 +92,10 @@ class PretrainDataset:
         rows: str,
         online: bool = False,
         grid: Grid | None = None,
+        summaries: bool = False,
     ) -> None:
         self.source, self.caches, self.views, self.masks, self.rows = source, dict(caches), views, masks, rows
-        self.grid = grid
+        self.grid, self.summaries = grid, summaries
         self.resized = {name for name, cache in caches.items() if grid and cache.header.grid != grid}
         self.defers_masks = online and masks.focus != "random"
 
@@ -98,14 +104,15 @@ class PretrainDataset:
         views = [view_of_epoch(index, epoch, self.views.count) for epoch, index in requests]
         noise = self.masks.noise(requests)
         lots = None if self.masks.predict is None else self.masks.lots(requests)
-        records, ids, targets = self._read(requests, views, noise, lots, empty)
+        records, ids, rows = self._read(requests, views, noise, lots, empty)
         pixels = empty((len(requests), count, size, size, 3), np.uint8)
         batch = PretrainBatch(
             to_chw(pixels.reshape(-1, size, size, 3)),
             _rows(ids.keep),
-            {name: target_rows.tensors() for name, target_rows in targets.items()},
+            {name: target_rows.tensors() for name, target_rows in rows.targets.items()},
             torch.from_numpy(np.repeat([index for _, index in requests], count)),
             ids_predict=_rows(ids.predict),
+            summaries={name: summary_rows.tensors() for name, summary_rows in rows.summaries.items()},
         )
         if self.defers_masks:
             draws = noise[:, :1] if self.masks.shares_a_draw else noise
@@ -124,8 +131,8 @@ class PretrainDataset:
         noise: NDArray[np.float64],
         lots: NDArray[np.float64] | None,
         empty: Empty,
-    ) -> tuple[list[list[Record]], "_Ids", dict[str, "_TargetRows"]]:
-        """Each sample's records, its patches unless they are deferred, and the target rows."""
+    ) -> tuple[list[list[Record]], "_Ids", "_Rows"]:
+        """Each sample's records, its patches unless they are deferred, target rows and summaries."""
         masks, shape = self.masks, (len(requests), self.masks.count)
         ids = _Ids(
             None if self.defers_masks else np.empty((*shape, masks.keep), np.int64),
@@ -133,11 +140,17 @@ class PretrainDataset:
         )
         wanted = {} if self.defers_masks or self.rows == "none" else self.caches
         targets = {name: self._target_rows(name, len(requests), empty) for name in wanted}
+        summaries = {
+            name: _TargetRows(cache.header, (len(requests), 1, 1), empty)
+            for name, cache in (self.caches.items() if self.summaries else ())
+        }
         records_of_samples: list[list[Record]] = []
         for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
             # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
             records = {name: cache.read(index, view, keep=False) for name, cache in self.caches.items()}
             records_of_samples.append(list(records.values()))
+            for name, summary_rows in summaries.items():
+                summary_rows.take_summary(row, records[name])
             if ids.keep is None:
                 continue
             ids.keep[row] = masks.ids_keep(self._attention_of(records_of_samples[-1]), noise[row])
@@ -147,7 +160,7 @@ class PretrainDataset:
                 wanted_ids = self._target_ids(ids, row)
                 for name, target_rows in targets.items():
                     target_rows.take(row, records[name], self._all_ids(name) if name in self.resized else wanted_ids)
-        return records_of_samples, ids, targets
+        return records_of_samples, ids, _Rows(targets, summaries)
 
     def _target_rows(self, name: str, samples: int, empty: Empty) -> "_TargetRows":
         header, masks = self.caches[name].header, self.masks
@@ -212,6 +225,13 @@ class _Ids(NamedTuple):
     predict: NDArray[np.int64] | None
 
 
+class _Rows(NamedTuple):
+    """What a batch takes of the caches, by teacher."""
+
+    targets: dict[str, "_TargetRows"]
+    summaries: dict[str, "_TargetRows"]
+
+
 def _rows(values: NDArray[Any] | None) -> Tensor | None:
     """[samples, masks, N] as a tensor [B, N]."""
     return None if values is None else torch.from_numpy(values.reshape(-1, values.shape[-1]))
@@ -250,6 +270,12 @@ class _TargetRows:
         if self._scales is not None:
             assert record.scale is not None
             record.scale.take(ids, out=self._scales[row], mode="clip")
+
+    def take_summary(self, row: int, record: Record) -> None:
+        """The class token of a record becomes the one row of sample `row`."""
+        self._values[row] = record.summary
+        if self._scales is not None:
+            self._scales[row] = record.summary_scale
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
         """Values [samples × masks, R, D] and scales [samples × masks, R]."""

@@ -12,6 +12,7 @@ ObjectiveName = Literal["mr_mae", "mae", "feature_encoder", "feature_decoder", "
 Fusion = Literal["fused", "each", "last"]
 TargetNorm = Literal["layernorm", "channel", "phi_s", "none"]
 MimicLoss = Literal["smooth_l1", "mse", "cosine"]
+SummarySource = Literal["class", "mean"]
 MimicHead = Literal["linear", "mlp"]
 MIMIC_WEIGHT = 10.0  # measured: docs/results.md. At 1 the pixel loss outweighs the mimic loss
 
@@ -49,6 +50,8 @@ class MimicConfig(Config):
     mimic_loss: MimicLoss = "smooth_l1"  # between prediction and target
     mimic_head: MimicHead = "linear"  # what maps the student's tokens to the teacher's width
     mimic_weight: float = Field(MIMIC_WEIGHT, ge=0)  # of the mimic loss
+    summary_weight: float = Field(0.0, ge=0)  # of the loss on the teachers' class tokens (cache.summary=true)
+    summary_source: SummarySource | None = None  # what predicts them; default: the student's class token, if it has one
     pixel_weight: float = Field(1.0, ge=0)  # of the pixel loss
     teacher_weights: dict[str, float] | None = None  # by teacher name; default 1 each
     standardise_teachers: bool = True  # False: the naive joining that the paper found worse

@@ -4,7 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack, get_args
 
-from pipeline.configs.models import MIMIC_WEIGHT, DecoderKind, DropTeachers, Fusion, MimicHead, MimicLoss, TargetNorm
+from pipeline.configs.models import (
+    MIMIC_WEIGHT,
+    DecoderKind,
+    DropTeachers,
+    Fusion,
+    MimicHead,
+    MimicLoss,
+    SummarySource,
+    TargetNorm,
+)
 from pipeline.errors import ConfigError
 from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
@@ -13,12 +22,13 @@ from pipeline.models.mae import Decoder
 from pipeline.models.mimic import Mimic
 from pipeline.models.mr_mae import OBJECTIVES, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
+from pipeline.models.summary import SummaryHead
 from pipeline.models.vit import ViT
 
 _DECODERS = {"full": Decoder, "cross": CrossDecoder}
 _PREDICT_SHARES = {"full": 1.0, "cross": 0.25}
 # Options that came later: at their defaults a spec leaves them out, so that runs of before find it unchanged.
-_LATER = {"decoder": "full", "predict_share": None}
+_LATER = {"decoder": "full", "predict_share": None, "summary_weight": 0.0, "summary_source": None}
 
 
 def build_student(
@@ -35,6 +45,8 @@ def build_student(
     mimic_head: MimicHead = "linear",
     mimic_weight: float = MIMIC_WEIGHT,
     pixel_weight: float = 1.0,
+    summary_weight: float = 0.0,
+    summary_source: SummarySource | None = None,
     standardise_teachers: bool = True,
     drop_teachers: DropTeachers = False,
     decoder: DecoderKind = "full",
@@ -57,6 +69,8 @@ def build_student(
         mimic_loss: "smooth_l1" | "mse" | "cosine".
         mimic_head: "linear" | "mlp".
         mimic_weight, pixel_weight: of the two losses, 0 or more.
+        summary_weight: of the loss on the teachers' class tokens; 0 leaves it and its heads out.
+        summary_source: "class" token of the student, the default where it has one | "mean" of its visible patches.
         standardise_teachers: with several teachers and target_norm "none", bring them to one scale, as the other target
             norms do. With False the teacher of the largest scale dominates.
         drop_teachers: False | True: each sample mimics one teacher, sampled at random | "loss": the one of its highest
@@ -83,9 +97,12 @@ def build_student(
         raise ConfigError(f"predict_share={share}: give a share above 0, up to 1")
     if not isinstance(drop_teachers, bool):
         check_choice("drop_teachers", drop_teachers, ("false", "true", "loss"))
-    for key, weight in (("mimic_weight", mimic_weight), ("pixel_weight", pixel_weight)):
+    weights = {"mimic_weight": mimic_weight, "pixel_weight": pixel_weight, "summary_weight": summary_weight}
+    for key, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise ConfigError(f"{key}={weight}: give 0 or more")
+    if summary_weight and not OBJECTIVES[objective].mimics:
+        raise ConfigError(f"objective={objective} reads no teacher: set summary_weight=0, or use mr_mae")
     widths, shares = _teachers(objective, teachers or {}, teacher_weights or {})
     blocks = _fusion_blocks(fusion, fusion_blocks, size.depth[-1])
     goal = OBJECTIVES[objective]
@@ -116,15 +133,22 @@ def build_student(
         )
         for teacher, width in widths.items()
     }
+    balanced = len(widths) > 1
+    summaries = {
+        teacher: SummaryHead(encoder.dim, width, balanced) for teacher, width in widths.items() if summary_weight
+    }
     return Student(
         encoder,
         built_decoder,
         mimics,
+        summaries,
         predict_share=share if goal.decodes else 1.0,
         objective=objective,
         norm_pix_loss=norm_pix_loss,
         mimic_weight=mimic_weight,
         pixel_weight=pixel_weight,
+        summary_weight=summary_weight,
+        summary_source=_summary_source(name, encoder, summary_source),
         teacher_shares=shares,
         drop_teachers=drop_teachers,
         spec=spec,
@@ -168,6 +192,16 @@ def build_classifier(
 
 def _encoder(size: Size, *, sparse: bool = True, **options: Any) -> ViT | ConvViT:
     return ConvViT(size, sparse=sparse, **options) if size.is_conv else ViT(size, **options)
+
+
+def _summary_source(name: str, encoder: ViT | ConvViT, source: SummarySource | None) -> SummarySource:
+    """Which vector of the student predicts summaries: its class token where it has one."""
+    if source is None:
+        return "class" if encoder.num_prefix_tokens else "mean"
+    check_choice("summary_source", source, get_args(SummarySource))
+    if source == "class" and not encoder.num_prefix_tokens:
+        raise ConfigError(f"{name} has no CLS token: use summary_source=mean")
+    return source
 
 
 def _teachers(

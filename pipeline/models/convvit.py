@@ -75,7 +75,7 @@ class ConvViT(nn.Module):
         """Encode images [B, 3, H, W] normalised float, at the cells `ids_keep` [B, K] int64 or at all of them."""
         x, fine = self._levels(images, ids_keep, decode=True)
         x, hidden = self._transformer(x, ids_keep)
-        return EncoderOutput(latent=self.norm(x + fine[0] + fine[1]), hidden=hidden)
+        return EncoderOutput(latent=self.norm(x + fine[0] + fine[1]), hidden=hidden, last=x)
 
     def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """The last block's output [B, K, D], not normed, and the tapped blocks' patch tokens."""

@@ -16,6 +16,7 @@ and the pixels of the masked cells after the decoder. `objective` moves or remov
 | joint_decoder   | yes                    | the decoder's tokens at masked cells       | masked      |
 
 `predict_share` may draw some of the masked cells; then these are all that a decoder predicts, pixels and tokens alike.
+With `summary_weight` above 0 there is a third loss for each teacher, on its class token (`pipeline.models.summary`).
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.configs.models import DropTeachers
+from pipeline.configs.models import DropTeachers, SummarySource
 from pipeline.errors import ConfigError
 from pipeline.models.convvit import ConvViT
 from pipeline.models.flat import flatten_parts
@@ -32,6 +33,7 @@ from pipeline.models.mae import Decoder, pixel_loss
 from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.mimic import Mimic
 from pipeline.models.patches import patchify
+from pipeline.models.summary import SummaryHead, student_summary
 from pipeline.models.vit import ViT
 
 
@@ -68,11 +70,13 @@ class Student(nn.Module):
         decoder: None for the objective "feature_encoder"; what the encoder has for a decoder is then not trained.
         predict_share: share of all cells that a step predicts, at most the masked ones; see `predicted_cells`.
         mimics: teacher name -> its `Mimic`; empty for the objective "mae".
+        summaries: teacher name -> its `SummaryHead`; empty without the summary loss.
+        summary_source: the student's vector that predicts summaries.
         teacher_shares: teacher name -> share of the mimic loss; shares add up to 1.
-        drop_teachers: in training, drop some teachers of each sample. True: it mimics one, sampled by these shares.
-            "loss": it mimics the one of its highest loss, and each other with probability 1/2 (UNIC's teacher dropping,
-            arXiv 2408.05088). Dropped ones have weight zero, and the weights of a sample add up to 1 on average. So
-            every head takes part in every step, as DDP needs.
+        drop_teachers: in training, drop some teachers of each sample from the mimic loss. True: it mimics one, sampled
+            by these shares. "loss": it mimics the one of its highest loss, and each other with probability 1/2 (UNIC's
+            teacher dropping, arXiv 2408.05088). Dropped ones have weight zero, and the weights of a sample add up to 1
+            on average. So every head takes part in every step, as DDP needs.
         spec: the keyword arguments that rebuild this model.
     """
 
@@ -83,12 +87,15 @@ class Student(nn.Module):
         encoder: ViT | ConvViT,
         decoder: Decoder | None,
         mimics: Mapping[str, Mimic],
+        summaries: Mapping[str, SummaryHead],
         *,
         predict_share: float,
         objective: str,
         norm_pix_loss: bool,
         mimic_weight: float,
         pixel_weight: float,
+        summary_weight: float,
+        summary_source: SummarySource,
         teacher_shares: Mapping[str, float],
         drop_teachers: DropTeachers,
         spec: dict[str, Any],
@@ -97,11 +104,13 @@ class Student(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.predict_share = predict_share
         self.mimic = nn.ModuleDict({module_name(teacher): mimic for teacher, mimic in mimics.items()})
+        self.summary = nn.ModuleDict({module_name(teacher): head for teacher, head in summaries.items()})
         self.teachers = tuple(mimics)
         self.objective = OBJECTIVES[objective]
         self.grid, self.target_rows = encoder.grid, self.objective.target_rows
         self.norm_pix_loss = norm_pix_loss
         self.mimic_weight, self.pixel_weight = mimic_weight, pixel_weight
+        self.summary_weight, self.summary_source = summary_weight, summary_source
         self.register_buffer("shares", torch.tensor([teacher_shares[t] for t in self.teachers]), persistent=False)
         self.drop_teachers = drop_teachers if len(self.teachers) > 1 else False
         self.spec = spec
@@ -127,12 +136,22 @@ class Student(nn.Module):
         """
         self._mimic(teacher).set_covariance(mean, covariance)
 
+    def set_dispersion(self, teacher: str, dispersion: Tensor) -> None:
+        """Give the `angular_dispersion` (a scalar) of a teacher's summaries, by which several teachers are balanced.
+
+        Raises:
+            ConfigError: unknown teacher.
+        """
+        self._mimic(teacher)
+        self._summary(teacher).dispersion.copy_(dispersion)
+
     def forward(
         self,
         images: Tensor,
         ids_keep: Tensor,
         targets: Mapping[str, Tensor] | None = None,
         ids_predict: Tensor | None = None,
+        summaries: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """One training step's losses.
 
@@ -142,11 +161,12 @@ class Student(nn.Module):
             targets: teacher -> [B, R, D] raw teacher tokens (any float dtype), for the cells that `target_rows` names:
                 "visible": R = K, in `ids_keep` order; "masked": R = P, in the order of the predicted cells.
             ids_predict: [B, P] int64, the masked cells that are predicted; all of them unless given, ascending.
+            summaries: teacher -> [B, D] its raw class tokens, if the student has the summary loss.
 
         Returns:
-            float32 scalars `loss`, `pixel_loss` and `mimic_loss` (each only if the objective has it; with several
-            teachers also `mimic_loss/<teacher>`, before weighting). If pixels are predicted also `pred`
-            [B, P, p*p*3], those of the predicted cells.
+            float32 scalars `loss`, `pixel_loss`, `mimic_loss` and `summary_loss` (each only if the student has it; with
+            several teachers also `mimic_loss/<teacher>` and `summary_loss/<teacher>`, before weighting). If pixels are
+            predicted also `pred` [B, P, p*p*3], those of the predicted cells.
 
         Raises:
             ConfigError: a teacher's targets are missing, of another shape, or lack the statistics they need.
@@ -166,6 +186,10 @@ class Student(nn.Module):
             tokens = encoded.hidden if self.objective.mimics == "encoder" else [decoded]
             result |= self._mimic_losses(tokens, targets or {})
             loss = loss + self.mimic_weight * result["mimic_loss"]
+
+        if self.summary:
+            result |= self._summary_losses(encoded.last, summaries or {})
+            loss = loss + self.summary_weight * result["summary_loss"]
 
         if self.objective.pixels:
             result["pred"] = self.decoder.predict_pixels(decoded)  # [B, P, p*p*3]
@@ -188,6 +212,17 @@ class Student(nn.Module):
             result |= {f"mimic_loss/{teacher}": means[i] for i, teacher in enumerate(self.teachers)}
         return result
 
+    def _summary_losses(self, last: Tensor, summaries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        missing = [teacher for teacher in self.teachers if teacher not in summaries]
+        if missing:
+            raise ConfigError(f"no summaries of {', '.join(missing)}: pass their class tokens, or use summary_weight=0")
+        vector = student_summary(last, self.encoder.num_prefix_tokens, self.summary_source)
+        losses = torch.stack([self._summary(t)(vector, summaries[t]).mean() for t in self.teachers])  # [T]
+        result = {"summary_loss": (losses * self.shares).sum()}
+        if len(self.teachers) > 1:
+            result |= {f"summary_loss/{teacher}": losses[i] for i, teacher in enumerate(self.teachers)}
+        return result
+
     def _shares(self, losses: Tensor) -> Tensor:
         """Each teacher's share of each sample's loss [B or 1, T]."""
         shares = self.shares.unsqueeze(0)  # [1, T]
@@ -206,6 +241,9 @@ class Student(nn.Module):
         if teacher not in self.teachers:
             raise ConfigError(f"this student has no teacher '{teacher}': it has {', '.join(self.teachers) or 'none'}")
         return self.mimic[module_name(teacher)]  # type: ignore[return-value]  # ModuleDict forgets the type
+
+    def _summary(self, teacher: str) -> SummaryHead:
+        return self.summary[module_name(teacher)]  # type: ignore[return-value]  # as above
 
 
 def module_name(teacher: str) -> str:

@@ -25,6 +25,7 @@ class EncoderOutput(NamedTuple):
 
     latent: Tensor  # [B, prefix + K, D], normed: what the decoder reads
     hidden: list[Tensor]  # one [B, K, D] for each block in `taps`: its patch tokens as they left it, not normed
+    last: Tensor  # [B, prefix + K, D], the last block's output, not normed
 
 
 class ViT(nn.Module):
@@ -63,7 +64,7 @@ class ViT(nn.Module):
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
         """Encode images [B, 3, H, W] normalised float, at the cells `ids_keep` [B, K] int64 or at all of them."""
         x, hidden = self.forward_blocks(images, ids_keep)
-        return EncoderOutput(latent=self.norm(x), hidden=hidden)
+        return EncoderOutput(latent=self.norm(x), hidden=hidden, last=x)
 
     def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """The last block's output [B, 1+K, D], not normed, and the tapped blocks' patch tokens."""

@@ -24,7 +24,7 @@ from pipeline.weights import load_tensors, misfit, read_state
 # Parts of a task and not of the encoder, by the first part of the flat name.
 TASK_PARTS = frozenset(
     {"decoder_embed", "mask_token", "decoder_pos_embed", "decoder_blocks", "decoder_cross_blocks", "decoder_norm"}
-    | {"decoder_pred", "mimic", "fc_norm", "head"}
+    | {"decoder_pred", "mimic", "summary", "fc_norm", "head"}
 )
 
 
@@ -116,9 +116,9 @@ def load_weights(model: Student | Classifier, state: Mapping[str, Tensor], *, st
     Strict: every tensor of the model is in `state` with its shape, and nothing else is.
 
     Not strict, to start one kind of model from another: every tensor of the model's *encoder* must be there with its
-    shape. Task parts (decoder, mimic heads, `fc_norm`, `head`) are loaded where both have them in one shape. Otherwise
-    the model's stay fresh and the file's are dropped. A student's `norm` and the outputs of ConvViT's levels are
-    dropped too, if the model has none; a model that has them needs them. Anything else is an error.
+    shape. Task parts (decoder, mimic and summary heads, `fc_norm`, `head`) are loaded where both have them in one
+    shape. Otherwise the model's stay fresh and the file's are dropped. A student's `norm` and the outputs of ConvViT's
+    levels are dropped too, if the model has none; a model that has them needs them. Anything else is an error.
 
     Raises:
         CheckpointError: naming what is missing, extra, or of another shape; the model is then as it was.

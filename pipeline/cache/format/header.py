@@ -181,8 +181,8 @@ class CacheHeader(_Section):
     @cached_property
     def summary_quantiser(self) -> Quantiser:
         """The quantiser with the channel statistics of the summary, which are not those of the patches."""
-        own = {key: self.quantiser_state.get(f"summary_{key}", []) for key in ("mean", "std")}
-        return Quantiser.from_json(self.quantiser_state | own)
+        statistics = {key: self.quantiser_state.get(f"summary_{key}", []) for key in ("mean", "std")}
+        return Quantiser.from_json(self.quantiser_state | statistics)
 
     @cached_property
     def fingerprint(self) -> str:

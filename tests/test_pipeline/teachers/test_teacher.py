@@ -103,7 +103,7 @@ def test_token_choices(teacher: Callable[..., Teacher], views: Callable[..., Ten
 
 
 def test_attention_rows_sum_to_one(teacher: Callable[..., Teacher], views: Callable[..., Tensor]) -> None:
-    _, attention, heads = teacher()(views(32), heads=True)
+    _, attention, heads, _ = teacher()(views(32), heads=True)
     assert attention is not None
     assert heads is not None
     torch.testing.assert_close(attention.sum(-1), torch.ones(2))

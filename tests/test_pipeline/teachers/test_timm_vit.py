@@ -122,7 +122,7 @@ def test_class_row_of_any_vit_equals_the_librarys_map(
     model = shake(VisionTransformer(**{**TINY, **options}))
     teacher = teacher_of(model)
     images = views(teacher.image_size)
-    tokens, attention, heads = teacher(images, heads=True)
+    tokens, attention, heads, _ = teacher(images, heads=True)
     rows = full_map(model, teacher.prepare(images))[:, :, 0, model.num_prefix_tokens :]
     expected = rows.mean(1) / rows.mean(1).sum(-1, keepdim=True)
     with torch.no_grad():
