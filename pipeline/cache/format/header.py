@@ -66,10 +66,11 @@ class CacheHeader(_Section):
     `teacher` is the teacher's own description; `grid` [h, w] and `dim` of it fix the shapes: L = h·w tokens of D = dim.
     `quantiser` is `Quantiser.to_json()`, with `calibration` beside it if wanted; `{"name": "int8"}` alone states a wish
     (see `match_header`) and can't be created. `compression` stays in the file's form: earlier versions knew Blosc.
-    `version` is 1 unless the cache needs a reader of version 2.
+    `version` is 2 for int4, which earlier readers don't know, and 1 otherwise.
     """
 
     format: Literal["mrmae-cache"] = "mrmae-cache"
+    version: Literal[1, 2] = 1
     store: StoreName
     dataset: DatasetSection
     teacher: JsonDict
@@ -80,7 +81,18 @@ class CacheHeader(_Section):
     heads: int = Field(default=0, ge=0)
     compression: None = None
     samples_per_shard: int = Field(ge=1)
-    version: Literal[1, 2] = Field(default_factory=lambda fields: _version(fields))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_version(cls, fields: Any) -> Any:
+        """The lowest version that can say it: caches of before stay as they are, byte for byte."""
+        return {"version": _version(fields["quantiser"]), **fields} if isinstance(fields, dict) else fields
+
+    @model_validator(mode="after")
+    def _version_is_the_lowest(self) -> "CacheHeader":
+        if self.version != _version(self.quantiser_state):
+            raise ValueError(f"version {self.version} doesn't fit what the cache holds")
+        return self
 
     @model_validator(mode="after")
     def _shapes_are_known(self) -> "CacheHeader":
@@ -93,9 +105,7 @@ class CacheHeader(_Section):
             raise ValueError("attention per head needs heads >= 1")
         if len(self.quantiser.mean) not in (0, dim):
             raise ValueError(f"quantiser.mean has {len(self.quantiser.mean)} channels, teacher.dim is {dim}")
-        self.quantiser.width(dim)
-        if self.version != (needed := _version({"quantiser_state": self.quantiser_state})):
-            raise ValueError(f"version is {self.version}, and its content is of version {needed}")
+        self.quantiser.width(self.dim)
         return self
 
     @property
@@ -216,7 +226,7 @@ def match_header(path: Path, found: CacheHeader, wanted: CacheHeader) -> None:
     Raises:
         CacheError: naming the first key that differs, and the remedy.
     """
-    ignored = ["dataset.source"]
+    ignored = ["dataset.source", "version"]
     if not wanted.quantiser.calibrated:
         ignored += [f"quantiser.{key}" for key in found.quantiser_state if key != "name"]
     present, wish = dict(_flat(found._fields())), dict(_flat(wanted._fields()))
@@ -239,9 +249,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _version(fields: dict[str, Any]) -> int:
-    """The lowest version whose readers understand a header of these fields."""
-    return 2 if fields.get("quantiser_state", {}).get("name") == "int4" else 1
+def _version(quantiser: dict[str, Any]) -> int:
+    """The lowest version whose readers understand such tokens."""
+    return 2 if quantiser.get("name") == "int4" else 1
 
 
 def _positive(value: object) -> bool:
