@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import Fidelity, Quantiser, read_header
+from pipeline.cache import Fidelity, Quantiser, match_header, read_header
 from pipeline.cache.format.int4 import LEVELS, Int4, rotation
 from pipeline.errors import CacheDamage, CacheError
 from tests.test_pipeline.cache.samples import make_cache, make_header
@@ -159,6 +159,11 @@ def test_the_version_is_the_lowest_that_can_be_read(tmp_path: Path, name: str, v
     with pytest.raises(ValueError, match=f"version {3 - version} doesn't fit what the cache holds"):
         make_header(quantiser_name=name, version=3 - version)
     assert read_header(make_cache(tmp_path / "cache", header)).version == version
+
+
+def test_another_quantiser_is_named_and_not_its_version() -> None:
+    with pytest.raises(CacheError, match=r"quantiser\.name is int8 there, int4 here"):
+        match_header(Path("cache"), make_header(), make_header(quantiser={"name": "int4"}))
 
 
 def test_headers_without_int4_are_those_of_before() -> None:
