@@ -140,6 +140,8 @@ LEFT = {
         "data/photos_caches/dino/cache.json",
         "data/photos_caches/clip/cache.json",
         "runs/both/checkpoints",
+        "data/photos_layers/l12/cache.json",
+        "runs/layers/visualize.png",
     ],
 }
 WITH_CALLS = [file for file in DOCUMENTS if any(code_blocks(file, "sh"))]
@@ -154,8 +156,9 @@ class Call(NamedTuple):
 
 @pytest.mark.parametrize("document", WITH_CALLS, ids=lambda file: file.name)
 def test_shown_commands_run(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The name of a base-sized teacher, for a network that is built in no time; test_timm_vit.py builds the real one.
-    monkeypatch.setitem(TEACHERS, "dino_vitb16", Entry("timm:test_vit", 224, "small"))
+    # The name of a base-sized teacher, for a network of nine blocks that is built in no time; test_timm_vit.py builds
+    # the real one.
+    monkeypatch.setitem(TEACHERS, "dino_vitb16", Entry("timm:test_vit3", 224, "small"))
     text = "\n".join([BEFORE.get(document.name, ""), *map(as_script, code_blocks(document, "sh"))])
     calls = called(text, folder)
     monkeypatch.chdir(folder)

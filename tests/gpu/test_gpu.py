@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import open_cache
+from pipeline.cache import Quantiser, open_cache
 from pipeline.configs.data import ViewConfig
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.images import open_images
@@ -162,6 +162,22 @@ def test_a_cache_of_a_gpu_is_sound(cached: Path) -> None:
     tokens = np.stack([reader.read(index, 0).tokens.astype(np.float32) for index in range(len(reader))])
     assert np.isfinite(tokens).all()
     assert tokens.std() > 0
+
+
+def test_int4_packs_and_restores_as_on_a_cpu_without_waiting() -> None:
+    tokens = torch.randn(16, 49, 768, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 60, 768)
+    quantiser = Quantiser.calibrate("int4", tokens)
+    stored, scale = quantiser.quantise(tokens)
+    moved, moved_scale, moved_tokens = stored.to(DEVICE), scale.to(DEVICE), tokens.to(DEVICE)
+    quantiser.dequantise(moved, moved_scale)  # puts its constants on the device
+    strictly("error")
+    try:
+        restored, again = quantiser.dequantise(moved, moved_scale), quantiser.quantise(moved_tokens)[0]
+    finally:
+        strictly("default")
+    expected = quantiser.dequantise(stored, scale)
+    torch.testing.assert_close(restored.cpu(), expected, rtol=1e-3, atol=0.05)
+    assert (again.cpu() == stored).float().mean() > 0.999  # a value beside an edge may fall on its other side
 
 
 @pytest.mark.parametrize("compiled", [False, True])

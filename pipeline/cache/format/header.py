@@ -98,8 +98,8 @@ class CacheHeader(_Section):
 
     @model_validator(mode="after")
     def _version_is_the_lowest(self) -> "CacheHeader":
-        if self.version != (needed := _version(self.summary, self.quantiser_state)):
-            raise ValueError(f"version is {self.version}, and its content is of version {needed}")
+        if self.version != _version(self.summary, self.quantiser_state):
+            raise ValueError(f"version {self.version} doesn't fit what the cache holds")
         return self
 
     @model_validator(mode="after")

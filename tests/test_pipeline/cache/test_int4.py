@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import Fidelity, Quantiser, read_header
+from pipeline.cache import Fidelity, Quantiser, match_header, read_header
 from pipeline.cache.format.int4 import LEVELS, Int4, rotation
 from pipeline.errors import CacheDamage, CacheError
 from tests.test_pipeline.cache.samples import make_cache, make_header
@@ -156,9 +156,14 @@ def test_an_odd_width_is_refused() -> None:
 def test_the_version_is_the_lowest_that_can_be_read(tmp_path: Path, name: str, version: int) -> None:
     header = make_header(quantiser_name=name)
     assert header.version == make_header(quantiser={"name": name}).version == version
-    with pytest.raises(ValueError, match=f"version is {3 - version}, and its content is of version {version}"):
+    with pytest.raises(ValueError, match=f"version {3 - version} doesn't fit what the cache holds"):
         make_header(quantiser_name=name, version=3 - version)
     assert read_header(make_cache(tmp_path / "cache", header)).version == version
+
+
+def test_another_quantiser_is_named_and_not_its_version() -> None:
+    with pytest.raises(CacheError, match=r"quantiser\.name is int8 there, int4 here"):
+        match_header(Path("cache"), make_header(), make_header(quantiser={"name": "int4"}))
 
 
 def test_headers_without_int4_are_those_of_before() -> None:
@@ -173,5 +178,5 @@ def test_a_header_of_a_later_version_is_refused(tmp_path: Path) -> None:
     path = make_cache(tmp_path / "cache", make_header(quantiser_name="int4"))
     content = (path / "cache.json").read_text()
     (path / "cache.json").write_text(content.replace('"version": 2', '"version": 1'))
-    with pytest.raises(CacheDamage, match="its content is of version 2"):
+    with pytest.raises(CacheDamage, match="version 1 doesn't fit what the cache holds"):
         read_header(path)
