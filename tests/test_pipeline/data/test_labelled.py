@@ -137,9 +137,7 @@ def test_names_against_numbers_are_counted_in_order(tmp_path: Path, caplog: pyte
         "the class folders of val.path",
         "the class folders of data.path",
     ]
-    assert all(
-        "nothing tells whether they agree" in text and "ant is 0, bee is 1, cat is 2" in text for text in warnings
-    )
+    assert all(text.endswith("in the order of the names: ant is 0, bee is 1, cat is 2") for text in warnings)
     with pytest.raises(
         DataError, match=r"2 class folders with names \(bee, \.\.\.\) and data\.path knows 3 numbers: which"
     ):
