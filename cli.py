@@ -34,6 +34,9 @@ _SIGNS_OF_ANOTHERS_END = (
     "communicator was aborted",
 )
 
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - named, not used
+_SIGNS_OF_A_FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+
 
 def show_facts(facts: dict[str, Any], as_json: bool) -> None:
     """One line a fact, or JSON; only the first process of a job prints."""
@@ -209,8 +212,12 @@ def _explain(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, PipelineError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.filename or 'while writing'}): free some space, then run again to go on", 2
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):  # each library has an error of its own for it
+        if _SHARED_MEMORY in str(error):
+            return f"{_SHARED_MEMORY} is full: free some of it, or give the container more (docker: --ipc=host)", 2
+        place = getattr(error, "filename", None) or "while writing"
+        return f"the disk is full ({place}): free some space, then run again to go on", 2
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}", 2
     if isinstance(error, MemoryError):

@@ -1,7 +1,9 @@
 """The command line as a user meets it: help, one-line errors, exit codes."""
 
+import errno
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors import SafetensorError
 
 import cli
 from pipeline.config import Config
@@ -126,6 +129,27 @@ def test_verify_exit_codes(image_tree: Path, tmp_path: Path) -> None:
     result = mrmae("verify-cache", str(cache), "--json")
     assert result.exit_code == 1
     assert '"sound": false' in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/a"), r"the disk is full \(/data/a\)"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), r"the disk is full \(while writing\)"),
+        (
+            RuntimeError("shared memory segment /dev/shm/nccl-x: No space left on device"),
+            "/dev/shm is full: .*--ipc=host",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
+        (MemoryError(), "memory is full: lower data.workers"),
+        (OSError(errno.EIO, "Input/output error", "/data/a"), "/data/a: Input/output error"),
+    ],
+)
+def test_what_the_machine_lacks_has_a_line_of_its_own(error: Exception, line: str) -> None:
+    message, code = cli._explain(error)
+    assert re.match(line, message)
+    assert "unexpected" not in message
+    assert code == 2
 
 
 def start(
