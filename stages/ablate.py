@@ -184,7 +184,10 @@ def _what(file: Path, step: str, keys: list[str]) -> str:
 
 
 def _read(record: Path) -> dict[str, Any]:
-    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise PipelineError(f"{record} is damaged ({error}): remove it, and what it stood for runs again") from error
 
 
 def _note(record: Path, step: str, entry: dict[str, Any]) -> None:

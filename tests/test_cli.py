@@ -142,6 +142,10 @@ def test_verify_exit_codes(image_tree: Path, tmp_path: Path) -> None:
         ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
         (MemoryError(), "memory is full: lower data.workers"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "memory is full"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory is full"),
+        (OSError(errno.EMFILE, "Too many open files", "/data/a"), "too many files are open: raise `ulimit -n`"),
+        (RuntimeError("can't start new thread"), "no more threads can be started: raise `ulimit -u`"),
         (OSError(errno.EIO, "Input/output error", "/data/a"), "/data/a: Input/output error"),
     ],
 )
@@ -166,7 +170,10 @@ def start(
     return popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
-@pytest.mark.parametrize(("number", "popen"), [(signal.SIGINT, subprocess.Popen), (signal.SIGTERM, forked.Popen)])
+@pytest.mark.parametrize(
+    ("number", "popen"),
+    [(signal.SIGINT, subprocess.Popen), (signal.SIGTERM, forked.Popen), (signal.SIGHUP, forked.Popen)],
+)
 def test_a_signal_saves_before_leaving(
     image_tree: Path, tmp_path: Path, number: signal.Signals, popen: type[subprocess.Popen[str]] | type[forked.Popen]
 ) -> None:

@@ -139,15 +139,21 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the trackers; those that people watch say whether the run failed."""
+        """Finish the trackers; those that people watch say whether the run failed. Let go of the folder."""
         failed = kind is not None and not issubclass(kind, Interrupted)
-        for tracker in self.accelerator.trackers:
-            if isinstance(tracker, WandBTracker):
-                tracker.run.finish(exit_code=int(failed))
-            else:
-                tracker.finish()
-        if self.lock is not None:
-            self.lock.close()
+        try:
+            for tracker in self.accelerator.trackers:
+                if isinstance(tracker, WandBTracker):
+                    tracker.run.finish(exit_code=int(failed))
+                else:
+                    tracker.finish()
+        except Exception:
+            if kind is None:
+                raise
+            log.debug("a tracker could not finish", exc_info=True)  # as on a full disk: the first error is what counts
+        finally:
+            if self.lock is not None:
+                self.lock.close()
 
     def any_process(self, flag: bool) -> bool:
         """True everywhere if one process says so. It waits for the device: not for every step."""

@@ -61,6 +61,7 @@ LOOK = """
 import sys, time
 from pathlib import Path
 from pipeline.cache import open_cache, verify
+from stages import cache_info
 began, path = time.process_time(), Path(sys.argv[1])
 report = verify(path, "full")
 print(len(report.missing), len(report.findings), len(open_cache(path).live_indices()))

@@ -108,6 +108,17 @@ def test_a_start_cleans_what_killed_ones_left_and_is_the_only_writer(tmp_path: P
     assert not (tmp_path / "run.lock").exists()
 
 
+def test_a_tracker_that_fails_after_an_error_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish(_tracker: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.finish", finish)
+    run = Run(config(tmp_path, tensorboard=True), {})
+    with pytest.raises(CheckpointError, match="the first"), run:
+        raise CheckpointError("the first")
+    assert not (tmp_path / "run.lock").exists()
+
+
 def test_a_second_run_in_the_folder_is_refused_before_it_writes(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     with holder(tmp_path / "run.lock") as first, pytest.raises(ConfigError, match=f"written by process {first.pid} on"):
