@@ -16,9 +16,9 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> Path:
         OSError: disk full, read-only, ...; a former picture stays as it is.
     """
     kind = path.suffix.removeprefix(".").lower() or "png"
-    known = figure.canvas.get_supported_filetypes()
-    if kind not in known:
-        raise ConfigError(f"{path}: no picture can be written as .{kind}: choose one of {', '.join(sorted(known))}")
+    formats = figure.canvas.get_supported_filetypes()
+    if kind not in formats:
+        raise ConfigError(f"{path}: no picture can be written as .{kind}: choose one of {', '.join(sorted(formats))}")
     remove_dead_partials(path)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=dpi, format=kind)
