@@ -45,6 +45,9 @@ _SIGNS_OF_ANOTHERS_END = (
     "communicator was aborted",
 )
 
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - named, not used
+_SIGNS_OF_A_FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+
 
 def show_facts(facts: dict[str, Any], as_json: bool) -> None:
     """One line a fact, or JSON; only the first process of a job prints."""
@@ -256,12 +259,11 @@ def _explain(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, PipelineError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.filename or 'while writing'}): free some space, then run again to go on", 2
+    lack = _what_is_lacking(error)
+    if lack:
+        return f"{lack}, then run again", 2
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}", 2
-    if isinstance(error, MemoryError):
-        return "memory is full: lower data.workers or batch_size, or give the job more memory, then run again", 2
     if type(error).__name__ == "OutOfMemoryError":
         return "the accelerator's memory is full: raise accum_iter in training, lower batch_size in everything else", 2
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_ANOTHERS_END):
@@ -271,6 +273,20 @@ def _explain(error: Exception) -> tuple[str, int]:
     lines = str(error).strip().splitlines() or ["no message"]
     line = lines[-1] if any(text.startswith("Traceback ") for text in lines) else lines[0]  # handed over by a process
     return f"unexpected {type(error).__name__}: {line} (mrmae --debug ... shows where)", 2
+
+
+def _what_is_lacking(error: Exception) -> str:
+    """What the machine has too little of, and what to do; each library has errors of its own for it."""
+    number, text = getattr(error, "errno", None), str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in _SIGNS_OF_A_FULL_DISK):
+        if _SHARED_MEMORY in text:
+            return f"{_SHARED_MEMORY} is full: free some of it, or give the container more (docker: --ipc=host)"
+        return f"the disk is full ({getattr(error, 'filename', None) or 'while writing'}): free some space"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "can't allocate memory" in text:
+        return "memory is full: lower data.workers or batch_size, or give the job more memory"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open: raise `ulimit -n`"
+    return "no more threads can be started: raise `ulimit -u`" if "can't start new thread" in text else ""
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:

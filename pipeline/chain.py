@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import xxhash
 from omegaconf import DictConfig, OmegaConf
@@ -73,7 +73,7 @@ class Chain:
             PipelineError: the command failed. Interrupted: it was stopped, and has saved.
         """
         digest, record = self._digest(step, keys), folder / "done.json"
-        done = dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
+        done = _read(record)
         if step in done and done[step]["what"] != digest:
             raise ConfigError(
                 f"{folder} holds {step} with other keys than now: choose another output, or remove that folder"
@@ -91,6 +91,14 @@ class Chain:
         root = cast(DictConfig, OmegaConf.load(self.file))
         root[step] = OmegaConf.merge(root[step], OmegaConf.from_dotlist(list(keys)))
         return xxhash.xxh3_128_hexdigest(OmegaConf.to_yaml(root[step], resolve=True).encode())
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """Step → what was noted of it; empty where nothing is done yet."""
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise PipelineError(f"{record} is damaged ({error}): remove it, and what it stood for runs again") from error
 
 
 def _command(arguments: list[str], log: Path) -> float:

@@ -3,22 +3,29 @@
     with whole_file(path) as partial:
         np.save(partial, array)  # `path` appears, or is replaced, when the block ends without an error
 
-Until then the content lies beside it as `.NAME.RANDOM.partial`.
+Until then the content lies beside it as `.NAME.HOST-PID-RANDOM.partial`.
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
 import xxhash
 
+from pipeline.locks import is_alive, taking_turns
+
 PARTIAL = ".partial"
+_FOREIGN = 600.0  # seconds without a write, after which another host's temporary file counts as a dead writer's
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK})  # exFAT, object mounts
 
 
 @contextlib.contextmanager
@@ -47,17 +54,42 @@ def whole_file(path: Path, *, durable: bool = False, exclusive: bool = False) ->
             if durable:
                 sync(partial)
             if exclusive:
-                path.hardlink_to(partial)  # a rename would replace, a link refuses
+                _name_once(partial, path)
             else:
                 partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _name_once(partial: Path, path: Path) -> None:
+    """Give a finished file its name, or FileExistsError: a rename would replace, a link refuses."""
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with taking_turns(path):  # where the file system has no hard links
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+            partial.replace(path)
+
+
+def _partial_of(path: Path) -> Path:
+    """A name that no other writer has, and that says whose it is."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+
+
+def _host() -> str:
+    """This host's name, without what would end it in a file's name."""
+    return socket.gethostname().replace("-", "_").replace("/", "_").replace(".", "_")[:64]
+
+
 def _create(path: Path) -> tuple[Path, FileIO]:
     """A new temporary file beside `path`. The lock on it tells `remove_dead_partials` that its writer is alive."""
     while True:
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+        partial = _partial_of(path)
         file = FileIO(partial, "xb")
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -69,13 +101,38 @@ def _create(path: Path) -> tuple[Path, FileIO]:
 def remove_dead_partials(path: Path) -> None:
     """Remove the temporary files that killed writers of `path` left behind; those of a writer at work stay.
 
-    On a file system without locks they can't be told apart, and all stay: nothing reads them.
+    A writer of this host is dead when its process is; one of another host when it has not written for ten minutes. A
+    lock on the file keeps it in any case. On a file system without locks all stay: nothing reads them.
     """
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
-        # Opened for writing, though nothing is written: NFS grants an exclusive lock to no other.
-        with contextlib.suppress(OSError), partial.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink()
+        _remove_if_dead(partial)
+
+
+def clean_folder(folder: Path) -> None:
+    """Remove what killed writers left in a folder of which this process is the only writer; nothing below it."""
+    for partial in folder.glob(f".*{PARTIAL}"):
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _writer_of(partial: Path) -> tuple[str, str]:
+    """Host and process that a temporary file's name states; empty where an earlier version named none."""
+    host, _, writer = partial.name.removesuffix(PARTIAL).rpartition("-")[0].rpartition(".")[2].partition("-")
+    return host, writer
+
+
+def _remove_if_dead(partial: Path) -> None:
+    host, writer = _writer_of(partial)
+    # Opened for writing, though nothing is written: NFS grants an exclusive lock to no other.
+    with contextlib.suppress(OSError), partial.open("r+b") as file:
+        if writer.isdecimal():  # earlier versions named no writer
+            age = time.time() - os.fstat(file.fileno()).st_mtime
+            if is_alive(int(writer)) if host == _host() else age < _FOREIGN:
+                return
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        partial.unlink()
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
@@ -89,7 +146,7 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 def whole_folder(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder to fill. It is renamed to `path`, which must not exist, at the end of the block.
 
-    One process at a time may write a folder: what a killed writer left is removed at the start.
+    Each writer has a temporary folder of its own. What killed writers of this host left is removed at the start.
 
     Args:
         durable: fsync every file, the folder and its name.
@@ -97,8 +154,8 @@ def whole_folder(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Raises:
         OSError: disk full, read-only, ...; no temporary folder stays behind.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_dead_folders(path)
+    partial = _partial_of(path)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -109,6 +166,13 @@ def whole_folder(path: Path, *, durable: bool = False) -> Iterator[Path]:
             sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_dead_folders(path: Path) -> None:
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        host, writer = _writer_of(partial)
+        if host == _host() and writer.isdecimal() and not is_alive(int(writer)):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,7 @@ def settle() -> None:
 
     The owner answers those, and wants its batches until it has saved.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     gc.freeze()  # or a collection would write to every page of the owner's objects, and so copy it

@@ -1,6 +1,7 @@
 """A stage owns what is opened while it runs, and leaves nothing behind: no process, no thread, no process group."""
 
 import functools
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import ParamSpec, Protocol, TypeVar
@@ -8,6 +9,8 @@ from weakref import WeakSet
 
 from accelerate.state import AcceleratorState
 from torch import distributed
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,7 +42,10 @@ def stage(run: Callable[P, R]) -> Callable[P, R]:
         try:
             result = run(*args, **kwargs)
         except BaseException:
-            _leave(owned, grouped, failed=True)
+            try:
+                _leave(owned, grouped, failed=True)
+            except Exception:
+                log.debug("leaving after an error", exc_info=True)
             raise
         _leave(owned, grouped, failed=False)
         return result

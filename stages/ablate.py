@@ -14,6 +14,7 @@ again, it skips what is done and goes on where a run stopped.
 """
 
 import csv
+import io
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pipeline.chain import Chain
+from pipeline.figures import save_figure
+from pipeline.files import write_text
+from pipeline.locks import lock_folder
 from stages.configs.ablate import AblateConfig, VariantConfig
 
 matplotlib.use("Agg")
@@ -48,11 +52,16 @@ def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda li
     """Run everything that isn't done; returns the table.
 
     Raises:
-        ConfigError: the file lacks a section that will be needed.
+        ConfigError: the file lacks a section that will be needed; another process writes the folder.
         PipelineError: a command failed; its log is named. Interrupted: it was stopped.
     """
     chain = Chain(file, say)
     chain.check(_sections(config))
+    with lock_folder(config.output):
+        return _run_all(config, chain)
+
+
+def _run_all(config: AblateConfig, chain: Chain) -> str:
     for name in dict.fromkeys(variant.cache for variant in config.chosen.values() if variant.cache is not None):
         folder = config.output / "caches"
         keys = [*config.caches[name], f"cache.path={folder / name}"]
@@ -117,14 +126,15 @@ def _write(config: AblateConfig, rows: Mapping[str, Row]) -> str:
     seeds = len(config.seeds)
     what = f"mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else "one seed: no spread was measured"
     text = f"Top-1, {what}.\n\n" + "\n".join(lines) + "\n"
-    (config.output / "table.md").write_text(text, encoding="utf-8")
-    with (config.output / "table.csv").open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["group", "variant", "seed", *measures, "seconds"])
-        for name, row in rows.items():
-            for place, seed in enumerate(config.seeds):
-                figures = [row.figures[m][place] if m in row.figures else "" for m in measures]
-                writer.writerow([row.group, name, seed, *figures, round(row.seconds[place], 1)])
+    write_text(config.output / "table.md", text)
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["group", "variant", "seed", *measures, "seconds"])
+    for name, row in rows.items():
+        for place, seed in enumerate(config.seeds):
+            figures = [row.figures[m][place] if m in row.figures else "" for m in measures]
+            writer.writerow([row.group, name, seed, *figures, round(row.seconds[place], 1)])
+    write_text(config.output / "table.csv", stream.getvalue())
     _draw(config.output / "bars.png", rows, measures)
     return text
 
@@ -155,4 +165,4 @@ def _draw(path: Path, rows: Mapping[str, Row], measures: list[str]) -> None:
         axis.set_title(f"{measure}, top-1", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)

@@ -24,7 +24,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pipeline.chain import Chain
-from pipeline.files import whole_file, write_text
+from pipeline.figures import save_figure
+from pipeline.files import write_text
+from pipeline.locks import lock_folder
 from stages.configs.bootstrap import BootstrapConfig
 
 matplotlib.use("Agg")
@@ -53,6 +55,11 @@ def run(config: BootstrapConfig, file: Path, say: Callable[[str], None] = lambda
     chain = Chain(file, say)
     extracts = config.start == "teacher" or config.stages > 1
     chain.check([*(["extract-teacher-features"] if extracts else []), "pretrain", *config.measures])
+    with lock_folder(config.output):
+        return _run_all(config, chain)
+
+
+def _run_all(config: BootstrapConfig, chain: Chain) -> str:
     if config.start == "teacher":
         cache = _first_cache(config)
         chain.run("extract-teacher-features", [f"cache.path={cache}"], cache.parent, "stage 1")
@@ -147,8 +154,7 @@ def _draw(path: Path, results: list[Result], measures: list[str]) -> None:
         axis.set_xticks(sorted({row.stage for row in results}))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
+    save_figure(figure, path, dpi=130)
 
 
 def _cell(values: list[float]) -> str:

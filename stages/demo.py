@@ -24,6 +24,7 @@ from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.images import open_images
 from pipeline.data.labelled import LabelledDataset
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid
+from pipeline.files import write_text
 from pipeline.models import Student, load_model
 from pipeline.ownership import stage
 from pipeline.training.checkpoint import resolve_checkpoint
@@ -68,9 +69,9 @@ def run(config: DemoConfig, say: Callable[[str], None] = lambda line: None) -> s
         say(f"5/6  {name} student, {config.max_steps} steps without labels: loss {metrics['loss']:.3f}")
     table = _compare(config, both)
     say(f"6/6  compared; pictures: {', '.join(str(path) for path in _draw(config))}")
-    (out / "results.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "results.json", json.dumps(table, indent=1) + "\n")
     text = _markdown(config, table)
-    (out / "results.md").write_text(text, encoding="utf-8")
+    write_text(out / "results.md", text)
     return f"\n{text}\nEverything lies in {out}"
 
 

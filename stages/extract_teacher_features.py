@@ -38,7 +38,9 @@ from pipeline.cache import (
     wait_for_cache,
 )
 from pipeline.cache.budget import estimate_bytes, require_room
+from pipeline.cache.format.header import MAX_SHARDS
 from pipeline.data.images import ImageSource, open_images
+from pipeline.errors import ConfigError
 from pipeline.ownership import stage
 from pipeline.processes import processes
 from pipeline.progress import Progress
@@ -58,6 +60,11 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
     """
     state = processes(patience=timedelta(days=7))  # shares of a large dataset don't end at the same hour
     source = open_images(config.data.path, config.data.limit)
+    if len(source) > MAX_SHARDS * config.cache.samples_per_shard:
+        raise ConfigError(
+            f"cache.samples_per_shard={config.cache.samples_per_shard} makes more than {MAX_SHARDS} shards of "
+            f"{len(source)} images: raise it"
+        )
     caches = config.caches()
     dtype = teacher_dtype(config.precision, state.device)
     teachers = [load_teacher(teacher, state.device, dtype) for teacher in caches.values()]

@@ -1,8 +1,10 @@
 """The command line as a user meets it: help, one-line errors, exit codes."""
 
+import errno
 import importlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors import SafetensorError
 
 import cli
 from pipeline.config import Config
@@ -196,6 +199,31 @@ def test_verify_exit_codes(image_tree: Path, tmp_path: Path) -> None:
     assert '"sound": false' in result.output
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/a"), r"the disk is full \(/data/a\)"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), r"the disk is full \(while writing\)"),
+        (
+            RuntimeError("shared memory segment /dev/shm/nccl-x: No space left on device"),
+            "/dev/shm is full: .*--ipc=host",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
+        (MemoryError(), "memory is full: lower data.workers"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "memory is full"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory is full"),
+        (OSError(errno.EMFILE, "Too many open files", "/data/a"), "too many files are open: raise `ulimit -n`"),
+        (RuntimeError("can't start new thread"), "no more threads can be started: raise `ulimit -u`"),
+        (OSError(errno.EIO, "Input/output error", "/data/a"), "/data/a: Input/output error"),
+    ],
+)
+def test_what_the_machine_lacks_has_a_line_of_its_own(error: Exception, line: str) -> None:
+    message, code = cli._explain(error)
+    assert re.match(line, message)
+    assert "unexpected" not in message
+    assert code == 2
+
+
 def start(
     popen: type[subprocess.Popen[str]] | type[forked.Popen], tmp_path: Path, image_tree: Path, cache: Path
 ) -> subprocess.Popen[str] | forked.Popen:
@@ -210,7 +238,10 @@ def start(
     return popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
-@pytest.mark.parametrize(("number", "popen"), [(signal.SIGINT, subprocess.Popen), (signal.SIGTERM, forked.Popen)])
+@pytest.mark.parametrize(
+    ("number", "popen"),
+    [(signal.SIGINT, subprocess.Popen), (signal.SIGTERM, forked.Popen), (signal.SIGHUP, forked.Popen)],
+)
 def test_a_signal_saves_before_leaving(
     image_tree: Path, tmp_path: Path, number: signal.Signals, popen: type[subprocess.Popen[str]] | type[forked.Popen]
 ) -> None:

@@ -6,12 +6,14 @@ second command reads the images, which is cheap beside decoding them, and finds 
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.assembly.students import features_of, load_encoder
@@ -30,6 +32,8 @@ from pipeline.models import model_record
 from pipeline.processes import gather_rows, processes, share_of
 from pipeline.progress import track
 from pipeline.weights import state_digest
+
+log = logging.getLogger(__name__)
 
 
 def frozen_features(config: FrozenConfig) -> FeatureSets:
@@ -71,8 +75,16 @@ def _features(
     share, _ = extract_features(subject.encode, _batches(config, subject, source, workers, split, hashes))
     features, content = gather_rows(share, len(source)), _digest(hashes, len(source))
     if files and processes().is_main_process:
-        files.write(features, content)
+        _keep(files, features, content)
     return features, labels
+
+
+def _keep(files: FeatureFiles, features: Tensor, content: str) -> None:
+    """Keep the features for a later command, if the disk takes them: this one goes on without."""
+    try:
+        files.write(features, content)
+    except (OSError, SafetensorError) as error:
+        log.warning("the features can't be kept for the next command: %s", error)
 
 
 def _description(config: FrozenConfig, subject: _Subject, source: ImageSource, split: str) -> dict[str, str]:

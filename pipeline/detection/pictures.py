@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.data.decoding import decode
 from pipeline.detection.coco import CocoImages
 from pipeline.detection.placement import as_mask
+from pipeline.figures import save_figure
 
 matplotlib.use("Agg")
 
@@ -79,9 +80,7 @@ def draw_scenes(path: Path, columns: Mapping[str, Sequence[Scene]], title: str) 
             axes[row, column].set_axis_off()
             if row < len(scenes):
                 _draw(axes[row, column], scenes[row])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    return path
+    return save_figure(figure, path, dpi=100)
 
 
 def _draw(axis: Axes, scene: Scene) -> None:

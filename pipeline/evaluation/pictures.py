@@ -13,6 +13,8 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from pipeline.figures import save_figure
+
 matplotlib.use("Agg")
 
 
@@ -35,9 +37,7 @@ def draw_grid(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: 
                 axis.imshow(pictures[row], cmap="viridis" if pictures[row].ndim == 2 else None)
             if column == 0 and row < len(names):
                 axis.set_ylabel(names[row], fontsize=6)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
+    return save_figure(figure, path, dpi=130)
 
 
 def as_pictures(images: Tensor) -> list[NDArray[np.float32]]:

@@ -14,8 +14,10 @@
 sound folder is never written again, and `best` is a link because replacing a link is one rename: no kill loses either.
 """
 
+import errno
 import json
 import logging
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ from torch import nn
 
 from pipeline.config import Config, save_config
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.files import sync, whole_folder, write_text
+from pipeline.files import clean_folder, sync, whole_folder, write_text
 from pipeline.tensor_files import save_tensors
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder atomically. A sound one of the same name stays as it is, a torn one is replaced.
 
+    The caller is the only writer of the folder around it (see `Run`): what killed ones left there is removed.
+
     Args:
         trained: the model that the optimiser works on, where `model` is its moving average.
 
@@ -75,6 +79,7 @@ def save_checkpoint(
     if _is_sound(path):
         return
     try:
+        clean_folder(path.parent)
         with whole_folder(path, durable=True) as partial:
             save_tensors(model.state_dict(), partial / "model.safetensors")
             if trained is not None:
@@ -121,8 +126,8 @@ def load_checkpoint(path: Path, only: Collection[str] | None = None) -> Checkpoi
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest sound `step-*` checkpoint in a `checkpoints/` folder; torn ones are skipped with a warning."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    """The newest sound `step-N` checkpoint in a `checkpoints/` folder; torn ones are skipped with a warning."""
+    for path in reversed(step_folders(folder)):
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
@@ -132,12 +137,17 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def recorded_identity(output: Path) -> dict[str, Any]:
     """What the newest checkpoint of the run in `output` says must not change; empty where there is none."""
-    for path in sorted((output / "checkpoints").glob("step-*"), reverse=True):
+    for path in reversed(step_folders(output / "checkpoints")):
         try:
             return load_checkpoint(path, only=()).identity
         except CheckpointError:
             continue  # `newest_checkpoint` says so
     return {}
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """What a run wrote into its `checkpoints/`, ascending; a `step-00001000-keep` of the user's own is none of it."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 class RecordedStart(NamedTuple):
@@ -156,7 +166,7 @@ def recorded_start(output: Path, init: Path | None) -> RecordedStart | None:
     Returns:
         None for a run that begins, or has another `init`.
     """
-    for path in sorted((output / "checkpoints").glob("step-*"), reverse=True) if init else ():
+    for path in reversed(step_folders(output / "checkpoints")) if init else ():
         try:
             identity = load_checkpoint(path, only=("config.yaml", "model.json")).identity.get("init")
             config = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=False)
@@ -231,6 +241,10 @@ def make_best(path: Path) -> None:
         link.replace(best)
         sync(path.parent)
     except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise CheckpointError(
+                f"{best} can't be made: this file system has no symbolic links; choose an output on one that has"
+            ) from error
         raise CheckpointError(f"can't link {best} to {path.name}: {error}; choose another output") from error
     for former in path.parent.glob("best-*"):
         if former != path:
@@ -251,12 +265,9 @@ def prune(folder: Path, keep: int, newest: str) -> None:
 
     Later ones than `newest`, which was just written, are torn: they don't count.
     """
-    for path in sorted(path for path in folder.glob("step-*") if path.name <= newest)[:-keep]:
+    for path in [path for path in step_folders(folder) if path.name <= newest][:-keep]:
         shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".*.partial"):
-        if path.is_symlink():
-            path.unlink()
-        shutil.rmtree(path, ignore_errors=True)
+    clean_folder(folder)
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT end a run after the step in hand, so that it can save first. A second ctrl-C ends it at once."""
+"""SIGTERM, SIGHUP and SIGINT end a run after the step in hand, so that it can save first.
+
+A second ctrl-C ends it at once.
+"""
 
 import signal
 from types import FrameType
@@ -29,7 +32,9 @@ class Interruption:
         self._asked: tuple[torch.Tensor, Any] | None = None  # any process's flag once the work beside it is done
 
     def __enter__(self) -> "Interruption":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup
             self._previous[number] = signal.signal(number, self._on_signal)
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             self._group = distributed.new_group(backend="gloo")

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from pipeline.figures import save_figure
 from pipeline.training.metrics import read_metrics
 
 matplotlib.use("Agg")
@@ -25,6 +26,4 @@ def plot_curves(path: Path, runs: Mapping[str, Path], metrics: tuple[str, ...]) 
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
+    return save_figure(figure, path, dpi=130)

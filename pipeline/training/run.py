@@ -5,7 +5,8 @@ output/
     metrics.jsonl    one row every `log_every` steps, and one per evaluation
     tensorboard/     the same, for TensorBoard
     wandb-id         the name of the run at Weights & Biases, so that a resumed run goes on with the same curves
-    checkpoints/     step-* (the last `keep_checkpoints`) and best
+    checkpoints/     step-N (the last `keep_checkpoints`) and best
+    run.lock         host, process and time of the one that writes the folder now
 """
 
 import importlib.util
@@ -23,10 +24,12 @@ from accelerate.utils import gather_object
 from pipeline.config import save_config
 from pipeline.configs.training import RunConfig
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.files import write_text
+from pipeline.files import clean_folder, write_text
+from pipeline.locks import lock_folder
+from pipeline.ownership import closed_with_stage
 from pipeline.processes import open_accelerator, processes, without_cuda
 from pipeline.steps import StepPlan, fit_batch_size
-from pipeline.training.checkpoint import Checkpoint, newest_checkpoint, recorded_identity
+from pipeline.training.checkpoint import Checkpoint, newest_checkpoint, recorded_identity, step_folders
 from pipeline.training.interruption import Interrupted
 
 log = logging.getLogger(__name__)
@@ -93,6 +96,7 @@ class Run:
         ConfigError: the folder can't be written, or holds a run and resume=never.
         CheckpointError: the folder's run has another identity, none of its checkpoints is whole, or the processes see
             different ones.
+        ConfigError: another process writes the folder.
     """
 
     def __init__(self, config: RunConfig, identity: dict[str, Any], may_change: Collection[str] = ()) -> None:
@@ -105,6 +109,7 @@ class Run:
         if config.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError("wandb=true, but Weights & Biases isn't installed: pip install -e '.[wandb]'")
         self.accelerator = open_accelerator(mixed_precision, self.folder)
+        self.lock = closed_with_stage(lock_folder(self.folder)) if self.is_main else None
         self.resumed = self._find_checkpoint({*may_change, *numbers})
         # Every process has looked before the first one writes into the folder.
         self._agree()
@@ -137,13 +142,21 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the trackers; those that people watch say whether the run failed."""
+        """Finish the trackers; those that people watch say whether the run failed. Let go of the folder."""
         failed = kind is not None and not issubclass(kind, Interrupted)
-        for tracker in self.accelerator.trackers:
-            if isinstance(tracker, WandBTracker):
-                tracker.run.finish(exit_code=int(failed))
-            else:
-                tracker.finish()
+        try:
+            for tracker in self.accelerator.trackers:
+                if isinstance(tracker, WandBTracker):
+                    tracker.run.finish(exit_code=int(failed))
+                else:
+                    tracker.finish()
+        except Exception:
+            if kind is None:
+                raise
+            log.debug("a tracker could not finish", exc_info=True)  # as on a full disk: the first error is what counts
+        finally:
+            if self.lock is not None:
+                self.lock.close()
 
     def any_process(self, flag: bool) -> bool:
         """True everywhere if one process says so. It waits for the device: not for every step."""
@@ -154,7 +167,7 @@ class Run:
     def _find_checkpoint(self, may_change: Collection[str]) -> Checkpoint | None:
         found = newest_checkpoint(self.checkpoints)
         if found is None:
-            if any(self.checkpoints.glob("step-*")):
+            if step_folders(self.checkpoints):
                 raise CheckpointError(
                     f"output={self.folder} holds checkpoints, none of them whole: restore one, or move them away to "
                     "start anew"
@@ -191,6 +204,8 @@ class Run:
 
     def _open_folder(self) -> None:
         try:
+            for folder in (self.folder, self.checkpoints):
+                clean_folder(folder)
             save_config(self.config, self.folder / "config.yaml")
         except OSError as error:
             raise ConfigError(f"output={self.folder} can't be written: {error.strerror or error}") from error

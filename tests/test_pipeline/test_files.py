@@ -123,8 +123,6 @@ def test_what_a_killed_writer_left_goes_and_a_writer_at_work_stays(tmp_path: Pat
 
 
 def test_a_folder_appears_at_the_end(tmp_path: Path) -> None:
-    (tmp_path / ".folder.partial").mkdir()
-    (tmp_path / ".folder.partial" / "of a killed writer").touch()
     with whole_folder(tmp_path / "folder", durable=True) as partial:
         (partial / "file").write_text("content")
         assert not (tmp_path / "folder").exists()

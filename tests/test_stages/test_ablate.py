@@ -129,6 +129,13 @@ def test_a_cli_of_the_working_folder_is_not_run(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "started").exists()
 
 
+@pytest.mark.parametrize("content", ['{"knn": {', "[1]", ""])
+def test_a_torn_record_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "done.json").write_text(content)
+    with pytest.raises(PipelineError, match=r"done\.json is damaged .* remove it, and what it stood for runs again"):
+        ablate._read(tmp_path / "done.json")
+
+
 @pytest.mark.usefixtures("forked_commands")
 def test_a_command_that_fails_is_named_with_its_log(image_tree: Path, tmp_path: Path) -> None:
     file = write_config(tmp_path, image_tree, caches={"one": ["views.count=0"]})

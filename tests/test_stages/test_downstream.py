@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.assembly.teachers import load_teacher
@@ -107,6 +109,19 @@ def test_the_second_command_reads_what_the_first_one_kept(
     for changes in ({"crop": 0.5}, {"init": None, "student": MICRO}, {"data": {**keys["data"], "limit": 9}}):
         with pytest.raises(AssertionError, match="computed again"):
             knn.run(knn.KnnConfig.model_validate({**keys, **changes}))
+
+
+def test_a_disk_too_full_to_keep_features_costs_no_result(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fill(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("pipeline.tensor_files.save_file", fill)
+    keys = {**sets(colours), "pixels": True, "image_size": 8, "k": 3, "features": str(tmp_path)}
+    assert knn.run(knn.KnnConfig.model_validate(keys))["top1"] > 0.9
+    assert "the features can't be kept for the next command" in caplog.text
+    assert os.listdir(tmp_path) == []
 
 
 def write_noise(folder: Path, seed: int) -> None:

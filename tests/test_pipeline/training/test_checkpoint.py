@@ -211,6 +211,29 @@ def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_a_copy_that_the_user_keeps_is_neither_the_newest_nor_pruned(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        save(folder, step)
+    kept = folder / "step-00000002-keep"
+    shutil.copytree(folder / "step-00000002", kept)
+    save(folder, 3)
+    prune(folder, keep=1, newest="step-00000003")
+    assert sorted(path.name for path in folder.iterdir()) == [kept.name, "step-00000003"]
+    shutil.rmtree(folder / "step-00000003")
+    assert newest_checkpoint(folder) is None
+    assert resolve_checkpoint(kept) == kept
+
+
+def test_a_disk_without_symbolic_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: Path, _target: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(CheckpointError, match="this file system has no symbolic links; choose an output on one"):
+        make_best(save(tmp_path, 1, "best"))
+
+
 def test_init_may_name_a_run_a_checkpoint_or_a_file(tmp_path: Path) -> None:
     path = save(tmp_path / "checkpoints", 3)
     assert resolve_checkpoint(tmp_path) == path

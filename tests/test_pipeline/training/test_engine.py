@@ -95,10 +95,10 @@ def kill(at: int) -> Callable[[int], None]:
     return act
 
 
-def terminate(at: int) -> Callable[[int], None]:
+def terminate(at: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
     def act(step: int) -> None:
         if step == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     return act
 
@@ -114,7 +114,7 @@ def same(one: Path, other: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("moment", ["evaluating", "best", "row", "SIGTERM"])
+@pytest.mark.parametrize("moment", ["evaluating", "best", "row", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("step", [4, STEPS])
 def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, moment: str
@@ -145,7 +145,7 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
 
             patch.setattr(MetricsWriter, "write", die_before_row)
         else:
-            stopped.at_step = terminate(step - 1)
+            stopped.at_step = terminate(step - 1, getattr(signal, moment))
         with pytest.raises((Killed, Interrupted)):
             stopped()
     resumed = Training(tmp_path / "stopped", evaluate_every=4)

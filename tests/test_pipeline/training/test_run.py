@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.training import run as run_module
 from pipeline.training.checkpoint import Checkpoint, save_checkpoint
 from pipeline.training.run import Run
+from tests.test_pipeline.test_locks import holder
 
 
 class Wandb(ModuleType):
@@ -95,6 +97,34 @@ def test_what_may_change_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptu
         run = Run(config(tmp_path), {"seed": 0, "samples": "11 (b)", "new": 1}, may_change=("samples",))
     assert run.start_step == 3  # and a key that the stopped run didn't know is no difference
     assert "samples was 10 (a) when the run stopped and is 11 (b) now" in caplog.text
+
+
+def test_a_start_cleans_what_killed_ones_left_and_is_the_only_writer(tmp_path: Path) -> None:
+    for name in (".config.yaml.ab12.partial", "checkpoints/.step-00000001.partial/model.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with Run(config(tmp_path), {}):
+        assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.yaml", "run.lock"]
+        assert os.listdir(tmp_path / "checkpoints") == []
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_tracker_that_fails_after_an_error_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish(_tracker: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.finish", finish)
+    run = Run(config(tmp_path, tensorboard=True), {})
+    with pytest.raises(CheckpointError, match="the first"), run:
+        raise CheckpointError("the first")
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_second_run_in_the_folder_is_refused_before_it_writes(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with holder(tmp_path / "run.lock") as first, pytest.raises(ConfigError, match=f"written by process {first.pid} on"):
+        Run(config(tmp_path), {})
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_started_over(tmp_path: Path) -> None:
