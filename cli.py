@@ -19,17 +19,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from pipeline.command_line import (
-    DEBUG,
-    QUIET,
-    KeyCommand,
-    flag,
-    is_set,
-    keys_argument,
-    keys_option,
-    printing_option,
-    read_help,
-)
+from pipeline.command_line import DEBUG, QUIET, KeyCommand, NamingGroup, flag, is_set, printing_option, read_help
 
 _EPILOG = (
     "Every key of a config can be given as key=value, for instance: batch_size=256 data.path=/data/train. "
@@ -193,9 +183,7 @@ def _build(command: Command) -> click.Command:
         return click.Command(command.name, params=[*command.params, DEBUG, QUIET], **attributes)
     required = "file" in command.receives
     file = click.Option(["--config", "file"], type=_FILE, required=required, help="YAML file; see configs/.")
-    shown = (keys_option(command.load_class), _PRINT_CONFIG)
-    params = [file, keys_argument(command.load_class), *command.params, *shown, DEBUG, QUIET]
-    return KeyCommand(command.name, command.load_class, params=params, **attributes)
+    return KeyCommand(command.name, command.load_class, (file, *command.params, _PRINT_CONFIG), **attributes)
 
 
 def _load(command: Command, given: dict[str, Any]) -> Any:
@@ -224,7 +212,7 @@ def _run(command: Command, given: dict[str, Any]) -> Any:
     return stage.run(config, **given)
 
 
-class _Group(click.Group):
+class _Group(NamingGroup):
     """Prints one line for what a user can mend; a traceback only with --debug."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -240,18 +228,6 @@ class _Group(click.Group):
         except Exception as error:  # noqa: BLE001 - the one boundary between the program and its user
             _fail(ctx, *_explain(error))
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        from pipeline.errors import suggest
-
-        if args[0] not in self.commands and not args[0].startswith("-"):
-            ctx.fail(f"there is no command '{args[0]}': {suggest(args[0], self.commands, 'see --help')}")
-        return super().resolve_command(ctx, args)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of the table, not of the alphabet
-
 
 def _explain(error: Exception) -> tuple[str, int]:
     """The line that tells a user what went wrong, and the exit code."""
@@ -264,12 +240,12 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{lack}, then run again", 2
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}", 2
+    if isinstance(error, MemoryError):
+        return "memory is full: lower data.workers or batch_size, or give the job more memory, then run again", 2
     if type(error).__name__ == "OutOfMemoryError":
         return "the accelerator's memory is full: raise accum_iter in training, lower batch_size in everything else", 2
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_ANOTHERS_END):
         return "another process of this job has ended: the line that it left says why", 2
-    if isinstance(error, MemoryError):
-        return "the memory is full: lower data.workers or batch_size, or give the job more memory", 2
     lines = str(error).strip().splitlines() or ["no message"]
     line = lines[-1] if any(text.startswith("Traceback ") for text in lines) else lines[0]  # handed over by a process
     return f"unexpected {type(error).__name__}: {line} (mrmae --debug ... shows where)", 2
@@ -329,7 +305,7 @@ def main() -> None:
     """
 
 
-benchmark = click.Group(
+benchmark = NamingGroup(
     "benchmark",
     help="Measure this machine. Prints JSON; ratios are taken in pairs in one run. Reads, writes, costs: see each one.",
     params=[DEBUG, QUIET],

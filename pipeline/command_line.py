@@ -7,7 +7,7 @@ import ast
 import inspect
 import re
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def printing_option(name: str, text: Callable[[], str], help: str) -> click.Opti
     return click.Option([name], is_flag=True, is_eager=True, expose_value=False, callback=show, help=help)
 
 
-def keys_option(load_class: LoadClass) -> click.Option:
+def _keys_option(load_class: LoadClass) -> click.Option:
     def text() -> str:
         from pipeline.keys_page import keys_text
 
@@ -60,7 +60,7 @@ def keys_option(load_class: LoadClass) -> click.Option:
     return printing_option("--keys", text, "List the keys with type, default and meaning.")
 
 
-def keys_argument(load_class: LoadClass) -> click.Argument:
+def _keys_argument(load_class: LoadClass) -> click.Argument:
     """KEY=VALUE words; a shell completes the keys, and behind `=` the words that a key may have."""
 
     def complete(_ctx: click.Context, _argument: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -81,8 +81,9 @@ def read_help(module: str) -> str:
 class KeyCommand(click.Command):
     """A command that takes KEY=VALUE; who writes a key as an option is told how keys are given."""
 
-    def __init__(self, name: str, load_class: LoadClass, **attributes: Any) -> None:
-        super().__init__(name, **attributes)
+    def __init__(self, name: str, load_class: LoadClass, params: Iterable[click.Parameter], **attributes: Any) -> None:
+        words, keys = _keys_argument(load_class), _keys_option(load_class)
+        super().__init__(name, params=[words, *params, keys, DEBUG, QUIET], **attributes)
         self._load_class = load_class
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -95,3 +96,19 @@ class KeyCommand(click.Command):
 
             near = error.possibilities or ()
             raise ConfigError(explain_option(self._load_class(), error.option_name, words, near)) from error
+
+
+class NamingGroup(click.Group):
+    """Commands in the order of their table, not of the alphabet; an unknown one is answered by a near one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from pipeline.errors import suggest
+
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"there is no command '{args[0]}': {suggest(args[0], self.commands, 'see --help')}")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)

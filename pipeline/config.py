@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, model_validator
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from pipeline.config_errors import explain
 from pipeline.errors import ConfigError
@@ -158,6 +158,11 @@ def _read_yaml(file: Path) -> DictConfig:
         raise ConfigError(f"--config {file}: no such file")
     try:
         loaded = OmegaConf.load(file)
+    except MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ConfigError(
+            f"--config {file}{line} is not readable YAML ({error.problem}): quote texts that hold *, {{, [, # or a colon"
+        ) from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} is not readable YAML: {_first_line(error)}") from error
     if not isinstance(loaded, DictConfig):

@@ -132,6 +132,7 @@ def test_a_command_that_there_is_not() -> None:
     result = mrmae("pretrian")
     assert result.exit_code == 2
     assert "there is no command 'pretrian': did you mean 'pretrain'?" in result.output
+    assert "there is no command 'studnt': did you mean 'student'?" in mrmae("benchmark", "studnt").output
 
 
 @pytest.mark.parametrize("option", ["-q", "--quiet", "--debug"])
@@ -172,7 +173,10 @@ def test_debug_shows_the_traceback(words: list[str]) -> None:
             "unexpected RuntimeError: ValueError: bad (mrmae --debug ... shows where)",
         ),
         (KeyError(), "unexpected KeyError: no message (mrmae --debug ... shows where)"),
-        (MemoryError(), "the memory is full: lower data.workers or batch_size, or give the job more memory"),
+        (
+            MemoryError(),
+            "memory is full: lower data.workers or batch_size, or give the job more memory, then run again",
+        ),
     ],
 )
 def test_an_error_of_no_kind_is_its_own_line(error: Exception, line: str, monkeypatch: pytest.MonkeyPatch) -> None:

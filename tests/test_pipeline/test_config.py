@@ -64,6 +64,13 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes) -> None:
         load_config(Outer, file)
 
 
+def test_a_text_that_wants_quotes_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("rate: 1.0\ndata: {path: *.tar}\n")
+    with pytest.raises(ConfigError, match=r"config.yaml, line 2 is not readable YAML \(.*\): quote texts that hold \*"):
+        load_config(Outer, file)
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_config(Outer, tmp_path / "absent.yaml")
