@@ -51,7 +51,7 @@ from pipeline.training.flops import peak_tflops
 
 
 class BenchmarkPretrainConfig(LaneConfig):
-    """What is measured. The defaults take about eight minutes of two cores."""
+    """What is measured. The defaults take about ten minutes of two cores."""
 
     data: DataConfig | None = None  # images; drawn ones of 224 x 224 when left out
     images: int = Field(128, ge=16)  # of the dataset; they come round again

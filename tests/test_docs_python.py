@@ -30,15 +30,18 @@ def blocks(name: str) -> list[str]:
 
 def test_students() -> None:
     torch.manual_seed(0)
+    ids = torch.randperm(196)[None]
     names: dict[str, Any] = {
         "images": torch.randn(1, 3, 224, 224),
-        "ids_keep": torch.randperm(196)[:49][None],
+        "ids_keep": ids[:, :49],
+        "ids_predict": ids[:, 49:98],
         "targets": torch.randn(1, 49, 768),
     }
     for block in blocks("students.md"):
         exec(block, names)
     assert set(names["losses"]) >= {"loss", "pixel_loss", "mimic_loss"}
     assert names["losses"]["pred"].shape == (1, 147, 768)
+    assert names["of_a_share"]["pred"].shape == (1, 49, 768)
     assert any(parameter.grad is not None for parameter in names["student"].parameters())
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from pipeline.models.student_config import StudentConfig
 from safetensors import safe_open
 from torch.nn import functional as F
 
 import stages.export
+from pipeline.assembly.students import read_start
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models import Classifier, Student, build_classifier, build_student, save_weights
+from pipeline.models import Classifier, Student, build_classifier, build_student, load_weights, save_weights
 from stages.export import ExportConfig
 
 SIZES = {"image_size": [64, 64], "dim": 48, "depth": 2, "num_heads": 3}
@@ -137,3 +139,21 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(ConfigError, match=r"pip install -e '\.\[onnx\]'"):
             export(onnx=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["mrmae_vit_tiny_patch16", "mrmae_convvit_small_patch16"])
+@pytest.mark.parametrize("options", [{"decoder": "cross", "predict_share": 0.5, "objective": "mae"},
+                                     {"objective": "feature_encoder", "teachers": {"t": 8}}])  # fmt: skip
+def test_an_encoder_leaves_its_lean_decoder_behind(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    """In an export, and in what a fine-tuning starts from."""
+    student = build_student(name, **SIZES, **{**DECODER, **options})
+    (tmp_path / "run").mkdir()
+    save_weights(student, tmp_path / "run")
+    facts = stages.export.run(ExportConfig(init=tmp_path / "run", output=tmp_path / "out"))
+    assert facts["cosine"] >= 0.99999
+    assert facts["parameters"] == sum(parameter.numel() for parameter in student.encoder.parameters())
+    start = read_start(tmp_path / "run", StudentConfig.model_validate({"decoder": "full"}), tmp_path / "tuned")
+    assert start.state is not None
+    classifier = build_classifier(num_classes=3, **start.encoder)
+    report = load_weights(classifier, start.state, strict=False)
+    assert {name.partition(".")[0] for name in report.fresh} == {"head", "fc_norm"}
