@@ -39,6 +39,7 @@ from pipeline.training.interruption import Interrupted, Interruption
 matplotlib.use("Agg")
 
 INTERRUPTED = 130  # exit code of a command that was stopped and has saved
+_STOPPING = "stopping as soon as the command in hand has saved; ctrl-C again ends it at once"
 
 Measure = Literal["knn", "linear-probe", "finetune"]
 
@@ -199,7 +200,7 @@ def _command(name: str, file: Path, keys: list[str], log: Path) -> float:
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [name, "--config", str(file), *keys]
     began = time.perf_counter()
-    with log.open("a", encoding="utf-8") as stream, Interruption() as interruption:
+    with log.open("a", encoding="utf-8") as stream, Interruption(_STOPPING) as interruption:
         stream.write("$ mrmae " + " ".join(arguments) + "\n")
         stream.flush()
         command = [sys.executable, "-m", "cli", *arguments]

@@ -54,6 +54,7 @@ from pipeline.processes import processes, share_of
 from pipeline.progress import track
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
+from pipeline.training.journal import command
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
@@ -128,8 +129,16 @@ def _train(config: DetectConfig) -> dict[str, Any]:
         evaluation=Evaluation(evaluate, config.eval_every * plan.steps_per_epoch, best="box_AP"),
         layer_ids=layers,
         ema=config.ema,
+        next_commands=(_next_command(config),),
     )
     return fit(task, training, plan, config.optim)
+
+
+def _next_command(config: DetectConfig) -> str:
+    """Score the newest checkpoint, and draw what it finds."""
+    val = config.data.val
+    words = (f"data.val.images={val.images}", f"data.val.annotations={val.annotations}", f"output={config.output}")
+    return command("detect", "--eval", *words, "pictures=8")
 
 
 def _evaluate_only(config: DetectConfig) -> dict[str, Any]:

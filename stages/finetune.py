@@ -54,6 +54,7 @@ from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.ema import EmaConfig
 from pipeline.training.engine import fit
+from pipeline.training.journal import command
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import Run, RunConfig, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
@@ -151,6 +152,10 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         evaluation=Evaluation(score, config.eval_every * plan.steps_per_epoch, best="top1"),
         layer_ids=layer_ids(model)[0],
         ema=config.ema,
+        next_commands=(
+            command("report", str(config.output)),
+            command("export", f"init={config.output}/checkpoints/best", f"output={config.output}/exported"),
+        ),
     )
     return fit(task, training, plan, config.optim)
 

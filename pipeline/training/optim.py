@@ -46,6 +46,14 @@ class OptimConfig(Config):
     def peak_lr(self, batch_size: int) -> float:
         return self.lr if self.lr is not None else self.blr * batch_size / 256
 
+    def describe(self, batch_size: int, schedule: CosineSchedule) -> str:
+        """The rates in use, and the keys that they follow from."""
+        source = "optim.lr" if self.lr is not None else f"optim.blr={self.blr:g} x {batch_size} / 256; optim.lr sets it"
+        return (
+            f"learning rate: up to {schedule.peak:.3g} ({source}) after {schedule.warmup_steps} steps of warm-up, then "
+            f"a cosine down to {schedule.minimum:g}"
+        )
+
     def schedule(self, batch_size: int, steps_per_epoch: int, total_steps: int) -> CosineSchedule:
         """The rate of every step; the warm-up takes half of the run at most."""
         share = total_steps / 10 if self.warmup_epochs is None else self.warmup_epochs * steps_per_epoch
