@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,21 @@ def describe_process() -> dict[str, Any]:
         "folder": os.getcwd(),
         "commit": _commit(Path(__file__).parents[2]),
         "versions": {
-            "mrmae": version("mrmae"),
+            "mrmae": _own_version(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "timm": version("timm"),
         },
     }
+
+
+def _own_version() -> str | None:
+    """None where the program runs from a checkout that isn't installed."""
+    try:
+        return version("mrmae")
+    except PackageNotFoundError:
+        return None
 
 
 def _commit(checkout: Path) -> str | None:
