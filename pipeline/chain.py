@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import write_text
 from pipeline.training.interruption import Interrupted, Interruption
 
+_STOPPING = "stopping as soon as the command in hand has saved; ctrl-C again ends it at once"
 _INTERRUPTED = 130  # exit code of a command that was stopped and has saved
 _CLI = Path(__file__).parents[1] / "cli.py"  # by its path: `-m cli` would run a cli.py of the working folder
 
@@ -108,7 +109,7 @@ def _command(arguments: list[str], log: Path) -> float:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with log.open("a", encoding="utf-8") as stream, Interruption() as interruption:
+    with log.open("a", encoding="utf-8") as stream, Interruption(_STOPPING) as interruption:
         stream.write("$ mrmae " + " ".join(arguments) + "\n")
         stream.flush()
         command = [sys.executable, str(_CLI), *arguments]

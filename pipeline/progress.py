@@ -17,6 +17,11 @@ class Progress:
             total=total, initial=done, desc=label, unit=unit, disable=not (show and sys.stderr.isatty()), leave=False
         )
 
+    @property
+    def shown(self) -> bool:
+        """Whether somebody sees the bar."""
+        return not self._bar.disable
+
     def expect(self, total: int) -> None:
         """Set the total, where it is known only after the start."""
         self._bar.total = total

@@ -49,6 +49,7 @@ from pipeline.pixels import normalise
 from pipeline.processes import processes, share_of
 from pipeline.progress import track
 from pipeline.training.engine import fit
+from pipeline.training.journal import command
 from pipeline.training.run import Run, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 from stages.configs.detect import DetectConfig, DetectionDataConfig
@@ -93,8 +94,16 @@ def _train(config: DetectConfig) -> dict[str, Any]:
         evaluation=Evaluation(evaluate, config.eval_every * plan.steps_per_epoch, best="box_AP"),
         layer_ids=layers,
         ema=config.ema,
+        next_commands=(_next_command(config),),
     )
     return fit(task, training, plan, config.optim)
+
+
+def _next_command(config: DetectConfig) -> str:
+    """Score the newest checkpoint, and draw what it finds."""
+    val = config.data.val
+    words = (f"data.val.images={val.images}", f"data.val.annotations={val.annotations}", f"output={config.output}")
+    return command("detect", "--eval", *words, "pictures=8")
 
 
 def _evaluate_only(config: DetectConfig) -> dict[str, Any]:

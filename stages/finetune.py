@@ -51,6 +51,7 @@ from pipeline.progress import Progress
 from pipeline.steps import StepPlan
 from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.engine import fit
+from pipeline.training.journal import command
 from pipeline.training.run import Run, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 from stages.configs.finetune import EvaluateConfig, FinetuneConfig
@@ -94,6 +95,10 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         evaluation=Evaluation(score, config.eval_every * plan.steps_per_epoch, best="top1"),
         layer_ids=layer_ids(model)[0],
         ema=config.ema,
+        next_commands=(
+            command("report", str(config.output)),
+            command("export", f"init={config.output}/checkpoints/best", f"output={config.output}/exported"),
+        ),
     )
     return fit(task, training, plan, config.optim)
 

@@ -34,7 +34,7 @@ from pipeline.data.masks import MaskSampler, predicted_count, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.models import Student, build_student, load_weights, model_record, read_weights
-from pipeline.models.sizes import resolve_size
+from pipeline.models.sizes import patch_for_grid
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
 from pipeline.processes import processes
@@ -43,6 +43,7 @@ from pipeline.teachers import Teacher
 from pipeline.training.checkpoint import newest_checkpoint, recorded_start, resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
+from pipeline.training.journal import command
 from pipeline.training.run import Run, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 from pipeline.weights import state_digest
@@ -83,8 +84,22 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         samples=Samples(dataset, order, config.data.workers, announce),
         evaluation=_evaluation(config, plan),
         grad_norms=GradNorms(LOSSES, list(student.encoder.parameters()), config.grad_norms_every),
+        next_commands=_next_commands(config, knowledge),
     )
     return fit(task, training, plan, config.optim)
+
+
+def _next_commands(config: PretrainConfig, knowledge: Knowledge) -> list[str]:
+    """Measure and fine-tune the student where the images have classes; look at its curves."""
+    init, source = f"init={config.output}", knowledge.source
+    commands = [command("report", str(config.output))]
+    if source is not None and len(set(source.labels.tolist()) - {-1}) > 1:
+        labelled = (f"data.path={config.data.path}", "val.share=0.1")
+        commands += [
+            command("knn", init, *labelled, f"output={config.output}"),
+            command("finetune", init, *labelled, f"output={config.output}_finetuned"),
+        ]
+    return commands
 
 
 class _Losses:
@@ -137,23 +152,13 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
             f"student.image_size={student.image_size}, but the views have {size} pixels: set student.image_size={size}"
         )
     student = student.model_copy(update={"image_size": size})
-    if student.patch_size is None and config.mimic.resize_targets is None:
-        student = student.model_copy(update={"patch_size": _patch_of_grid(knowledge, student.name)})
+    grids = set(knowledge.grids.values())
+    if student.patch_size is None and config.mimic.resize_targets is None and len(grids) == 1:
+        patch = patch_for_grid(student.name, size, grids.pop())
+        student = student.model_copy(update={"patch_size": patch})
+        if patch and processes().is_main_process:
+            log.info("student.patch_size=%d: with it the student has the teacher's grid", patch)
     return config.model_copy(update={"student": student})
-
-
-def _patch_of_grid(knowledge: Knowledge, student: str) -> int | None:
-    """The patch that gives the student the teachers' grid; None for the named one, and where none does."""
-    grids, size, named = set(knowledge.grids.values()), knowledge.views.image_size, resolve_size(student)
-    if len(grids) != 1:
-        return None
-    (h, w), smallest = grids.pop(), 4 if named.is_conv else 1
-    patch = size // h
-    if (patch * h, patch * w) != (size, size) or patch % smallest or patch == named.patch_size:
-        return None
-    if processes().is_main_process:
-        log.info("student.patch_size=%d: with it the student has the teacher's grid of %dx%d", patch, h, w)
-    return patch
 
 
 def _check_summaries(config: PretrainConfig, knowledge: Knowledge) -> None:

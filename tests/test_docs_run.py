@@ -35,7 +35,7 @@ SMALL = [
         r"^mrmae (extract-teacher-features|pretrain|finetune|knn|linear-probe|detect) (?!.*(--eval|images=))",
         "data.workers=0",
     ),
-    (r" (finetune|knn|linear-probe) .*(--config|val\.path=)", "val.workers=0"),
+    (r" (finetune|knn|linear-probe) .*(--config|val\.(path|share)=)", "val.workers=0"),
     (r" (teachers\.\w+|teacher)\.spec=", r"\1.weights=random \1.image_size=32"),  # no hub, and 2 x 2 patches
     (r" extract-teacher-features ", "views.image_size=32 batch_size=16"),
     (r" extract-teacher-features .*--config", "teacher.image_size=32"),
@@ -134,6 +134,12 @@ LEFT = {
         "runs/photos/report.html",
         "exports/photos/config.json",
         "exports/photos/model.onnx",
+    ],
+    "first-hour.md": [
+        "caches/photos/cache.json",
+        "runs/photos/metrics.json",
+        "runs/photos_finetuned/checkpoints/best",
+        "runs/report.html",
     ],
     "results.md": ["runs/imagenette/mae/metrics.jsonl", "runs/imagenette_128/mr_mae_finetuned_1/checkpoints/best"],
     "teachers.md": [

@@ -89,6 +89,17 @@ def resolve_size(name: str, **overrides: Unpack[StudentSizes]) -> Size:
     return size
 
 
+def patch_for_grid(name: str, image_size: int, grid: tuple[int, int]) -> int | None:
+    """The patch size that gives the named encoder this grid (h, w); None where it is the named one, or there is none.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    named, patch = resolve_size(name), image_size // grid[0]
+    fits = (patch * grid[0], patch * grid[1]) == (image_size, image_size) and not (named.is_conv and patch % 4)
+    return patch if fits and patch != named.patch_size else None
+
+
 def check_choice(key: str, value: str, allowed: Collection[str]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:

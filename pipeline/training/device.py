@@ -1,4 +1,4 @@
-"""What a run asks of its device, and what it tells its user of it."""
+"""What a run asks of its device."""
 
 import logging
 import random
@@ -9,24 +9,10 @@ import numpy as np
 import torch
 
 from pipeline.processes import float32_products
-from pipeline.steps import StepPlan
 from pipeline.training.flops import peak_tflops
 from pipeline.training.run import Run
 
 log = logging.getLogger(__name__)
-
-_FEW_IMAGES = 256  # a micro-batch on a GPU, below which launches bound a small student's step
-
-
-def describe_step(run: Run, plan: StepPlan) -> None:
-    """Say in the log what a step is, and what would make it faster."""
-    log.info("a step: %d processes x %d micro-batches of %d", plan.processes, plan.accum_iter, plan.micro_batch)
-    if run.device.type == "cuda" and not run.config.compile and plan.micro_batch < _FEW_IMAGES:
-        log.info(
-            "micro-batches of %d images may end sooner than their thousands of operations can be launched: "
-            "compile=true fuses them (minutes at the start)",
-            plan.micro_batch,
-        )
 
 
 def float32_products_of(run: Run) -> AbstractContextManager[None]:

@@ -28,18 +28,22 @@ from pipeline.training.checkpoint import (
     retire_best,
     save_checkpoint,
 )
-from pipeline.training.device import describe_step, float32_products_of, generators_of, peak_of, seed_generators
+from pipeline.training.device import float32_products_of, generators_of, peak_of, seed_generators
 from pipeline.training.ema import build_ema
 from pipeline.training.flops import count_flops
 from pipeline.training.garbage import FixedCollection
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.interruption import Interrupted, Interruption
+from pipeline.training.journal import Pace
 from pipeline.training.metrics import Meter, MetricsWriter, Stopwatch, peak_memory
-from pipeline.training.optim import build_adamw, cosine_schedule, parameter_groups, set_lr
+from pipeline.training.optim import build_adamw, cosine_schedule, describe_rate, parameter_groups, set_lr
 from pipeline.training.run import Run
 from pipeline.training.task import B, Evaluation, Task
+from pipeline.training.telling import tell_end, tell_start
 
 log = logging.getLogger(__name__)
+
+_STOPPING = "stopping after this step, then writing a checkpoint; ctrl-C again ends the run at once, without one"
 
 
 def fit(task: Task[B], run: Run, plan: StepPlan, optim: OptimConfig) -> dict[str, Any]:
@@ -57,8 +61,6 @@ def fit(task: Task[B], run: Run, plan: StepPlan, optim: OptimConfig) -> dict[str
             f"output={run.folder} holds a run of {run.start_step} steps, this one would have {plan.total_steps}: "
             "choose another output, or more epochs or max_steps"
         )
-    if run.is_main:
-        describe_step(run, plan)
     loop = _Loop(task, run, plan, optim)
     batches = ahead(task.samples.batches(plan, run.start_step), run.device)
     evaluation = task.evaluation
@@ -66,13 +68,17 @@ def fit(task: Task[B], run: Run, plan: StepPlan, optim: OptimConfig) -> dict[str
     def due(every: int, done: int) -> bool:
         return done == plan.total_steps or bool(every and done % every == 0)
 
-    with run, Interruption() as interruption, loop.garbage, float32_products_of(run), loop.progress():
+    interruption = Interruption(_STOPPING if run.is_main else "")
+    with run, interruption, loop.garbage, float32_products_of(run), loop.progress():
+        tell_start(run, plan, describe_rate(optim, plan.batch_size, loop.schedule))
         if evaluation and run.resumed and due(evaluation.every, run.start_step):
             loop.catch_up(evaluation)
         for step in range(run.start_step, plan.total_steps):
             loop.train_step(step, batches)
             done = step + 1
             loop.garbage.step(done)
+            if run.is_main and (line := loop.pace.line(done, loop.latest)):
+                run.say(line, on_screen=not loop.bar.shown)
             stop = interruption.agreed()
             evaluate = evaluation is not None and due(evaluation.every, done)
             if due(run.config.log_every, done) or done == 1:
@@ -84,6 +90,7 @@ def fit(task: Task[B], run: Run, plan: StepPlan, optim: OptimConfig) -> dict[str
                 raise Interrupted(f"stopped at step {done} of {plan.total_steps} with a checkpoint; run again to go on")
             if evaluation and evaluate:
                 loop.evaluate(done, evaluation)
+        tell_end(run, task, plan)
     return loop.latest
 
 
@@ -116,6 +123,7 @@ class _Loop(Generic[B]):
         self.best = task.evaluation.best if task.evaluation else None
         self.best_value = self._former_best() if self.best and run.resumed else float("-inf")
         self.watch = Stopwatch()
+        self.pace = Pace(plan.total_steps)
 
     def _former_best(self) -> float:
         """What the best checkpoint up to now reached; one of steps that are still to come is none of this run's."""
@@ -210,8 +218,7 @@ class _Loop(Generic[B]):
         row |= self._mean(norms)
         row["memory_gib"] = peak_memory(self.run.device) / 2**30
         self._write(done, row)
-        note = f"{means['loss']:.4f}"
-        self.bar.advance(0, loss=note, img_s=f"{row['images_per_s']:.0f}", wait=f"{wait:.0%}")
+        self.bar.advance(0, loss=f"{means['loss']:.4f}", img_s=f"{row['images_per_s']:.0f}", wait=f"{wait:.0%}")
         self.watch.reset()
 
     def catch_up(self, evaluation: Evaluation) -> None:

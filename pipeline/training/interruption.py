@@ -3,6 +3,7 @@
 A second ctrl-C ends it at once.
 """
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -23,9 +24,13 @@ class Interruption:
     """Context manager, entered by all processes together: inside, they learn at the same step that one was signalled.
 
     They agree over a group of their own on the CPUs, and read the answer a step later: no step waits for a device.
+
+    Args:
+        answer: what the first signal prints on standard error at once; nothing if it is empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: str = "") -> None:
+        self._text = answer
         self.requested = False  # a signal reached this process
         self._previous: dict[int, Any] = {}
         self._group: Any = None
@@ -68,4 +73,6 @@ class Interruption:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._text and not self.requested:
+            os.write(2, f"\n{self._text}\n".encode())  # not print: it may be at work in the code that was interrupted
         self.requested = True

@@ -30,6 +30,15 @@ class CosineSchedule:
         return self.minimum + (self.peak - self.minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def describe_rate(optim: OptimConfig, batch_size: int, schedule: CosineSchedule) -> str:
+    """The rates in use, and the keys that they follow from."""
+    source = "optim.lr" if optim.lr is not None else f"optim.blr={optim.blr:g} x {batch_size} / 256; optim.lr sets it"
+    return (
+        f"learning rate: up to {schedule.peak:.3g} ({source}) after {schedule.warmup_steps} steps of warm-up, then "
+        f"a cosine down to {schedule.minimum:g}"
+    )
+
+
 def cosine_schedule(optim: OptimConfig, batch_size: int, steps_per_epoch: int, total_steps: int) -> CosineSchedule:
     """The rate of every step; the warm-up takes half of the run at most."""
     share = total_steps / 10 if optim.warmup_epochs is None else optim.warmup_epochs * steps_per_epoch

@@ -3,6 +3,7 @@
 output/
     config.yaml      the resolved config of the newest start; each checkpoint has that of its own
     metrics.jsonl    one row every `log_every` steps, and one per evaluation
+    train.log        what the run said, with times; starts.jsonl: each start's command, host, versions and commit
     tensorboard/     the same, for TensorBoard
     wandb-id         the name of the run at Weights & Biases, so that a resumed run goes on with the same curves
     checkpoints/     step-N (the last `keep_checkpoints`) and best
@@ -31,6 +32,7 @@ from pipeline.processes import open_accelerator, processes, without_cuda
 from pipeline.steps import StepPlan, fit_batch_size
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint, recorded_identity, step_folders
 from pipeline.training.interruption import Interrupted
+from pipeline.training.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ class Run:
             raise ConfigError("wandb=true, but Weights & Biases isn't installed: pip install -e '.[wandb]'")
         self.accelerator = open_accelerator(mixed_precision, self.folder)
         self.lock = closed_with_stage(lock_folder(self.folder)) if self.is_main else None
+        self.journal: Journal | None = None  # of the first process, while it trains
         self.resumed = self._find_checkpoint({*may_change, *numbers})
         # Every process has looked before the first one writes into the folder.
         self._agree()
@@ -138,11 +141,27 @@ class Run:
     def start_step(self) -> int:
         return self.resumed.step if self.resumed else 0
 
+    def say(self, *lines: str, on_screen: bool = True) -> None:
+        """Tell lines, if this is the first process."""
+        if self.journal:
+            for line in lines:
+                self.journal.say(line, on_screen=on_screen)
+
     def __enter__(self) -> "Run":
+        if self.is_main:
+            try:
+                self.journal = Journal(self.folder)
+            except OSError as error:
+                raise ConfigError(f"output={self.folder} can't be written: {error.strerror or error}") from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the trackers; those that people watch say whether the run failed. Let go of the folder."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        """Finish the log and the trackers; those that people watch say whether the run failed. Let go of the folder."""
+        if self.journal:
+            if kind is not None:
+                self.say(f"ended by {kind.__name__}: {error}", on_screen=False)
+            self.journal.close()
+            self.journal = None
         failed = kind is not None and not issubclass(kind, Interrupted)
         try:
             for tracker in self.accelerator.trackers:

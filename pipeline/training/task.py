@@ -1,6 +1,6 @@
 """What a stage gives the engine: a model, its losses, its samples, and how it is evaluated."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -50,6 +50,7 @@ class Task(Generic[B]):
         layer_ids: parameter → layer, for layer-wise learning rates.
         ema: average the weights. The average is then what is evaluated, and what checkpoints show their readers.
         grad_norms: measures, now and then, how hard each loss pulls.
+        next_commands: command lines that a user may want after the training.
     """
 
     name: str
@@ -61,3 +62,4 @@ class Task(Generic[B]):
     layer_ids: Mapping[str, int] | None = None
     ema: EmaConfig = field(default_factory=EmaConfig)
     grad_norms: GradNorms | None = None
+    next_commands: Sequence[str] = ()

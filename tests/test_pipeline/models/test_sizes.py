@@ -7,6 +7,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.models import SIZES, Student, build_classifier, build_student
+from pipeline.models.sizes import patch_for_grid
 
 SHARED = {  # the decoder of both base models: 512 wide, 8 deep, 16 heads, 16 px patches
     "decoder_blocks": 25_219_072,
@@ -106,3 +107,17 @@ def test_one_width_keeps_the_ratio_of_convvits_levels_and_one_depth_is_the_last(
 def test_sizes_that_do_not_fit_are_named(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         build_student(**{"name": "mrmae_vit_tiny_patch16", "objective": "mae", **wrong})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "grid", "patch"),
+    [
+        ("mrmae_vit_base_patch16", 224, (16, 16), 14),
+        ("mrmae_vit_base_patch16", 224, (14, 14), None),  # what it has
+        ("mrmae_vit_base_patch16", 224, (15, 15), None),  # no whole number of pixels
+        ("mrmae_convvit_base_patch16", 224, (16, 16), None),  # a ConvViT's patch is a multiple of 4
+        ("mrmae_convvit_base_patch16", 224, (28, 28), 8),
+    ],
+)
+def test_the_patch_that_gives_a_grid(name: str, image_size: int, grid: tuple[int, int], patch: int | None) -> None:
+    assert patch_for_grid(name, image_size, grid) == patch

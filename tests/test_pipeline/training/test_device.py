@@ -20,10 +20,11 @@ from pipeline.evaluation import FeatureSets, knn
 from pipeline.models import build_student
 from pipeline.steps import StepPlan
 from pipeline.training import device as device_module
-from pipeline.training.device import describe_step, float32_products_of, generators_of
+from pipeline.training.device import float32_products_of, generators_of
 from pipeline.training.flops import count_flops, peak_tflops
 from pipeline.training.garbage import FixedCollection
 from pipeline.training.metrics import Meter, read_metrics
+from pipeline.training.telling import describe_step
 from tests.test_pipeline.training.test_engine import Training, rows
 
 CPU = torch.device("cpu")
@@ -63,7 +64,10 @@ def test_steps_run_without_collection_and_evaluations_with_it(tmp_path: Path) ->
 def run_of(kind: str, precision: str, **keys: Any) -> Any:
     config = RunConfig.model_validate({"output": "x", **keys})
     accelerator = SimpleNamespace(mixed_precision=precision)
-    return SimpleNamespace(device=torch.device(kind), accelerator=accelerator, config=config, is_main=True)
+    identity = {"precision": precision.replace("no", "fp32")}
+    return SimpleNamespace(
+        device=torch.device(kind), accelerator=accelerator, config=config, identity=identity, is_main=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,15 +95,17 @@ def test_neighbours_are_compared_exactly_in_any_run(monkeypatch: pytest.MonkeyPa
     assert seen == ["highest"]
 
 
-def test_few_images_a_gpu_are_told_of_compile(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="pipeline"):
-        describe_step(run_of("cuda", "bf16"), StepPlan(4, 8, 256, 2, 1))
-        assert "compile=true fuses them" in caplog.text
-        caplog.clear()
-        describe_step(run_of("cuda", "bf16"), StepPlan(4, 8, 256, 1, 1))
-        describe_step(run_of("cpu", "no"), StepPlan(4, 8, 8, 1, 1))
-        describe_step(run_of("cuda", "bf16", compile=True), StepPlan(4, 8, 8, 1, 1))
-    assert "compile" not in caplog.text
+def test_few_images_a_gpu_are_told_of_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "H100")
+    lines = describe_step(run_of("cuda", "bf16"), StepPlan(4, 8, 256, 2, 1))
+    assert lines[0] == "device: H100; precision: bf16"
+    assert "compile=true fuses them" in lines[-1]
+    for run, plan in (
+        (run_of("cuda", "bf16"), StepPlan(4, 8, 256, 1, 1)),
+        (run_of("cpu", "no"), StepPlan(4, 8, 8, 1, 1)),
+        (run_of("cuda", "bf16", compile=True), StepPlan(4, 8, 8, 1, 1)),
+    ):
+        assert "compile" not in "".join(describe_step(run, plan))
 
 
 def test_only_the_generators_in_use_are_seeded() -> None:
