@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from huggingface_hub import DatasetCard
 
 import cli
-from pipeline.cache import verify
+from pipeline.cache import open_writer, verify
 from pipeline.cache.remote import copying, objects
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheDamage, CacheError, ConfigError
 from stages import cache_copy
 from stages.cache_copy import CacheCopyConfig
 from tests.servers import FilesServer, s3_server
-from tests.test_pipeline.cache.samples import STORES, make_cache, make_header
+from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, make_shard
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,21 @@ def test_to_a_bucket_and_back_gives_the_same_tree(cache: Path, s3: str, tmp_path
     report = verify(tmp_path / "back", "full")
     assert report.sound
     assert not report.notes
+
+
+def test_what_a_bucket_says_is_understood(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_PAUSES", (0.001,))
+    place = objects.Objects("s3://bucket/small")
+    place.write("a", b"hello")
+    assert place.read("a", 1, 4) == b"ell"
+    assert (place.size("a"), place.size("b")) == (5, None)
+    for start in (3, 5):
+        with pytest.raises(CacheDamage, match=r"it ends"):
+            place.read("a", start, 9)
+    with pytest.raises(FileNotFoundError):
+        place.read("b", 0, 1)
+    with pytest.raises(CacheError, match=r"no cache\.json"):
+        copy("s3://no-such-bucket/clip", tmp_path / "b")
 
 
 def test_damage_in_a_bucket_is_found_and_replaced(cache: Path, s3: str, tmp_path: Path) -> None:
@@ -160,9 +175,6 @@ def test_some_shards(cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_shard_that_was_repaired_is_copied_again(cache: Path, tmp_path: Path) -> None:
-    from pipeline.cache import open_writer
-    from tests.test_pipeline.cache.samples import make_shard
-
     copy(cache, tmp_path / "b")
     writer = open_writer(cache)
     writer.write_shard(1, make_shard(writer.header, 1))  # its tombstone lives

@@ -106,7 +106,7 @@ class LocalFolder:
 
 @contextlib.contextmanager
 def holding(marker: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
-    """Lock a shard's marker; yields whether it is there, and ours. Held by whom, its shard is not removed."""
+    """Lock a shard's marker; yields whether it is there, and locked now. While it is, no process removes the shard."""
     try:
         file = FileIO(marker, "rb+")
     except FileNotFoundError:
@@ -123,10 +123,10 @@ def holding(marker: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
 
 def release(marker: Path) -> bool:
     """Remove a shard that nobody fetches or opens; returns whether it is gone."""
-    with holding(marker, exclusive=True, wait=False) as ours:
-        if ours:
+    with holding(marker, exclusive=True, wait=False) as held:
+        if held:
             remove(marker)
-        return ours
+        return held
 
 
 def remove(marker: Path) -> None:

@@ -6,6 +6,7 @@ it does not know the hub.
 """
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import random
@@ -132,14 +133,14 @@ class Objects:
                 raise
             except Exception as error:
                 status = _status(error)
-                if isinstance(error, PermissionError) or status in (401, 403):
+                if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
                     raise StorageError(
                         f"{where}: permission denied: give the library credentials that may reach it (AWS_PROFILE, "
                         "hf auth login, gcloud auth, ~/.netrc, ...)"
                     ) from error
                 if status == 404:
                     raise FileNotFoundError(where) from error
-                if status == 416:
+                if status == 416 or getattr(error, "errno", None) == errno.EINVAL:  # the latter is s3fs's
                     raise CacheDamage("it ends before its last block") from error
                 if pause is None:
                     raise StorageError(
