@@ -20,8 +20,9 @@ from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset
 from pipeline.data.masks import MaskSampler, visible_count
 from pipeline.detection import DetectionDataset, JitterConfig, open_coco
-from stages.finetune import AugmentConfig, FinetuneConfig, _augment, _Losses
-from stages.pretrain import MaskConfig
+from stages.configs.finetune import AugmentConfig, FinetuneConfig
+from stages.configs.pretrain import MaskConfig
+from stages.finetune import _augment, _Losses
 from tests.coco import write_coco
 from tests.test_stages.conftest import ENCODER, MICRO
 

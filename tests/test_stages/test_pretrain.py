@@ -19,7 +19,7 @@ from pipeline.teachers import build_teacher
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.engine import _Loop
 from stages import knn, pretrain
-from stages.pretrain import MaskConfig
+from stages.configs.pretrain import MaskConfig
 from tests.test_stages.conftest import MICRO, TEACHER, pretrain_config
 
 Make = Callable[..., Path]
