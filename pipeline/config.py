@@ -161,11 +161,7 @@ def _read_yaml(file: Path) -> DictConfig:
     except MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ConfigError(
-<<<<<<< HEAD
-            f"--config {file}{line} is not readable YAML ({error.problem}): quote texts with *, {{, [, # or a colon"
-=======
             f"--config {file}{line} is not readable YAML ({error.problem}): quote texts that hold *, {{, [, # or :"
->>>>>>> wing/config
         ) from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} is not readable YAML: {_first_line(error)}") from error
