@@ -23,7 +23,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from pipeline.chain import Chain
+from pipeline.assembly.chain import Chain
 from pipeline.figures import save_figure
 from pipeline.files import write_text
 from pipeline.locks import lock_folder

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline import chain as chain_of_commands
+from pipeline.assembly import chain as chain_of_commands
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.training.interruption import Interrupted

@@ -26,7 +26,7 @@ from pipeline.training.interruption import Interrupted, Interruption
 
 _STOPPING = "stopping as soon as the command in hand has saved; ctrl-C again ends it at once"
 _INTERRUPTED = 130  # exit code of a command that was stopped and has saved
-_CLI = Path(__file__).parents[1] / "cli.py"  # by its path: `-m cli` would run a cli.py of the working folder
+_CLI = Path(__file__).parents[2] / "cli.py"  # by its path: `-m cli` would run a cli.py of the working folder
 
 
 class Done(NamedTuple):
