@@ -99,8 +99,8 @@ def test_mixing_wants_even_micro_batches(colours: Path, tmp_path: Path, part: st
     ],
 )
 def test_augmentation_that_can_not_be_drawn_is_refused_before_anything_is_written(key: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_config(FinetuneConfig, None, ["data.path=/x", "output=/y", key])
+    with pytest.raises(ConfigError, match=message):  # nor is anything read: /x isn't there
+        finetune.run(load_config(FinetuneConfig, None, ["data.path=/x", "output=/y", key]))
 
 
 def test_one_key_of_the_optimiser_leaves_the_rest_of_the_recipe() -> None:
