@@ -39,7 +39,6 @@ _LASTING = frozenset(
 )
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _SPLIT = re.compile(r"(train|val|valid|validation|test)(?![a-z])", re.IGNORECASE)  # how folders and tars begin
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DIGEST_ROWS = 8192  # keys that are hashed at once
 _PAUSES = (0.1, 0.4, 1.6)  # seconds before each further attempt
 
@@ -176,8 +175,6 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
     Raises:
         DataError: nothing there, no images in it, or images beside tars.
     """
-    if _URL.match(path):
-        raise DataError(f"data.path={path}: images are read from local paths alone: copy them to a disk, or mount them")
     expanded = os.path.abspath(os.path.expanduser(path))
     tars = _find_tars(expanded)
     listing, index = open_listing(expanded, tars)
