@@ -201,13 +201,10 @@ def _scan(root: bytes, prefix: bytes) -> _Folder:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(b"."):
+                if name.startswith(b".") or (name in SYSTEM_FOLDERS and entry.is_dir()):
                     passed[HIDDEN] += 1
                     continue
                 if entry.is_dir():
-                    if name in SYSTEM_FOLDERS:
-                        passed[HIDDEN] += 1
-                        continue
                     if entry.is_symlink():
                         _check_way_out(path, entry.path)
                     folders.append(prefix + name + b"/")
