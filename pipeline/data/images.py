@@ -38,7 +38,6 @@ _LASTING = frozenset(
 )
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _SPLIT = re.compile(r"(train|val|valid|validation|test)(?![a-z])", re.IGNORECASE)  # how folders and tars begin
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DIGEST_ROWS = 8192  # keys that are hashed at once
 _PAUSES = (0.1, 0.4, 1.6)  # seconds before each further attempt
 

@@ -26,7 +26,7 @@ from pipeline.data.naming import (
     describe_ending,
     key_of,
 )
-from pipeline.data.tar_content import read_content
+from pipeline.data.tar_content import check_names, read_content
 from pipeline.errors import DataError
 from pipeline.progress import Progress
 
@@ -123,7 +123,7 @@ def list_tars(tars: Sequence[str]) -> Listing:
     blocks = [part.keys for part in parts]
     del parts  # so that `_join` frees block by block
     keys = _join(blocks)
-    _check_names(tars, keys)
+    check_names(tars, keys)
     return Listing(
         kind="tar",
         classes=(),
@@ -201,13 +201,10 @@ def _scan(root: bytes, prefix: bytes) -> _Folder:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(b"."):
+                if name.startswith(b".") or (name in SYSTEM_FOLDERS and entry.is_dir()):
                     passed[HIDDEN] += 1
                     continue
                 if entry.is_dir():
-                    if name in SYSTEM_FOLDERS:
-                        passed[HIDDEN] += 1
-                        continue
                     if entry.is_symlink():
                         _check_way_out(path, entry.path)
                     folders.append(prefix + name + b"/")
@@ -269,19 +266,6 @@ def _list_tar(tar: str) -> _Tar:
         content.stamp,
         content.passed_over,
     )
-
-
-def _check_names(tars: Sequence[str], keys: NDArray[np.bytes_]) -> None:
-    """Samples are told apart by their tar's name: two tars of one name must not hold the same one."""
-    if len({os.path.basename(tar) for tar in tars}) == len(tars):
-        return
-    names, counts = np.unique(keys, return_counts=True)
-    if (counts > 1).any():
-        name = os.fsdecode(bytes(names[int(counts.argmax())]))
-        raise DataError(
-            f"data.path: {name} is there twice, in tars of one name: name each tar once, and give tars of several "
-            "folders different names"
-        )
 
 
 def _pack(names: list[bytes]) -> NDArray[np.bytes_]:

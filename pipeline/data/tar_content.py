@@ -7,8 +7,11 @@ two ways is refused by name.
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.naming import (
     HIDDEN,
@@ -36,6 +39,19 @@ def read_content(tar: str) -> "TarContent":
         content.gather()
         content.leave_companions()
     return content
+
+
+def check_names(tars: Sequence[str], keys: NDArray[np.bytes_]) -> None:
+    """Samples are told apart by their tar's name: two tars of one name must not hold the same one."""
+    if len({os.path.basename(tar) for tar in tars}) == len(tars):
+        return
+    names, counts = np.unique(keys, return_counts=True)
+    if (counts > 1).any():
+        name = os.fsdecode(bytes(names[int(counts.argmax())]))
+        raise DataError(
+            f"data.path: {name} is there twice, in tars of one name: name each tar once, and give tars of several "
+            "folders different names"
+        )
 
 
 class TarContent:

@@ -257,9 +257,3 @@ def test_counts_are_kept_with_the_list(
         sources.append(open_images(str(tmp_path / "set")))
         assert passed(caplog) == "1 .heic"
     assert sources[1].index
-
-
-@pytest.mark.parametrize("path", ["s3://bucket/photos", "hf://datasets/a/b", "https://host/a.tar", "file:///photos"])
-def test_urls_are_no_paths(path: str) -> None:
-    with pytest.raises(DataError, match=f"^data.path={path}: images are read from local paths alone"):
-        open_images(path)
