@@ -6,7 +6,7 @@ both, so a live teacher and its cache show a student the same thing.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.assembly.caches import check_records, live_samples, match_images, open_caches, views_of
+from pipeline.assembly.caches import (
+    check_records,
+    live_samples,
+    match_images,
+    open_caches,
+    spread_records,
+    views_of,
+)
 from pipeline.assembly.extraction import Extractor
-from pipeline.assembly.resizing import Grid, resize_attention, resize_tokens
-from pipeline.assembly.samples import PretrainBatch, PretrainDataset
+from pipeline.assembly.resizing import Grid, resize_attention
+from pipeline.assembly.samples import PretrainBatch, PretrainDataset, repeat_for_masks
 from pipeline.cache import CacheReader, Quantiser
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.masks import MaskSampler, select_visible
 from pipeline.data.readable import check_readable
 from pipeline.data.views import ViewConfig
 from pipeline.errors import ConfigError
-from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.phi_s import mean_and_covariance
 from pipeline.models.summary import angular_dispersion
 from pipeline.teachers import Teacher, run_teachers, share_backbones
 
-# A batch on the device → (ids_keep int64 [B, K], teacher → raw tokens float32 [B, R, D], and, if the data set is asked
-# for them, teacher → raw summaries float32 [B, D])
+# A batch on the device → (ids_keep int64 [B, K], teacher → raw tokens [B, R, D], teacher → raw summaries [B, D])
 Targets = Callable[[PretrainBatch], tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]
 Statistics = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # teacher → mean and deviation [D]
 Covariances = dict[str, tuple[Tensor, Tensor]]  # teacher → mean [D] and covariance [D, D], float64
@@ -96,28 +101,17 @@ class CachedKnowledge:
 
     def covariances(self, _workers: int) -> Covariances:
         """Mean and covariance of the tokens in a fixed choice of each cache's records."""
-        return {name: mean_and_covariance(self._spread_tokens(cache)) for name, cache in self.caches.items()}
+        found = {}
+        for name, cache in self.caches.items():
+            records = spread_records(cache, self.samples, _images_for(cache.header.dim, cache.header.tokens))
+            found[name] = mean_and_covariance(torch.from_numpy(record.tokens) for record in records)
+        return found
 
     def dispersions(self, _workers: int) -> dict[str, Tensor]:
-        """Angular dispersion of each teacher's class tokens, in a fixed choice of its cache's records."""
-        return {name: angular_dispersion(self._spread_summaries(cache)) for name, cache in self.caches.items()}
-
-    def _spread_tokens(self, cache: CacheReader) -> Iterator[Tensor]:
-        """Tokens [L, D] of records spread evenly over the samples: of view 0, and of others where it has too few."""
-        h, w = cache.header.grid
-        wanted = _images_for(cache.header.dim, h * w)
-        for view in range(min(cache.header.views, math.ceil(wanted / len(self.samples)))):
-            for index in self._spread_samples(wanted):
-                yield torch.from_numpy(cache.read(index, view, dequantise=True).tokens)
-
-    def _spread_summaries(self, cache: CacheReader) -> Iterator[Tensor]:
-        """Class tokens [1, D] of view 0 of samples spread evenly over all."""
-        for index in self._spread_samples(_CALIBRATION):
-            yield torch.from_numpy(cache.read(index, 0, dequantise=True).summary)
-
-    def _spread_samples(self, wanted: int) -> list[int]:
-        count = min(wanted, len(self.samples))
-        return self.samples[np.arange(count) * len(self.samples) // count].tolist()  # type: ignore[no-any-return]
+        """Angular dispersion of the class tokens of view 0 of some samples, as live teachers measure it."""
+        count = min(_CALIBRATION, len(self.samples))
+        records = {name: spread_records(cache, self.samples, count) for name, cache in self.caches.items()}
+        return {name: angular_dispersion(torch.from_numpy(r.summary) for r in of) for name, of in records.items()}
 
     def check(self, seed: int, count: int) -> str:
         """See `check_records`."""
@@ -135,14 +129,14 @@ class CachedKnowledge:
 
         def summary(name: str, stored: tuple[Tensor, Tensor | None]) -> Tensor:
             values: Tensor = self.caches[name].header.summary_quantiser.dequantise(*stored)
-            return _repeat(values.squeeze(1), dataset.masks.count)
+            return repeat_for_masks(values.squeeze(1), dataset.masks.count)
 
         def targets(batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
             assert batch.ids_keep is not None
             tokens = {name: dequantise[name](*stored) for name, stored in batch.targets.items()}
             maps = {name: tokens[name] for name in dataset.resized & tokens.keys()}
             if maps:
-                tokens |= _rows_of_maps(maps, self.grids, dataset, batch.ids_keep)
+                tokens |= dataset.rows_of_maps(maps, self.grids, batch.ids_keep)
             return batch.ids_keep, tokens, {name: summary(name, stored) for name, stored in batch.summaries.items()}
 
         return targets
@@ -242,17 +236,17 @@ class LiveKnowledge:
                 attention, grid = outputs[number].attention, teachers[number].grid
                 assert attention is not None
                 attention = resize_attention(attention, grid, dataset.grid or grid)
-                ids_keep = select_visible(_repeat(attention, repeats), batch.gumbel, dataset.masks.keep)
+                ids_keep = select_visible(repeat_for_masks(attention, repeats), batch.gumbel, dataset.masks.keep)
             if not outputs or dataset.rows == "none":
                 return ids_keep, {}, {}
             of_teachers = dict(zip(self.teachers, outputs, strict=True))
             tokens = {name: output.tokens for name, output in of_teachers.items()}
             summaries = {
-                name: _repeat(output.summary.squeeze(1), repeats)
+                name: repeat_for_masks(output.summary.squeeze(1), repeats)
                 for name, output in of_teachers.items()
                 if dataset.summaries and output.summary is not None
             }
-            return ids_keep, _rows_of_maps(tokens, self.grids, dataset, ids_keep), summaries
+            return ids_keep, dataset.rows_of_maps(tokens, self.grids, ids_keep), summaries
 
         return targets
 
@@ -295,20 +289,6 @@ def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | No
     source = open_images(path, limit)
     check_readable(source)  # a cache knows which images can't be read, and leaves them out
     return LiveKnowledge(dict(teachers), source, views)
-
-
-def _rows_of_maps(
-    tokens: Mapping[str, Tensor], grids: Mapping[str, Grid], dataset: PretrainDataset, ids_keep: Tensor
-) -> dict[str, Tensor]:
-    """The rows [B, R, D] that the objective asks for, of teachers' whole maps [B / masks, L, D] on their own grids."""
-    ids = ids_keep if dataset.rows == "visible" else complement(ids_keep, dataset.masks.patches)
-    maps = {name: resize_tokens(values, grids[name], dataset.grid or grids[name]) for name, values in tokens.items()}
-    return {name: gather_tokens(_repeat(values, dataset.masks.count), ids) for name, values in maps.items()}
-
-
-def _repeat(values: Tensor, masks: int) -> Tensor:
-    """Each row [B / masks, ...] once for each mask of its sample: [B, ...]."""
-    return values.repeat_interleave(masks, 0) if masks > 1 else values
 
 
 def _images_for(dim: int, tokens: int) -> int:

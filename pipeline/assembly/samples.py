@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.assembly.resizing import Grid, resize_attention
+from pipeline.assembly.resizing import Grid, resize_attention, resize_tokens
 from pipeline.cache import CacheHeader, CacheReader, Record
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import ImageSource
@@ -19,6 +19,7 @@ from pipeline.data.slots import Empty
 from pipeline.data.views import Picture, View, ViewConfig, to_chw, view_of_epoch
 from pipeline.errors import CacheError, DataError
 from pipeline.files import hash_source
+from pipeline.models.masking import complement, gather_tokens
 
 
 @dataclass
@@ -112,6 +113,14 @@ class PretrainDataset:
         pixels[:, 1:] = pixels[:, :1]
         return batch
 
+    def rows_of_maps(
+        self, tokens: Mapping[str, Tensor], grids: Mapping[str, Grid], ids_keep: Tensor
+    ) -> dict[str, Tensor]:
+        """The rows [B, R, D] that the objective asks for, of teachers' whole maps [B / masks, L, D] on their grids."""
+        ids = ids_keep if self.rows == "visible" else complement(ids_keep, self.masks.patches)
+        maps = {name: resize_tokens(values, grids[name], self.grid or grids[name]) for name, values in tokens.items()}
+        return {name: gather_tokens(repeat_for_masks(values, self.masks.count), ids) for name, values in maps.items()}
+
     def _read(
         self, requests: list[Request], views: list[int], noise: NDArray[np.float64], empty: Empty
     ) -> tuple[list[list[Record]], NDArray[np.int64], dict[str, "_TargetRows"], dict[str, "_TargetRows"]]:
@@ -186,6 +195,11 @@ class PretrainDataset:
                 f"image {records[0].key} is not the one that the cache was made of: restore it, or extract again"
             )
         picture.show(_view_of(records[0]) if records else picture.draw(index, view), out)
+
+
+def repeat_for_masks(values: Tensor, masks: int) -> Tensor:
+    """Each row [B / masks, ...] once for each mask of its sample: [B, ...]."""
+    return values.repeat_interleave(masks, 0) if masks > 1 else values
 
 
 def _agree(records: list[Record]) -> None:
