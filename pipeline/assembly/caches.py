@@ -2,8 +2,9 @@
 
 import functools
 import logging
+import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,14 @@ def check_records(
                 _check_view(name, record, view)
     against = "their stored images" if source is None else "the live images (hash, box and flip)"
     return f"{count} random records of {', '.join(caches)}: checksums, and {against}"
+
+
+def spread_records(cache: CacheReader, samples: NDArray[np.int64], count: int) -> Iterator[Record]:
+    """Dequantised records of so many samples, spread evenly over all: of view 0, and of others if there are fewer."""
+    chosen = samples[np.arange(min(count, len(samples))) * len(samples) // min(count, len(samples))]
+    for view in range(min(cache.header.views, math.ceil(count / len(samples)))):
+        for index in chosen.tolist():
+            yield cache.read(index, view, dequantise=True)
 
 
 def _check_stored(name: str, record: Record, size: int) -> None:

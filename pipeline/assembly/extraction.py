@@ -65,8 +65,7 @@ class Extractor:
     ) -> list[CacheHeader]:
         """The headers of the caches that this extractor would write, one a teacher.
 
-        Raises:
-            TeacherError: a `summary` of a teacher that has no class token.
+        Raises TeacherError: a `summary` is wanted of a teacher without a class token.
         """
         common = {
             "store": self.store,
@@ -88,8 +87,7 @@ class Extractor:
             kept = attention if teacher.has_attention else "none"
             heads = identity["num_heads"] if kept == "heads" else 0
             fields = {"teacher": identity, "quantiser": quantiser, "attention": kept, "heads": heads}
-            fields["summary"] = "class" if summary else None
-            headers.append(CacheHeader.model_validate(common | fields))
+            headers.append(CacheHeader.model_validate(common | fields | ({"summary": "class"} if summary else {})))
         return headers
 
     def calibrate(self, name: str, samples: int, summary: bool = False) -> list[dict[str, Any]]:
@@ -103,8 +101,7 @@ class Extractor:
         states = []
         for output in self.sample(samples):
             state = Quantiser.calibrate(name, output.tokens).to_json()
-            if summary:
-                assert output.summary is not None
+            if summary and output.summary is not None:
                 of_summary = Quantiser.calibrate(name, output.summary)
                 state |= {"summary_mean": of_summary.mean.tolist(), "summary_std": of_summary.std.tolist()}
             states.append(state)
@@ -291,9 +288,8 @@ def _one_ahead(started: Iterable[PendingTargets]) -> Iterator[tuple[RenderedView
 def _join(batches: Sequence[TeacherOutput]) -> TeacherOutput:
     """Tokens and summaries of several batches as of one."""
     summaries = [out.summary for out in batches if out.summary is not None]
-    return TeacherOutput(
-        torch.cat([out.tokens for out in batches]), None, summary=torch.cat(summaries) if summaries else None
-    )
+    tokens = torch.cat([out.tokens for out in batches])
+    return TeacherOutput(tokens, None, summary=torch.cat(summaries) if summaries else None)
 
 
 def _attention(out: TeacherOutput, kind: str) -> Tensor | None:

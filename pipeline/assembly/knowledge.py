@@ -6,7 +6,7 @@ both, so a live teacher and its cache show a student the same thing.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +16,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.assembly.caches import check_records, live_samples, match_images, open_caches, views_of
+from pipeline.assembly.caches import (
+    check_records,
+    live_samples,
+    match_images,
+    open_caches,
+    spread_records,
+    views_of,
+)
 from pipeline.assembly.extraction import Extractor
-from pipeline.assembly.resizing import Grid, resize_attention, resize_tokens
-from pipeline.assembly.samples import PretrainBatch, PretrainDataset
+from pipeline.assembly.resizing import Grid, resize_attention
+from pipeline.assembly.samples import PretrainBatch, PretrainDataset, repeat_for_masks
 from pipeline.cache import CacheReader, Quantiser, RemoteCache
 from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.masks import MaskSampler, select_predicted, select_visible
 from pipeline.data.readable import leave_unreadable_out
 from pipeline.errors import ConfigError
-from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.phi_s import mean_and_covariance
 from pipeline.models.summary import angular_dispersion
 from pipeline.teachers import Teacher, run_teachers, share_backbones
@@ -104,28 +110,17 @@ class CachedKnowledge:
 
     def covariances(self, _workers: int) -> Covariances:
         """Mean and covariance of the tokens in a fixed choice of each cache's records."""
-        return {name: mean_and_covariance(self._spread_tokens(cache)) for name, cache in self.caches.items()}
+        found = {}
+        for name, cache in self.caches.items():
+            records = spread_records(cache, self.samples, _images_for(cache.header.dim, cache.header.tokens))
+            found[name] = mean_and_covariance(torch.from_numpy(record.tokens) for record in records)
+        return found
 
     def dispersions(self, _workers: int) -> dict[str, Tensor]:
-        """Angular dispersion of each teacher's class tokens, in a fixed choice of its cache's records."""
-        return {name: angular_dispersion(self._spread_summaries(cache)) for name, cache in self.caches.items()}
-
-    def _spread_tokens(self, cache: CacheReader) -> Iterator[Tensor]:
-        """Tokens [L, D] of records spread evenly over the samples: of view 0, and of others where it has too few."""
-        h, w = cache.header.grid
-        wanted = _images_for(cache.header.dim, h * w)
-        for view in range(min(cache.header.views, math.ceil(wanted / len(self.samples)))):
-            for index in self._spread_samples(wanted):
-                yield torch.from_numpy(cache.read(index, view, dequantise=True).tokens)
-
-    def _spread_summaries(self, cache: CacheReader) -> Iterator[Tensor]:
-        """Class tokens [1, D] of view 0 of samples spread evenly over all."""
-        for index in self._spread_samples(_CALIBRATION):
-            yield torch.from_numpy(cache.read(index, 0, dequantise=True).summary)
-
-    def _spread_samples(self, wanted: int) -> list[int]:
-        count = min(wanted, len(self.samples))
-        return self.samples[np.arange(count) * len(self.samples) // count].tolist()  # type: ignore[no-any-return]
+        """Angular dispersion of the class tokens of view 0 of some samples, as live teachers measure it."""
+        count = min(_CALIBRATION, len(self.samples))
+        records = {name: spread_records(cache, self.samples, count) for name, cache in self.caches.items()}
+        return {name: angular_dispersion(torch.from_numpy(r.summary) for r in of) for name, of in records.items()}
 
     def check(self, samples: NDArray[np.int64], seed: int, count: int) -> str:
         """See `check_records`."""
@@ -143,14 +138,14 @@ class CachedKnowledge:
 
         def summary(name: str, stored: tuple[Tensor, Tensor | None]) -> Tensor:
             values: Tensor = self.caches[name].header.summary_quantiser.dequantise(*stored)
-            return _repeat(values.squeeze(1), dataset.masks.count)
+            return repeat_for_masks(values.squeeze(1), dataset.masks.count)
 
         def targets(batch: PretrainBatch) -> Shown:
             assert batch.ids_keep is not None
             tokens = {name: dequantise[name](*stored) for name, stored in batch.targets.items()}
             maps = {name: tokens[name] for name in dataset.resized & tokens.keys()}
             if maps:
-                tokens |= _rows_of_maps(maps, self.grids, dataset, batch.ids_keep, batch.ids_predict)
+                tokens |= dataset.rows_of_maps(maps, self.grids, batch.ids_keep, batch.ids_predict)
             summaries = {name: summary(name, stored) for name, stored in batch.summaries.items()}
             return Shown(batch.ids_keep, tokens, batch.ids_predict, summaries)
 
@@ -252,17 +247,18 @@ class LiveKnowledge:
                 attention, grid = outputs[number].attention, teachers[number].grid
                 assert attention is not None
                 attention = resize_attention(attention, grid, dataset.grid or grid)
-                ids_keep = select_visible(_repeat(attention, masks.count // split), batch.gumbel, masks.keep, split)
+                attention = repeat_for_masks(attention, masks.count // split)
+                ids_keep = select_visible(attention, batch.gumbel, masks.keep, split)
                 if batch.lots is not None and masks.predict is not None:
                     ids_predict = select_predicted(batch.lots, ids_keep, masks.predict)
             of_teachers = dict(zip(self.teachers, outputs, strict=True))
             tokens = {name: output.tokens for name, output in of_teachers.items() if dataset.rows != "none"}
             summaries = {
-                name: _repeat(output.summary.squeeze(1), masks.count)
+                name: repeat_for_masks(output.summary.squeeze(1), masks.count)
                 for name, output in of_teachers.items()
                 if dataset.summaries and output.summary is not None
             }
-            shown_tokens = _rows_of_maps(tokens, self.grids, dataset, ids_keep, ids_predict)
+            shown_tokens = dataset.rows_of_maps(tokens, self.grids, ids_keep, ids_predict)
             return Shown(ids_keep, shown_tokens, ids_predict, summaries)
 
         return targets
@@ -306,26 +302,6 @@ def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | No
     # A cache knows which images can't be read, and leaves them out.
     (source,) = leave_unreadable_out({"data.path": open_images(path, limit)})
     return LiveKnowledge(dict(teachers), source, views)
-
-
-def _rows_of_maps(
-    tokens: Mapping[str, Tensor],
-    grids: Mapping[str, Grid],
-    dataset: PretrainDataset,
-    ids_keep: Tensor,
-    ids_predict: Tensor | None,
-) -> dict[str, Tensor]:
-    """The rows [B, R, D] that the objective asks for, of teachers' whole maps [B / masks, L, D] on their own grids."""
-    ids = ids_keep
-    if dataset.rows != "visible":
-        ids = complement(ids_keep, dataset.masks.patches) if ids_predict is None else ids_predict
-    maps = {name: resize_tokens(values, grids[name], dataset.grid or grids[name]) for name, values in tokens.items()}
-    return {name: gather_tokens(_repeat(values, dataset.masks.count), ids) for name, values in maps.items()}
-
-
-def _repeat(values: Tensor, masks: int) -> Tensor:
-    """Each row [B / masks, ...] once for each mask of its sample: [B, ...]."""
-    return values.repeat_interleave(masks, 0) if masks > 1 else values
 
 
 def _images_for(dim: int, tokens: int) -> int:

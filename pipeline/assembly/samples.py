@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.assembly.resizing import Grid, resize_attention
+from pipeline.assembly.resizing import Grid, resize_attention, resize_tokens
 from pipeline.cache import CacheHeader, CacheReader, Record
 from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode_pixels
@@ -20,6 +20,7 @@ from pipeline.data.slots import Empty
 from pipeline.data.views import Picture, View, to_chw, view_of_epoch
 from pipeline.errors import CacheError, DataError
 from pipeline.files import hash_source
+from pipeline.models.masking import complement, gather_tokens
 
 
 @dataclass
@@ -123,6 +124,16 @@ class PretrainDataset:
             self._show(index, view, records[row], pixels[row, 0])
         pixels[:, 1:] = pixels[:, :1]
         return batch
+
+    def rows_of_maps(
+        self, tokens: Mapping[str, Tensor], grids: Mapping[str, Grid], ids_keep: Tensor, ids_predict: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The rows [B, R, D] that the objective asks for, of teachers' whole maps [B / masks, L, D] on their grids."""
+        ids = ids_keep
+        if self.rows != "visible":
+            ids = complement(ids_keep, self.masks.patches) if ids_predict is None else ids_predict
+        maps = {name: resize_tokens(values, grids[name], self.grid or grids[name]) for name, values in tokens.items()}
+        return {name: gather_tokens(repeat_for_masks(values, self.masks.count), ids) for name, values in maps.items()}
 
     def _read(
         self,
@@ -235,6 +246,11 @@ class _Rows(NamedTuple):
 def _rows(values: NDArray[Any] | None) -> Tensor | None:
     """[samples, masks, N] as a tensor [B, N]."""
     return None if values is None else torch.from_numpy(values.reshape(-1, values.shape[-1]))
+
+
+def repeat_for_masks(values: Tensor, masks: int) -> Tensor:
+    """Each row [B / masks, ...] once for each mask of its sample: [B, ...]."""
+    return values.repeat_interleave(masks, 0) if masks > 1 else values
 
 
 def _agree(records: list[Record]) -> None:

@@ -95,16 +95,17 @@ def test_two_processes_extract_the_same_bytes_as_one(image_tree: Path, tmp_path:
 def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(
     image_tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache"))
+    extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", cache__summary=True))
     labelled = {"path": str(image_tree), "workers": 0}
     common: dict[str, Any] = {"data": labelled, "cache": {"path": str(tmp_path / "cache")}}
+    common["mimic"] = {"summary_weight": 1.0}
     common["knn"] = {"data": labelled, "val": labelled, "every": 1, "k": 1}
     pretrain.run(pretrain_config(tmp_path / "one", checkpoint_every=3, keep_checkpoints=5, **common))
     micro = ", ".join(f"{key}: {value}" for key, value in MICRO.items())
     arguments = [
         "pretrain", f"data={{path: {image_tree}, workers: 0}}", f"cache.path={tmp_path}/cache", f"student={{{micro}}}",
         "optim={lr: 1e-3, warmup_epochs: 0}", "batch_size=8", "max_steps=6", "log_every=1", "tensorboard=false",
-        f"output={tmp_path}/two", "checkpoint_every=3", "keep_checkpoints=5",
+        "mimic.summary_weight=1.0", f"output={tmp_path}/two", "checkpoint_every=3", "keep_checkpoints=5",
         f"knn={{data: {{path: {image_tree}, workers: 0}}, val: {{path: {image_tree}, workers: 0}}, every: 1, k: 1}}",
     ]  # fmt: skip
     done = torchrun(2, *arguments)

@@ -167,8 +167,9 @@ def test_dispersions_are_measured_once_and_a_resumed_run_goes_on_bit_for_bit(
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    records = [open_cache(paths["b"]).read(index, 0, dequantise=True).summary for index in range(24)]
-    units = np.concatenate(records) / np.linalg.norm(np.concatenate(records), axis=1, keepdims=True)
+    reader = open_cache(paths["b"])
+    found = [reader.read(index, 0, dequantise=True).summary for index in range(24)]
+    units = np.concatenate(found) / np.linalg.norm(np.concatenate(found), axis=1, keepdims=True)
     assert whole["summary.b.dispersion"].item() == pytest.approx(1 - np.linalg.norm(units.mean(0)), rel=1e-5)
 
 

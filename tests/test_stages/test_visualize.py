@@ -82,7 +82,7 @@ def test_a_cache_with_all_heads_shows_each(
 ) -> None:
     keys = {
         "data": {"path": str(image_tree), "workers": 0},
-        "cache": {"path": str(make_cache(cache__attention="heads"))},
+        "cache": {"path": str(make_cache(cache__attention="heads", cache__summary=True))},
     }
     facts = visualize.run(config(student_run, tmp_path / "a.png", **keys))
     assert columns(facts) == WHOLE.replace("student's attention", "student's attention | teacher's heads")
