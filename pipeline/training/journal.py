@@ -75,13 +75,13 @@ class Pace:
 
     def line(self, done: int, latest: Mapping[str, Any]) -> str | None:
         """The line that is due after `done` steps, if one is; `latest` metrics are quoted."""
-        now = time.monotonic()
+        moment = time.monotonic()
         if self._first is None:
-            self._first, self._next_line = (done, now), now + _FIRST_ESTIMATE
-        if now < self._next_line or done == self._first[0]:
+            self._first, self._next_line = (done, moment), moment + _FIRST_ESTIMATE
+        if moment < self._next_line or done == self._first[0]:
             return None
-        self._next_line = now + _EVERY
-        left = (self._total - done) * (now - self._first[1]) / (done - self._first[0])
+        self._next_line = moment + _EVERY
+        left = (self._total - done) * (moment - self._first[1]) / (done - self._first[0])
         parts = [f"step {done} of {self._total} ({done / self._total:.0%})"]
         for name, form in (("loss", "{:.4f}"), ("lr", "{:.2g}"), ("images_per_s", "{:.3g}"), ("data_wait", "{:.0%}")):
             if name in latest:
