@@ -55,6 +55,41 @@ def large(cache: Path, shard: int) -> Path:
     return cache / (f"tokens/c.{shard}.1.0.0" if (cache / "tokens").exists() else f"shards/{shard:06d}-01.tar")
 
 
+@pytest.mark.parametrize("moments", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_and_run_again_it_gives_the_same_tree(moments: int, cache: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for number in range(moments):
+        target = tmp_path / f"copy{number}"
+        if _killed_at(int(random.integers(1, 60)), cache, target):
+            assert len(list(target.glob("commits/*.json"))) < 3
+        copy(cache, target)
+        assert content(target) == content(cache)
+
+
+def _killed_at(moment: int, cache: Path, target: Path) -> bool:
+    """Copy in a process that ends at its n-th write, without any handler; returns whether it did."""
+    pid = os.fork()
+    if not pid:
+        try:
+            count = iter(range(1, moment))
+
+            def blocks(self: copying.Folder, name: str, size: int) -> Iterator[bytes]:
+                data = (self.root / name).read_bytes()
+                for half in (data[: size // 2], data[size // 2 :]):
+                    if next(count, None) is None:
+                        os._exit(9)
+                    yield half
+
+            copying.Folder.blocks = blocks  # type: ignore[method-assign,assignment]
+            copy(cache, target)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
 def test_to_a_bucket_and_back_gives_the_same_tree(cache: Path, s3: str, tmp_path: Path) -> None:
     url = f"s3://bucket/{tmp_path.parent.name}/{tmp_path.name}"
     facts = copy(cache, url)
@@ -95,40 +130,6 @@ def test_damage_in_a_bucket_is_found_and_replaced(cache: Path, s3: str, tmp_path
     assert copy(cache, url, full=True)["copied"] > 0
     copy(url, tmp_path / "back")
     assert content(tmp_path / "back") == content(cache)
-
-
-def test_killed_at_any_moment_and_run_again_it_gives_the_same_tree(cache: Path, tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    for number in range(20):
-        target = tmp_path / f"copy{number}"
-        if _killed_at(int(random.integers(1, 60)), cache, target):
-            assert len(list(target.glob("commits/*.json"))) < 3
-        copy(cache, target)
-        assert content(target) == content(cache)
-
-
-def _killed_at(moment: int, cache: Path, target: Path) -> bool:
-    """Copy in a process that ends at its n-th write, without any handler; returns whether it did."""
-    pid = os.fork()
-    if not pid:
-        try:
-            count = iter(range(1, moment))
-
-            def blocks(self: copying.Folder, name: str, size: int) -> Iterator[bytes]:
-                data = (self.root / name).read_bytes()
-                for half in (data[: size // 2], data[size // 2 :]):
-                    if next(count, None) is None:
-                        os._exit(9)
-                    yield half
-
-            copying.Folder.blocks = blocks  # type: ignore[method-assign,assignment]
-            copy(cache, target)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, 9)
-    return code == 9
 
 
 def test_damage_at_the_source_is_named_and_all_else_copied(cache: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from pipeline.configs.cache import CacheInput
 from pipeline.errors import CacheError
 from stages import pretrain
 from tests.servers import FilesServer, s3_server, upload
-from tests.test_pipeline.cache.test_remote import local_bytes
-from tests.test_stages.conftest import MICRO, pretrain_config
-from tests.test_stages.test_processes import forked_ranks
+from tests.test_stages.conftest import pretrain_config
 
 
 @pytest.fixture(scope="module")
@@ -149,33 +146,3 @@ def test_other_urls_are_refused_in_one_line(
     assert line in done.output
     assert "secret" not in done.output
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_folder_that_keeps_its_limit(cache: Path, image_tree: Path, tmp_path: Path) -> None:
-    """Looked at every 10 ms; and the weights are those of two processes that read a local copy."""
-    keys = [f"student.{key}={value}" for key, value in MICRO.items()]
-    keys += ["order.kind=block", "order.window=1", "batch_size=8", "max_steps=12", "tensorboard=false"]
-    keys += ["data.workers=1", *([f"data.path={image_tree}"] if cache.name == "zarr" else [])]
-    local, worst, stop = tmp_path / "local", [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.01):
-            worst[0] = max(worst[0], local_bytes(local))
-
-    with FilesServer(cache).running() as server:
-        place = CacheInput.model_validate({"path": server.url, "local": str(local)}).place
-        limit = room_for_two(place)
-        places = {"a": [f"cache.path={cache}"], "b": [f"cache.path={server.url}", f"cache.local={local}"]}
-        places["b"].append(f"cache.local_limit={limit}")
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        for name, where in places.items():
-            for done in forked_ranks(2, "pretrain", f"output={tmp_path / name}", *keys, *where):
-                assert done.returncode == 0, done.stderr
-        stop.set()
-        watcher.join()
-        large = [path for path, _, sent in server.requests if path.startswith(("tokens/", "shards/"))]
-        assert len(large) > len(set(large))  # shards were removed and fetched again
-    assert equal(weights(tmp_path / "b"), weights(tmp_path / "a"))
-    assert 0 < worst[0] <= limit + 3 * 400  # beside what is counted: the markers
