@@ -10,12 +10,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from pipeline.models.student_config import StudentConfig
 from safetensors import safe_open
 from torch.nn import functional as F
 
 import stages.export
 from pipeline.assembly.students import read_start
+from pipeline.configs.models import StudentConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models import Classifier, Student, build_classifier, build_student, load_weights, save_weights
 from stages.export import ExportConfig

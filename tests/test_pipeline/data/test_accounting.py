@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.configs.data import DataConfig
 from pipeline.data.decoding import decode
-from pipeline.data.images import DataConfig, ImageSource, open_images
+from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import open_labelled
 from pipeline.data.naming import EXTENSIONS
 from pipeline.errors import DataError
