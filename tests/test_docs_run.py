@@ -98,9 +98,13 @@ ELSEWHERE = {
         "a cluster's own; the scripts that they start are blocks of the same document",
         "tests/test_docs_run.py::test_shown_commands_run",
     ),
-    r"mrmae ablate --config configs/ablation_imagenette\.yaml.*": (
-        "17 variants, each in processes of its own; its tiny twin is run",
+    r"mrmae ablate --config configs/(ablation|two_teachers)_imagenette\.yaml.*": (
+        "many variants, each in processes of its own; a tiny twin is run",
         "tests/test_configs.py::test_the_tiny_ablation",
+    ),
+    r"mrmae bootstrap --config configs/ablation_imagenette\.yaml.*": (
+        "pre-trainings in processes of their own; small ones are run",
+        "tests/test_stages/test_bootstrap.py::test_each_student_teaches_the_next",
     ),
 }
 # What a document says that its commands leave.
