@@ -82,3 +82,12 @@ def test_the_tiny_ablation(real_data: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     run("ablate", "ablation_imagenette_tiny.yaml")
     assert "| mr_mae |" in (tmp_path / "runs/ablation_tiny/table.md").read_text()
+
+
+@pytest.mark.usefixtures("forked_commands")
+def test_the_tiny_pair_of_teachers(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRMAE_DATA", str(real_data))
+    monkeypatch.chdir(tmp_path)
+    for command in ("extract-teacher-features", "ablate"):
+        run(command, "two_teachers_imagenette_tiny.yaml")
+    assert "| PHI-S |" in (tmp_path / "runs/two_teachers_tiny/table.md").read_text()
