@@ -83,6 +83,8 @@ def suggest(name: str, choices: Iterable[str], otherwise: str) -> str:
 def wanted(problem: Mapping[str, Any]) -> str:
     """What a value must be, of one of the problems that pydantic's ValidationError lists."""
     kind: str = problem["type"]
+    if kind == "value_error":  # of a validator here, in words of its own
+        return str(problem["msg"]).removeprefix("Value error, ")
     if problem["input"] == "":
         return "must not be empty"
     family = kind if kind in _WANTED else kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_error")

@@ -224,7 +224,7 @@ class CacheHeader(_Section):
                     f"{where}: this cache is compressed with Blosc, which only earlier versions of mrmae read: "
                     "extract again into a new folder, or use an earlier version"
                 ) from error
-            raise CacheDamage(f"{where}: {key}: {wanted(problem)}; {remedy}") from error
+            raise CacheDamage(": ".join(filter(None, (where, key, wanted(problem)))) + f"; {remedy}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CacheDamage(f"{where} is no cache.json of version 1 or 2; {remedy}") from error
         if stated != header.fingerprint or not unchanged:

@@ -37,7 +37,7 @@ def test_keys_that_are_given_go_over_the_checkpoints(given: dict[str, Any] | Non
 def test_another_name_stands_alone(name: str) -> None:
     """Also if it is the default's: what counts is that it was given."""
     student = StudentConfig(name=name, depth=2)
-    expected = {"name": name, "image_size": 224, "depth": 2, "decoder": "full", "gradient_checkpointing": False}
+    expected = {"name": name, "depth": 2, "decoder": "full", "gradient_checkpointing": False}
     assert student_arguments(None, student, SPEC) == expected == student_arguments(None, student, None)
 
 
