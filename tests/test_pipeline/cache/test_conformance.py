@@ -139,9 +139,9 @@ def test_only_a_cache_with_a_summary_has_version_2(tmp_path: Path, cache: Path) 
     assert CacheHeader.from_bytes(header.to_bytes()) == header
     for changes, problem in (
         ({"version": 1}, "version 1 doesn't fit what the cache holds"),
-        ({"version": 3}, "version: Input should be 1 or 2"),
-        ({"summary": "pooled"}, "summary: Input should be 'class'"),
-        ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
+        ({"version": 3}, "version: must be 1 or 2"),
+        ({"summary": "pooled"}, "summary: must be 'class'"),
+        ({"colour": "blue"}, "colour: is unknown"),
     ):
         (tmp_path / "cache.json").write_text(json.dumps(header.to_json() | changes, sort_keys=True, indent=1) + "\n")
         with pytest.raises(CacheDamage, match=problem) as refused:

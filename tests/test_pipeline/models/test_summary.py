@@ -37,7 +37,7 @@ def test_the_loss_is_the_cosine_distance_from_the_class_token_or_the_mean(
 ) -> None:
     student = micro(family, summary_weight=0.5, summary_source=source).eval()
     drawn, summaries = batch(student), class_tokens(student)
-    result = student(*drawn, summaries)
+    result = student(*drawn, summaries=summaries)
     x, _ = student.encoder.forward_blocks(drawn.images, drawn.ids_keep)
     normed = layer_norm(x, (48,), eps=1e-6)
     vector = normed[:, 0] if (family, source) == ("vit", None) else normed[:, -drawn.ids_keep.shape[1] :].mean(1)
@@ -54,7 +54,7 @@ def test_no_masked_pixel_reaches_it(micro: Build, batch: Draw, kind: str) -> Non
     summaries = class_tokens(student)
     visible = visible_map(ids_keep, student.grid, student.encoder.patch_size)
     other = torch.where(visible == 1, images, torch.randn_like(images) * 50)
-    before, after = (student(pixels, ids_keep, targets, summaries) for pixels in (images, other))
+    before, after = (student(pixels, ids_keep, targets, summaries=summaries) for pixels in (images, other))
     assert torch.equal(before["summary_loss"], after["summary_loss"])
 
 
@@ -67,7 +67,7 @@ def test_every_parameter_takes_part_in_every_step(
     """DDP stops at a parameter without a gradient."""
     options: dict[str, Any] = {"teachers": {"clip": 8, "dino": 12}, "drop_teachers": "loss"} if several else {}
     student = micro(family, objective=objective, summary_weight=1.0, summary_source=source, **options)
-    student(*batch(student), class_tokens(student))["loss"].backward()
+    student(*batch(student), summaries=class_tokens(student))["loss"].backward()
     assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -95,10 +95,10 @@ def test_teachers_of_narrow_and_wide_cones_are_balanced(micro: Build, batch: Dra
 
     student = micro("vit", teachers={"narrow": 8, "wide": 8}, teacher_weights={"wide": 3.0}, summary_weight=1.0)
     drawn, summaries = batch(student), {name: cone(0.5, 3) for name in cones}
-    before = student(*drawn, summaries)
+    before = student(*drawn, summaries=summaries)
     for name, dispersion in dispersions.items():
         student.set_dispersion(name, dispersion)
-    after = student(*drawn, summaries)
+    after = student(*drawn, summaries=summaries)
     for name, dispersion in dispersions.items():
         torch.testing.assert_close(after[f"summary_loss/{name}"] * dispersion.float(), before[f"summary_loss/{name}"])
     shared = 0.25 * after["summary_loss/narrow"] + 0.75 * after["summary_loss/wide"]

@@ -204,7 +204,7 @@ def test_unreadable_files_are_one_clear_line(tmp_path: Path, micro: Build) -> No
     (tmp_path / "folder").mkdir()
     for name, message in {
         "absent.pth": "no such file",
-        "torn.safetensors": "can't be read",
+        "torn.safetensors": "is torn",
         "torn.pth": "can't be read",
         "empty.pth": "holds no tensors",
         "code.pth": "holds more than tensors and is refused",

@@ -104,7 +104,7 @@ def test_a_start_cleans_what_killed_ones_left_and_is_the_only_writer(tmp_path: P
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     with Run(config(tmp_path), {}):
-        assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.yaml", "run.lock"]
+        assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.yaml", "run.lock", "train.log"]
         assert os.listdir(tmp_path / "checkpoints") == []
     assert not (tmp_path / "run.lock").exists()
 
