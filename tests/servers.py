@@ -4,6 +4,7 @@ import os
 import re
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,6 +115,9 @@ def s3_server() -> Iterator[str]:
     try:
         import fsspec
 
+        fsspec.filesystem("s3").clear_instance_cache()  # one that knows no such server, of an earlier test
+        with urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")):
+            pass  # what an earlier server of this process holds
         fsspec.filesystem("s3").mkdir("bucket")
         yield f"http://{host}:{port}"
     finally:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ import cli
 from pipeline.teachers.registry import TEACHERS, Entry
 from tests.coco import write_coco
 from tests.pictures import smooth_picture
+from tests.servers import s3_server
 from tests.test_docs import DOCUMENTS, LAUNCHERS, ROOT, calls_in, code_blocks, launched
 
 STUDENT = "student.dim=48 student.num_heads=3"
@@ -175,12 +177,14 @@ def test_shown_commands_run(document: Path, folder: Path, monkeypatch: pytest.Mo
     run_here = [call for call in calls if not elsewhere(call)]
     listed = [line for line in calls_in(text) if any(re.search(pattern, line) for pattern in ELSEWHERE)]
     assert len(run_here) == len(calls_in(text)) - len(listed), [call.words for call in calls]
-    for call in run_here:
-        for name, value in call.exported.items():
-            monkeypatch.setenv(name, value)
-        words = made_small(call)
-        result = CliRunner().invoke(cli.main, words)
-        assert result.exit_code == 0, f"{document.name}: {shlex.join(call.words)}\n{result.output}{result.exception!r}"
+    with s3_server() if "s3://" in "".join(calls_in(text)) else nullcontext():
+        for call in run_here:
+            for name, value in call.exported.items():
+                monkeypatch.setenv(name, value)
+            words = made_small(call)
+            result = CliRunner().invoke(cli.main, words)
+            output = f"{result.output}{result.exception!r}"
+            assert result.exit_code == 0, f"{document.name}: {shlex.join(call.words)}\n{output}"
     for left in LEFT.get(document.name, []):
         assert (folder / left).exists(), f"{document.name} promises {left}"
 

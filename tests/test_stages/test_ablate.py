@@ -133,7 +133,7 @@ def test_a_cli_of_the_working_folder_is_not_run(tmp_path: Path, monkeypatch: pyt
 def test_a_torn_record_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "done.json").write_text(content)
     with pytest.raises(PipelineError, match=r"done\.json is damaged .* remove it, and what it stood for runs again"):
-        ablate._read(tmp_path / "done.json")
+        chain_of_commands._read(tmp_path / "done.json")
 
 
 @pytest.mark.usefixtures("forked_commands")

@@ -25,7 +25,11 @@ from tests.test_stages.conftest import ENCODER, MICRO, extract_config
 ROOT = Path(__file__).parents[2]
 SLICE = 4  # failures of a scenario in the fast suite, spread over its operations
 _TIMES = ("times", "digest", "images_per_s", "data_wait", "checkpoint_s", "memory_gib")  # may differ, times and memory
-_GROWING = ("metrics.jsonl", "train.log")  # appended row by row; a torn last row is dropped by the next start
+_GROWING = (
+    "metrics.jsonl",
+    "train.log",
+    "starts.jsonl",
+)  # appended row by row; a torn last row is dropped by the next start
 
 
 @dataclass(frozen=True)

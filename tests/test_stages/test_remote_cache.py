@@ -133,7 +133,7 @@ def test_cache_info_reads_a_url(cache: Path, tmp_path: Path, monkeypatch: pytest
         ),
         (
             ["extract-teacher-features", "data.path=s3://b/c", "teacher.spec=clip_vitb16", "cache.path=x"],
-            "data.path: s3://b/c is no local path",
+            "data.path=s3://b/c: images are read from local paths alone",
         ),
     ],
 )

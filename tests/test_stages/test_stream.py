@@ -124,4 +124,5 @@ def test_the_memory_of_a_worker_is_flat_over_fifty_epochs(cache: Path, image_tre
     assert done.returncode == 0, done.stderr
     private = json.loads(done.stdout)
     assert len(private) == epochs
-    assert max(private[10:]) < max(private[:10]) + 2 * 2**20, private
+    half = epochs // 2  # by then most pages that are ever unshared have been
+    assert max(private[half:]) < max(private[:half]) + 2**20, private

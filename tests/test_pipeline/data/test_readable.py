@@ -1,5 +1,6 @@
 """Images that can't be read are found before any training."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_up_to_a_hundredth_is_left_out(tmp_path: Path, caplog: pytest.LogCapture
     root = tree(tmp_path / "set", images=200)
     whole = open_images(str(root))
     assert leave_unreadable_out({"x": whole}) == [whole]
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     (root / "cat/10.png").write_bytes(b"")
     (root / "dog/11.png").write_bytes((root / "dog/11.png").read_bytes()[:50])
     (kept,) = leave_unreadable_out({"x": open_images(str(root))})
