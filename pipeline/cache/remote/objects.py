@@ -1,8 +1,8 @@
 """The files below a URL, through fsspec: read in blocks and written, with retries.
 
 fsspec has one interface for S3 (s3fs), Google Cloud (gcsfs), the Hugging Face hub and web servers, and starts anew in a
-forked process. obstore reads a third faster for half the CPU time, but a process forked after its first read hangs, and
-it does not know the hub.
+forked process. obstore read 780 to 1,170 MB/s on the loopback, fsspec 450 to 960, for two thirds of the CPU time. But a
+process that is forked after its first read hangs, and it does not know the hub.
 """
 
 import contextlib
