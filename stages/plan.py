@@ -15,6 +15,7 @@ cache, the student alone. `step_over_mae` is that step over one with MAE's decod
 docs/scaling.md.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -148,6 +149,7 @@ def _sources(config: PlanConfig) -> Mapping[str, str]:
     }
 
 
+@functools.cache
 def step_gmac(
     student: str, mask_ratio: float, decoder: DecoderKind = "full", predict_share: float | None = None
 ) -> float:

@@ -130,8 +130,16 @@ def unix_socket(file: Path) -> None:
         os.chdir(folder)
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("make", [pipe, endless, itself, hole, folder, unix_socket])
+_SLOW_IN_ZARR = [  # eight files each take their turn there
+    pytest.param("zarr", make, marks=pytest.mark.slow) for make in (endless, hole, folder, unix_socket)
+]
+
+
+@pytest.mark.parametrize(
+    ("store", "make"),
+    [("zarr", pipe), ("zarr", itself), *_SLOW_IN_ZARR]
+    + [("webdataset", make) for make in (pipe, endless, itself, hole, folder, unix_socket)],
+)
 def test_what_is_no_regular_file_is_found_not_opened_and_repaired(
     tmp_path: Path, store: str, make: Callable[[Path], None]
 ) -> None:
