@@ -25,6 +25,7 @@ from pipeline.locks import is_alive, taking_turns
 
 PARTIAL = ".partial"
 _FOREIGN = 600.0  # seconds without a write, after which another host's temporary file counts as a dead writer's
+_UNLOCKED = 10  # seconds that a writer of this host may take from creating its file to locking it
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK})  # exFAT, object mounts
 
 
@@ -101,8 +102,10 @@ def _create(path: Path) -> tuple[Path, FileIO]:
 def remove_dead_partials(path: Path) -> None:
     """Remove the temporary files that killed writers of `path` left behind; those of a writer at work stay.
 
-    A writer of this host is dead when its process is; one of another host when it has not written for ten minutes. A
-    lock on the file keeps it in any case. On a file system without locks all stay: nothing reads them.
+    A writer holds a lock on its file, which ends with its process. It may not have taken the lock yet: so a file of some
+    seconds stays while its process lives (an older one does not: a restarted container has the same numbers).
+    A writer of another host is dead when it has not written for ten minutes either. On a file system without locks all
+    stay: nothing reads them.
     """
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         _remove_if_dead(partial)
@@ -127,10 +130,10 @@ def _remove_if_dead(partial: Path) -> None:
     host, writer = _writer_of(partial)
     # Opened for writing, though nothing is written: NFS grants an exclusive lock to no other.
     with contextlib.suppress(OSError), partial.open("r+b") as file:
-        if writer.isdecimal():  # earlier versions named no writer
-            age = time.time() - os.fstat(file.fileno()).st_mtime
-            if is_alive(int(writer)) if host == _host() else age < _FOREIGN:
-                return
+        age = time.time() - os.fstat(file.fileno()).st_mtime
+        unlocked = age < _UNLOCKED and writer.isdecimal() and is_alive(int(writer))
+        if unlocked if host == _host() else writer.isdecimal() and age < _FOREIGN:  # earlier versions named no writer
+            return
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         partial.unlink()
 
