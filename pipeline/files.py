@@ -102,8 +102,8 @@ def _create(path: Path) -> tuple[Path, FileIO]:
 def remove_dead_partials(path: Path) -> None:
     """Remove the temporary files that killed writers of `path` left behind; those of a writer at work stay.
 
-    A writer holds a lock on its file, which ends with its process. It may not have taken the lock yet: so a file of some
-    seconds stays while its process lives (an older one does not: a restarted container has the same numbers).
+    A writer holds a lock on its file, which ends with its process. It may not have taken the lock yet: so a file a few
+    seconds old stays while its process lives (an older one does not: a restarted container has the same numbers).
     A writer of another host is dead when it has not written for ten minutes either. On a file system without locks all
     stay: nothing reads them.
     """
