@@ -171,32 +171,29 @@ class Student(nn.Module):
         Raises:
             ConfigError: a teacher's targets are missing, of another shape, or lack the statistics they need.
         """
+        result: dict[str, Tensor] = {}
         if self.decoder is None:
-            result = self._mimic_losses(self.encoder.forward_blocks(images, ids_keep)[1], targets or {})
-            return {"loss": self.mimic_weight * result["mimic_loss"], **result}
+            last, tokens = self.encoder.forward_blocks(images, ids_keep)
+        else:
+            if ids_predict is None:
+                ids_predict = complement(ids_keep, self.grid[0] * self.grid[1])  # [B, L-K]
+            encoded = self.encoder(images, ids_keep)
+            decoded = self.decoder(encoded.latent, ids_keep, ids_predict)  # [B, P, d]
+            last, tokens = encoded.last, encoded.hidden if self.objective.mimics == "encoder" else [decoded]
+            if self.objective.pixels:
+                result["pred"] = self.decoder.predict_pixels(decoded)  # [B, P, p*p*3]
+                true = gather_tokens(patchify(images, self.encoder.patch_size), ids_predict)  # [B, P, p*p*3]
+                result["pixel_loss"] = pixel_loss(result["pred"], true, self.norm_pix_loss)
 
-        if ids_predict is None:
-            ids_predict = complement(ids_keep, self.grid[0] * self.grid[1])  # [B, L-K]
-        encoded = self.encoder(images, ids_keep)
-        decoded = self.decoder(encoded.latent, ids_keep, ids_predict)  # [B, P, d]
-        result = {}
         loss = images.new_zeros((), dtype=torch.float32)
-
         if self.objective.mimics:
-            tokens = encoded.hidden if self.objective.mimics == "encoder" else [decoded]
             result |= self._mimic_losses(tokens, targets or {})
             loss = loss + self.mimic_weight * result["mimic_loss"]
-
         if self.summary:
-            result |= self._summary_losses(encoded.last, summaries or {})
+            result |= self._summary_losses(last, summaries or {})
             loss = loss + self.summary_weight * result["summary_loss"]
-
         if self.objective.pixels:
-            result["pred"] = self.decoder.predict_pixels(decoded)  # [B, P, p*p*3]
-            true = gather_tokens(patchify(images, self.encoder.patch_size), ids_predict)  # [B, P, p*p*3]
-            result["pixel_loss"] = pixel_loss(result["pred"], true, self.norm_pix_loss)
             loss = loss + self.pixel_weight * result["pixel_loss"]
-
         return {"loss": loss, **result}
 
     def _mimic_losses(self, tokens: list[Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:

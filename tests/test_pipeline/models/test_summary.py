@@ -59,7 +59,7 @@ def test_no_masked_pixel_reaches_it(micro: Build, batch: Draw, kind: str) -> Non
 
 
 @pytest.mark.parametrize("several", [True, False])
-@pytest.mark.parametrize("objective", ["mr_mae", "feature_decoder"])
+@pytest.mark.parametrize("objective", ["mr_mae", "feature_encoder", "feature_decoder"])
 @pytest.mark.parametrize(("family", "source"), SOURCES)
 def test_every_parameter_takes_part_in_every_step(
     micro: Build, batch: Draw, family: str, source: str | None, objective: str, several: bool
