@@ -1,6 +1,6 @@
 """Pre-train in stages: each student is the teacher of the next one.
 
-    mrmae bootstrap --config configs/bootstrap_imagenette.yaml stages=2
+    mrmae bootstrap --config configs/ablation_imagenette.yaml stages=2
 
 Reads the sections of the commands in --config, and `bootstrap` beside them. Stage 1 learns from the teacher of
 `extract-teacher-features`, or from pixels alone with start=pixels. Each later stage extracts the features of the
@@ -24,6 +24,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pipeline.assembly.chain import Chain
+from pipeline.configs.teachers import TeacherConfig
+from pipeline.errors import ConfigError
 from pipeline.figures import save_figure
 from pipeline.files import write_text
 from pipeline.locks import lock_folder
@@ -31,8 +33,13 @@ from stages.configs.bootstrap import BootstrapConfig
 
 matplotlib.use("Agg")
 
-# A student brings its own weights and size; what the section says of the first teacher isn't meant for it.
-_NO_OTHER_KEYS = ["teacher.weights=null", "teacher.image_size=null"]
+_EXTRACT = "extract-teacher-features"
+# What the section says of the first teacher (its weights, size and layers) isn't meant for a student: the defaults are.
+_NO_OTHER_KEYS = [
+    f"teacher.{name}={'null' if field.default is None else field.default}"
+    for name, field in TeacherConfig.model_fields.items()
+    if name not in (TeacherConfig.main_key, "compile")
+]
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,14 @@ def run(config: BootstrapConfig, file: Path, say: Callable[[str], None] = lambda
     """Run every stage that isn't done; returns the table.
 
     Raises:
-        ConfigError: the file lacks a section that will be needed.
+        ConfigError: the file lacks a section that will be needed, or has several teachers.
         PipelineError: a command failed; its log is named. Interrupted: it was stopped.
     """
     chain = Chain(file, say)
     extracts = config.start == "teacher" or config.stages > 1
-    chain.check([*(["extract-teacher-features"] if extracts else []), "pretrain", *config.measures])
+    chain.check([*([_EXTRACT] if extracts else []), "pretrain", *config.measures])
+    if extracts and chain.section(_EXTRACT).get("teachers"):
+        raise ConfigError(f"--config {file}, section '{_EXTRACT}': stages have one teacher; give teacher.spec instead")
     with lock_folder(config.output):
         return _run_all(config, chain)
 
@@ -62,7 +71,7 @@ def run(config: BootstrapConfig, file: Path, say: Callable[[str], None] = lambda
 def _run_all(config: BootstrapConfig, chain: Chain) -> str:
     if config.start == "teacher":
         cache = _first_cache(config)
-        chain.run("extract-teacher-features", [f"cache.path={cache}"], cache.parent, "stage 1")
+        chain.run(_EXTRACT, [f"cache.path={cache}"], cache.parent, "stage 1")
     results: list[Result] = []
     for seed in config.seeds:
         for stage in range(1, config.stages + 1):
@@ -103,7 +112,7 @@ def _steps(config: BootstrapConfig, seed: int, stage: int) -> Iterator[tuple[str
         yield "pretrain", [f"cache.path={_first_cache(config)}", *trained]
     else:
         before = _folder(config, seed, stage - 1) / "student"
-        yield "extract-teacher-features", [f"teacher.spec=mrmae:{before}", *_NO_OTHER_KEYS, f"cache.path={cache}"]
+        yield _EXTRACT, [f"teacher.spec=mrmae:{before}", *_NO_OTHER_KEYS, f"cache.path={cache}"]
         start = [f"init={before}"] if config.init == "previous" else []
         yield "pretrain", [*_later_caches(config, cache), *trained, *start, *config.pretrain]
     for measure in config.measures:

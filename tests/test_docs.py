@@ -132,6 +132,7 @@ def test_commands_exist_and_know_their_keys(document: str, line: str) -> None:
         name.append(word)
     for word in words:
         assert not word.startswith("--") or word in options(command), f"{document}: {command.name} has no {word}"
+        assert not word.startswith("configs/") or (ROOT / word).exists(), f"{document}: there is no {word}"
     keys = [word.partition("=")[0] for word in words if re.match(r"[a-z_.]+=", word)]
     config = CONFIGS.get(" ".join(name))
     assert config is not None or not keys

@@ -54,12 +54,20 @@ class Chain:
             ConfigError: a section is missing or doesn't resolve.
         """
         for step in steps:
-            if not isinstance(self._root.get(step), DictConfig):
-                raise ConfigError(f"--config {self.file} has no section '{step}': add it")
-            try:
-                OmegaConf.to_container(self._root[step], resolve=True)
-            except OmegaConfBaseException as error:
-                raise ConfigError(f"--config {self.file}, section '{step}': {str(error).splitlines()[0]}") from error
+            self.section(step)
+
+    def section(self, step: str) -> dict[str, Any]:
+        """What a command's section says, resolved.
+
+        Raises:
+            ConfigError: it is missing or doesn't resolve.
+        """
+        if not isinstance(self._root.get(step), DictConfig):
+            raise ConfigError(f"--config {self.file} has no section '{step}': add it")
+        try:
+            return cast(dict[str, Any], OmegaConf.to_container(self._root[step], resolve=True))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"--config {self.file}, section '{step}': {str(error).splitlines()[0]}") from error
 
     def run(self, step: str, keys: Sequence[str], folder: Path, title: str, output: Path | None = None) -> Done:
         """Run `mrmae STEP --config FILE KEYS`, unless it is done.

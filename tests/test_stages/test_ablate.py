@@ -59,7 +59,6 @@ def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None
     table = ablate.run(config, file, said.append)
     out = tmp_path / "ablation"
     runs = ["untrained, seed {}: knn", "mr_mae, seed {}: pretrain", "mr_mae, seed {}: knn"]
-    runs = ["untrained, seed {}: knn", "mr_mae, seed {}: pretrain", "mr_mae, seed {}: knn"]
     assert said == ["cache one: extract-teacher-features", *(run.format(seed) for seed in (0, 1) for run in runs)]
     rows = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
     assert [(row["variant"], row["seed"]) for row in rows] == [

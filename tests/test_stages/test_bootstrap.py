@@ -82,6 +82,30 @@ def test_the_first_teacher_keeps_a_share(image_tree: Path, tmp_path: Path) -> No
     assert student.mimic.teacher_weights == {"previous": 0.75, "first": 0.25}
 
 
+def test_what_the_section_says_of_the_first_teacher_is_not_said_of_a_student(image_tree: Path, tmp_path: Path) -> None:
+    file = write_stages(tmp_path, image_tree)
+    config = OmegaConf.load(file)
+    config["extract-teacher-features"].teacher.update({"tokens": "block", "layer": 3, "layers": 2})
+    OmegaConf.save(config, file)
+    run(file, [])
+    first, second = (open_cache(tmp_path / "stages" / cache) for cache in ("first_teacher/cache", "seed0/stage2/cache"))
+    assert (first.header.teacher["tokens"], first.header.teacher["layer"]) == ("block", 3)
+    assert second.header.teacher["tokens"] == "norm"
+    assert second.header.teacher.get("layer") is None
+
+
+@pytest.mark.parametrize("start", ["teacher", "pixels"])
+def test_several_teachers_are_refused_before_hours_of_work(image_tree: Path, tmp_path: Path, start: str) -> None:
+    file = write_stages(tmp_path, image_tree, start=start)
+    config = OmegaConf.load(file)
+    section = config["extract-teacher-features"]
+    section.teachers = {"first": section.pop("teacher")}
+    OmegaConf.save(config, file)
+    with pytest.raises(ConfigError, match=r"'extract-teacher-features': stages have one teacher; give teacher.spec"):
+        run(file, said := list[str]())
+    assert said == []
+
+
 def test_pixels_have_no_teacher_that_could_stay(image_tree: Path, tmp_path: Path) -> None:
     file = write_stages(tmp_path, image_tree, start="pixels", first_teacher=0.5)
     with pytest.raises(ConfigError, match="first_teacher needs start=teacher"):
