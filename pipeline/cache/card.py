@@ -15,18 +15,35 @@ import numpy as np
 import zarr
 
 cache = zarr.open("PATH", mode="r")
-tokens = cache["tokens"][0, 0]  # sample 0, view 0: [{tokens}, {dim}]
+tokens = cache["tokens"][0, 0]  # sample 0, view 0: [{rows}, {width}]
 ```"""
 _TAR = """```python
 import webdataset as wds
 from safetensors.numpy import load
 
 for sample in wds.WebDataset("PATH/shards/000000-00.tar", shardshuffle=False):
-    image, tokens = sample["jpg"], load(sample["safetensors"])["tokens"]  # [{tokens}, {dim}]
+    image, tokens = sample["jpg"], load(sample["safetensors"])["tokens"]  # [{rows}, {width}]
 ```"""
-_SCALED = """
+_DEQUANTISED = {
+    "int8": """
 Tokens are int8. A token's features are `tokens * scale * std + mean`: `scale` lies beside the tokens, `mean` and `std`
-of each channel in `cache.json` under `quantiser`."""
+of each channel in `cache.json` under `quantiser`.
+""",
+    "int4": """
+Tokens are int4: rotated, and two channels in a byte. In Python, mrmae reads them as float32:
+
+```python
+from pipeline.cache import open_cache
+
+tokens = open_cache("PATH").read(0, view=0, dequantise=True).tokens
+```
+
+Without mrmae, docs/cache-format.md of mrmae has the formula, in numpy.
+""",
+}
+_SUMMARY = """
+Row 0 of each view is the teacher's class token; the rows after it are the patches."""
+_SUMMARY_STATISTICS = " Its `mean` and `std` are `summary_mean` and `summary_std`."
 
 
 def card(header: CacheHeader, commits: Sequence[Commit], licence: str) -> str:
@@ -40,7 +57,8 @@ def card(header: CacheHeader, commits: Sequence[Commit], licence: str) -> str:
     dead = sum(len(commit.tombstones) for commit in commits)
     fidelity = FidelityFigures.merge(commit.fidelity for commit in commits)
     figures = fidelity.model_dump(exclude_none=True) if fidelity else {}
-    reading = (_ZARR if header.store == "zarr" else _TAR).format(tokens=header.tokens, dim=header.dim)
+    reading = (_ZARR if header.store == "zarr" else _TAR).format(rows=header.rows, width=header.stored_dim)
+    summary = _SUMMARY + _SUMMARY_STATISTICS * header.quantiser.has_scale if header.summary else ""
     category = next((name for bound, name in _SIZES if header.count < bound), "1M<n<10M")
     policy = ", ".join(f"{key} {value}" for key, value in views.model_dump().items())
     return f"""---
@@ -73,7 +91,7 @@ Patch tokens and attention of a teacher, extracted once by `mrmae extract-teache
 ## To read it
 
 {reading}
-{_SCALED if header.quantiser.has_scale else ""}
+{_DEQUANTISED.get(header.quantiser.name, "")}{summary}
 
 `mrmae pretrain cache.path=PATH` trains from it, and takes the URL of this folder as well.
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,13 +14,13 @@ from click.testing import CliRunner
 from huggingface_hub import DatasetCard
 
 import cli
-from pipeline.cache import open_writer, verify
+from pipeline.cache import QuantiserName, open_cache, open_writer, verify
 from pipeline.cache.remote import copying, objects
 from pipeline.errors import CacheDamage, CacheError, ConfigError
 from stages import cache_copy
 from stages.cache_copy import CacheCopyConfig
 from tests.servers import FilesServer, s3_server
-from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, make_shard
+from tests.test_pipeline.cache.samples import STORES, SUMMARIES, make_cache, make_header, make_shard
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +220,35 @@ def test_the_card_is_one_of_the_hub(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "b/README.md").write_text("edited")
     copy(cache, tmp_path / "b")
     assert (tmp_path / "b/README.md").read_text() == "edited"
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)  # webdataset's
+@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize("name", get_args(QuantiserName))
+@pytest.mark.parametrize("store", STORES)
+def test_what_the_card_says_of_reading_is_so(store: str, name: str, summary: str | None, tmp_path: Path) -> None:
+    header = make_header(store, quantiser_name=name, summary=summary)
+    make_cache(tmp_path / "a", header)
+    copy(tmp_path / "a", tmp_path / "b")
+    text = (tmp_path / "b/README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    stored, *dequantised = [run_code(block.replace("PATH", str(tmp_path / "b"))) for block in blocks]
+    assert f"[{', '.join(map(str, stored['tokens'].shape))}]" in blocks[0]
+    assert (f"Tokens are {name}" in text) == (name in ("int8", "int4"))
+    assert ("class token" in text) == (summary is not None)
+    assert ("summary_mean" in text) == (summary is not None and name in ("int8", "int4"))
+    assert len(dequantised) == (name == "int4")
+    for names in dequantised:
+        expected = open_cache(tmp_path / "a").read(0, 0, dequantise=True)
+        np.testing.assert_array_equal(names["tokens"], expected.tokens)
+
+
+def run_code(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(block, names)
+    return names
 
 
 def test_the_command_line(cache: Path, tmp_path: Path) -> None:
