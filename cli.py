@@ -240,8 +240,6 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{lack}, then run again", 2
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}", 2
-    if isinstance(error, MemoryError):
-        return "memory is full: lower data.workers or batch_size, or give the job more memory, then run again", 2
     if type(error).__name__ == "OutOfMemoryError":
         return "the accelerator's memory is full: raise accum_iter in training, lower batch_size in everything else", 2
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_ANOTHERS_END):

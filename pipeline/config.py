@@ -8,6 +8,7 @@ derive from `Config`.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -72,8 +73,16 @@ def _locate(value: object) -> object:
     return check_url(value) if isinstance(value, str) and is_url(value) else _expand(value)
 
 
+def _amount(value: object) -> object:
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([kmgt]?)b?", value.lower()) if isinstance(value, str) else None
+    if found:
+        value = round(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "), 6)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 PathField = Annotated[Path, BeforeValidator(_expand)]
 LocationField = Annotated[Path | str, BeforeValidator(_locate)]  # a str is a URL
+Amount = Annotated[int, BeforeValidator(_amount)]  # decimal units are understood: 300k, 1.28M, 50GB
 Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 on CUDA, fp32 on CPUs
 Pair = Annotated[tuple[float, float], Strict(False)]
 

@@ -24,7 +24,7 @@ def check_url(url: str) -> str:
             "a URL with a user, a password or a query is refused, for it would be logged: give the library its "
             "credentials in its usual places (AWS_PROFILE, hf auth login, ~/.netrc, ...)"
         )
-    if (scheme == "hf" and len(place.split("/")) < 3) or (scheme == "hf" and not place.startswith("datasets/")):
+    if scheme == "hf" and (len(place.split("/")) < 3 or not place.startswith("datasets/")):
         raise ValueError("hf:// needs the kind and the name of the repository: hf://datasets/OWNER/NAME/FOLDER")
     if not place:
         raise ValueError(f"{url} names no folder")

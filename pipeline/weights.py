@@ -121,9 +121,7 @@ def _load(file: Path) -> object:
             f"{file}: no such file; give a .safetensors, or what torch.save wrote (.pth, .pt, .bin, .ckpt)"
         ) from error
     except OSError as error:
-        raise CheckpointError(
-            f"{file} can't be read ({error.strerror or error}): check the disk and its rights"
-        ) from error
+        raise _unreadable(file, error) from error
     _check_kind(file, head)
     try:
         if head[8:9] == b"{":  # eight bytes of length, then JSON
@@ -137,9 +135,15 @@ def _load(file: Path) -> object:
                 "the file, load it and save its state dict alone, as .safetensors"
             ) from error
         raise CheckpointError(f"{file} is torn, or no file of weights: {_FETCH}") from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
         log.debug("%s", file, exc_info=True)
         raise CheckpointError(f"{file} is torn: it ends early, or bytes in it are damaged; {_FETCH}") from error
+
+
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file} can't be read ({error.strerror or error}): check the disk and its rights")
 
 
 def _check_kind(file: Path, head: bytes) -> None:

@@ -40,7 +40,7 @@ from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.steps import StepPlan
 from pipeline.teachers import Teacher
-from pipeline.training.checkpoint import newest_checkpoint, recorded_start, resolve_checkpoint
+from pipeline.training.checkpoint import newest_checkpoint, recorded_identity, recorded_start, resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.journal import command
@@ -250,8 +250,8 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
 
 def _drew_masks_apart(config: PretrainConfig) -> bool:
     """Whether the run that goes on is from before several masks by attention were disjoint: it keeps its own."""
-    newest = newest_checkpoint(config.output / "checkpoints")
-    return newest is not None and "disjoint" not in newest.identity.get("mask", {})
+    recorded = recorded_identity(config.output)
+    return bool(recorded) and "disjoint" not in recorded.get("mask", {})
 
 
 def _shown_first(order: EpochOrder, plan: StepPlan, start_step: int) -> NDArray[np.int64]:

@@ -1,24 +1,17 @@
 """What a cache may be: its store, its precision, the attention that it holds; and where one is read from."""
 
 import os
-import re
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from pipeline.config import Config, LocationField, PathField
+from pipeline.config import Amount, Config, LocationField, PathField
 
 StoreName = Literal["zarr", "webdataset"]
 AttentionKind = Literal["mean", "heads", "none"]
 SummaryKind = Literal["class"]
 QuantiserName = Literal["int8", "int4", "float16", "float32"]
-
-
-def parse_bytes(text: object) -> object:
-    """Bytes of a text in decimal units, such as 50GB; anything else stays as it is."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text) if isinstance(text, str) else None
-    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else text
 
 
 def _kept() -> Path:
@@ -33,4 +26,4 @@ class CacheInput(Config):
     path: LocationField  # the cache's folder, or its URL: s3://, gs://, hf://datasets/, https://
     # Where shards of remote caches are kept: a folder on a local disk, which processes and runs share; ~/.cache/mrmae
     local: PathField = Field(default_factory=_kept)
-    local_limit: Annotated[int, BeforeValidator(parse_bytes)] = Field(50_000_000_000, gt=0)  # its bytes, or 50GB
+    local_limit: Amount = Field(50_000_000_000, gt=0)  # its bytes, or 50GB

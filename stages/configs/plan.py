@@ -5,24 +5,20 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from pipeline.config import Config
+from pipeline.config import Amount, Config
 from pipeline.configs.cache import AttentionKind, QuantiserName, StoreName
 from pipeline.configs.models import DecoderKind
 
-_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
-
-def _number(value: object) -> object:
-    """1.28M, 300k and 2GB as numbers; whole floats as integers."""
-    if isinstance(value, str) and (found := re.fullmatch(r"([0-9]*\.?[0-9]+) ?([kmgbt])b?", value.lower())):
-        value = round(float(found[1]) * _UNITS[found[2]], 6)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _billions(value: object) -> object:
+    """2B of images are two billions; as an amount of bytes, they would be two."""
+    return re.sub(r"[bB]$", "G", value) if isinstance(value, str) else value
 
 
 class PlanConfig(Config):
     """What is planned; every rate is a number a second."""
 
-    samples: Annotated[int, BeforeValidator(_number)] = Field(default=1_281_167, ge=1)  # images; 1.28M is understood
+    samples: Annotated[Amount, BeforeValidator(_billions)] = Field(default=1_281_167, ge=1)  # images, also as 1.28M
     views: int = Field(default=1, ge=1)  # of each image
     teacher: str = "clip_vitb16"  # a name that `mrmae teachers` lists, timm:NAME or open_clip:ARCH:TAG
     student: str = "mrmae_vit_base_patch16"  # a name as in student.name
@@ -41,5 +37,5 @@ class PlanConfig(Config):
     training_rate: float | None = Field(default=None, gt=0)  # images, of all GPUs; default: by cards and student
     photo_rate: float = Field(default=223.0, gt=0)  # photos that a core decodes; `mrmae benchmark decode`
     stored_rate: float = Field(default=960.0, gt=0)  # stored 224-px photos that a core decodes and crops
-    disk_rate: Annotated[float | None, BeforeValidator(_number)] = Field(default=None, gt=0)  # bytes of disk or network
+    disk_rate: Amount | None = Field(default=None, gt=0)  # bytes of disk or network
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)  # share of the patches that are hidden

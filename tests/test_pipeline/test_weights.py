@@ -1,6 +1,8 @@
 """The one reader of foreign weights: what a file is is said by its bytes, nothing in it is run, one digest."""
 
 import argparse
+import errno
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -129,6 +131,16 @@ def test_other_contents_are_named(tmp_path: Path) -> None:
             CheckpointError, match=r"is torn: it ends early, or bytes in it are damaged; fetch it again$"
         ):
             read_state(tmp_path / name)
+
+
+def test_a_disk_that_fails_is_not_a_torn_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: object, **options: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    file = written(tmp_path, STATE)
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(CheckpointError, match=r"weights.pth can't be read \(Input/output error\): check the disk"):
+        read_state(file)
 
 
 def test_the_digest_sees_names_shapes_types_and_bytes() -> None:

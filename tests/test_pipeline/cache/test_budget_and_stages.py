@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from benchmarks import cache as benchmark_cache
 from pipeline.cache import budget, create_cache, open_writer
 from pipeline.cache.budget import estimate_bytes, readable, require_room
+from pipeline.configs.cache import CacheInput
 from pipeline.errors import CacheDamage, CacheError, ConfigError, TeacherError
 from stages import cache_info, plan
 from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, make_shard
@@ -119,6 +120,21 @@ def test_plan_counts_the_disk_where_its_rate_is_given() -> None:
 )
 def test_plan_reads_numbers_as_people_write_them(text: object, number: int) -> None:
     assert plan.PlanConfig.model_validate({"samples": text}).samples == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("50GB", 50 * 10**9), ("1.5T", 15 * 10**11), ("700 MB", 7 * 10**8), ("30000000000B", 3 * 10**10)],
+)
+def test_amounts_of_bytes_are_read_as_people_write_them(text: str, number: int) -> None:
+    assert CacheInput.model_validate({"path": "cache", "local_limit": text}).local_limit == number
+    assert plan.PlanConfig.model_validate({"disk_rate": text}).disk_rate == number
+
+
+@pytest.mark.parametrize("text", ["many", "1.5", "-3M", 0])
+def test_other_amounts_of_bytes_are_refused(text: object) -> None:
+    with pytest.raises(ValidationError, match="local_limit"):
+        CacheInput.model_validate({"path": "cache", "local_limit": text})
 
 
 @pytest.mark.parametrize("text", ["many", "1.5", "-3M", 0])
