@@ -74,6 +74,15 @@ def file_of(root: Path, relative: str) -> Path:
 
 
 @contextlib.contextmanager
+def must_exist(file: str) -> Iterator[None]:
+    """Turn a FileNotFoundError within into a CacheDamage: a commit record states the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CacheDamage(f"{file} is missing") from error
+
+
+@contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
     """Turn an OSError within into a CacheError of one line that starts with `what`."""
     try:

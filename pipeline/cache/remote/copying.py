@@ -5,12 +5,22 @@ shards, and goes on from there.
 """
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import xxhash
 
-from pipeline.cache.files import BLOCK, CHECKSUM_BYTES, FileEntry, checksum, file_of, one_line, read_whole, write_file
+from pipeline.cache.files import (
+    BLOCK,
+    CHECKSUM_BYTES,
+    FileEntry,
+    checksum,
+    file_of,
+    must_exist,
+    one_line,
+    read_whole,
+    write_file,
+)
 from pipeline.cache.format.commits import Commit, commit_file, parse_commit
 from pipeline.cache.format.header import FILE, CacheHeader
 from pipeline.cache.remote.objects import Objects
@@ -85,7 +95,7 @@ class Copying:
             if found != content:
                 raise CacheError(f"{self._target} holds another cache: choose another place, or remove that one")
         for file in self._store.derived(None):
-            with _expected(file):
+            with must_exist(file):
                 expected = self._source.read_whole(file)
             if self._target.size(file) != len(expected) or self._target.read_whole(file) != expected:
                 self._target.write(file, expected)
@@ -120,7 +130,7 @@ class Copying:
         if not dry:
             self._target.remove(commit_file(shard))
             for file, entry in missing.items():
-                with _expected(file):
+                with must_exist(file):
                     self._copy_file(file, entry)
             self._target.write(commit_file(shard), content)
         return len(content) + sum(sizes), commit
@@ -133,7 +143,7 @@ class Copying:
 
     def _is_there(self, file: str, entry: FileEntry | None) -> bool:
         if entry is None:
-            with _expected(file):
+            with must_exist(file):
                 return self._is_same(file, self._source.read_whole(file))
         if self._target.size(file) != entry.bytes:
             return False
@@ -164,12 +174,3 @@ class Copying:
                 hasher.update(block)
                 size += len(block)
         return FileEntry(bytes=size, xxh3_128=hasher.hexdigest())
-
-
-@contextlib.contextmanager
-def _expected(file: str) -> Iterator[None]:
-    """The source must have this file."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CacheDamage(f"{file} is missing") from error

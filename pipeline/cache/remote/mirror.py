@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from pipeline.cache.files import CHECKSUM_BYTES, FileEntry, checksum, file_of, one_line, write_file
+from pipeline.cache.files import CHECKSUM_BYTES, FileEntry, checksum, file_of, must_exist, one_line, write_file
 from pipeline.cache.format.commits import Commit, commit_file, commit_path, parse_commit, read_commit
 from pipeline.cache.format.header import FILE, CacheHeader
 from pipeline.cache.remote.folder import LocalFolder, holding, remove, touch
@@ -189,7 +189,7 @@ class Mirror:
 
     def _table(self, name: str, commit: Commit) -> bytes:
         """A table, compared with the commit record; one that no commit record states ends in its own checksum."""
-        with _expected():
+        with must_exist("it"):
             content, entry = self._objects.read_whole(name), commit.files.get(name)
         found = FileEntry(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
         if found != entry if entry else checksum(content[:-CHECKSUM_BYTES]) != content[-CHECKSUM_BYTES:]:
@@ -225,7 +225,7 @@ class Mirror:
     def _fetch(self, file: str, entry: FileEntry) -> None:
         path = file_of(self.root, file)
         remove_dead_partials(path)
-        with _expected(), contextlib.closing(self._objects.blocks(file, entry.bytes)) as blocks:
+        with must_exist("it"), contextlib.closing(self._objects.blocks(file, entry.bytes)) as blocks:
             write_file(path, blocks, expected=entry)
 
     def _twice(self, shard: int, file: str, fetch: Callable[[], T]) -> T:
@@ -244,12 +244,3 @@ class Mirror:
 
     def _naming(self, shard: int) -> contextlib.AbstractContextManager[None]:
         return one_line(f"{self.root}: shard {shard} can't be fetched")
-
-
-@contextlib.contextmanager
-def _expected() -> Iterator[None]:
-    """A file that a commit record states must be there."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CacheDamage("it is missing") from error
