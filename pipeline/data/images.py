@@ -25,7 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.data.listing import Listing, first_image
-from pipeline.data.listing_index import open_listing
+from pipeline.data.listing_index import is_noted_readable, note_readable, open_listing
 from pipeline.data.naming import EXTENSIONS, show_counts
 from pipeline.errors import DataError, StorageError
 from pipeline.locations import is_url
@@ -55,7 +55,8 @@ class ImageSource:
     offsets: NDArray[np.int64]  # (tar number, offset) rows; empty for folders
     classes: tuple[str, ...]  # names, by label; empty if unknown
     text_class: str = ""  # a KEY.cls that holds no number, and so gives no label; empty if all do
-    index: str = ""  # the file that this list was kept in by an earlier process; empty if it is fresh
+    index: str = ""  # the file that the whole list is kept in; empty if in none
+    listed: int = 0  # images of the whole list
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -129,6 +130,16 @@ class ImageSource:
             data = self.read(index)
             return len(data), data[:size], data[-size:]
 
+    @property
+    def is_noted_readable(self) -> bool:
+        """Whether an earlier look found every image of the whole list readable."""
+        return is_noted_readable(self.index)
+
+    def note_readable(self) -> None:
+        """Note for later starts that every image is readable, if these are all of a kept list."""
+        if len(self) == self.listed:
+            note_readable(self.index)
+
     def _place(self, index: int) -> tuple[str, int]:
         """The file that holds an image, and where the image begins in it."""
         if self.kind != "tar":
@@ -182,6 +193,7 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
         classes=listing.classes,
         text_class=listing.text_class,
         index=index,
+        listed=len(listing),
     )
     if not len(source):
         found = f", which holds {show_counts(listing.passed_over)}" if listing.passed_over else ""

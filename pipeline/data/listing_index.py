@@ -39,7 +39,7 @@ _UNUSED = 30 * 86400  # seconds after which an outdated listing goes; no run map
 
 
 def open_listing(path: str, tars: Sequence[str]) -> tuple[Listing, str]:
-    """The images at `path`, a folder or else the `tars`; and the file that an earlier process kept them in, if any.
+    """The images at `path`, a folder or else the `tars`; and the file that they are kept in, if any.
 
     The first process of a node lists, the others wait for it. Where it keeps no list or dies, each lists for itself.
 
@@ -59,6 +59,22 @@ def open_listing(path: str, tars: Sequence[str]) -> tuple[Listing, str]:
     listing, index = found
     log.info("%d images at %s: from %s, in %.2f s", len(listing), path, index, time.perf_counter() - began)
     return found
+
+
+def is_noted_readable(index: str) -> bool:
+    """Whether every image of a kept list was found readable; as the list, it is believed while nothing has changed."""
+    return bool(index) and _note(Path(index)).exists()
+
+
+def note_readable(index: str) -> None:
+    """Note that every image of a kept list was found readable."""
+    with contextlib.suppress(OSError):  # the next start looks again
+        if index:
+            _note(Path(index)).touch()
+
+
+def _note(index: Path) -> Path:
+    return index.with_suffix(".readable")
 
 
 def _list(path: str, tars: Sequence[str]) -> Listing:
@@ -82,7 +98,8 @@ def _list_and_keep(place: Path, path: str, tars: Sequence[str]) -> tuple[Listing
     except OSError as error:
         log.info("the list of %s is not kept: %s; %s=FOLDER says where it may be", path, error, VARIABLE)
         return listing, ""
-    return _read(index, path) or listing, ""  # mapped, and the memory of listing is free
+    mapped = _read(index, path)
+    return (mapped, str(index)) if mapped else (listing, "")  # mapped, and the memory of listing is free
 
 
 def _place(path: str) -> Path | None:
@@ -191,7 +208,7 @@ def _write(place: Path, path: str, listing: Listing) -> Path:
 
 def _clear(place: Path, index: Path) -> None:
     """Away with listings of the same path that were not used for long, and with what killed processes left."""
-    for old in [*place.parent.glob(f"{place.name}-*.listing"), *place.parent.glob(f".{place.name}-*.partial")]:
+    for old in [*place.parent.glob(f"{place.name}-*"), *place.parent.glob(f".{place.name}-*.partial")]:
         with contextlib.suppress(OSError):  # another process was faster, or it is not ours to take
             if old != index and time.time() - old.stat().st_mtime > _UNUSED:
                 old.unlink()

@@ -40,6 +40,13 @@ class Images(Protocol):
     def ends(self, index: int, size: int) -> tuple[int, bytes, bytes]:
         """Bytes of the file, and its first and last `size`. Raises DataError if it isn't there."""
 
+    @property
+    def is_noted_readable(self) -> bool:
+        """Whether an earlier look found all of them readable, and they are as they were."""
+
+    def note_readable(self) -> None:
+        """Note for later starts that all of them are readable, if there is a place for it."""
+
     def select(self, indices: NDArray[np.int64]) -> Self: ...
 
 
@@ -50,7 +57,8 @@ def leave_unreadable_out(sets: Mapping[str, I]) -> list[I]:
     """The sets, by their keys in messages, without what can't be read.
 
     A file counts as whole if it is a JPEG, PNG, GIF or WebP and its end is there. All others are decoded, and so are a
-    few of each set, for to decode all would take as long as an epoch. Processes share the work.
+    few of each set, for to decode all would take as long as an epoch. Processes share the work. Where a large set was
+    found readable, it is noted beside its kept list, and later starts look no more.
 
     Raises:
         DataError: of a set, more than `MAX_TOMBSTONES` are empty, absent, cut off or no images; those of all sets are
@@ -78,11 +86,16 @@ def _describe(key: str, images: Images, faults: Mapping[int, str]) -> str:
 def _unreadable(images: Images) -> dict[int, str]:
     """Index → why, for all processes."""
     state, count = processes(), len(images)
+    if all(gather_object([images.is_noted_readable])):
+        return {}
     decoded = frozenset(place * count // _DECODED for place in range(_DECODED))
     blocks = [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
     share = blocks[state.process_index :: state.num_processes]
     found = spread(partial(_faults, images, decoded), share, f"{_BLOCK} images")
-    return dict(sorted(gather_object([fault for faults in found for fault in faults])))
+    every = dict(sorted(gather_object([fault for faults in found for fault in faults])))
+    if not every and state.is_local_main_process:
+        images.note_readable()
+    return every
 
 
 def _faults(images: Images, decoded: frozenset[int], indices: Sequence[int]) -> list[tuple[int, str]]:

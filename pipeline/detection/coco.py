@@ -89,6 +89,14 @@ class CocoImages:
         except OSError as error:
             raise DataError(error.strerror or str(error)) from error
 
+    @property
+    def is_noted_readable(self) -> bool:
+        """Never: no list of the images is kept."""
+        return False
+
+    def note_readable(self) -> None:
+        """There is no place for it."""
+
     def select(self, indices: NDArray[np.int64]) -> Self:
         """The same set with only these images, ascending."""
         counts = np.diff(self.first)[indices]

@@ -9,6 +9,7 @@ from PIL import Image
 from pipeline.assembly.knn_callback import knn_callback
 from pipeline.configs.data import DataConfig
 from pipeline.configs.evaluation import KnnCallbackConfig
+from pipeline.data import listing_index
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import open_splits
 from pipeline.data.readable import leave_unreadable_out
@@ -54,6 +55,28 @@ def test_many_are_counted(tmp_path: Path) -> None:
     message = bad_splits(tmp_path, {f"val/dog/{number:02d}.png": b"" for number in range(1, 30, 2)})
     assert message.startswith("15 of 40 images of val.path can't be read (dog/01.png: it is empty")
     assert "dog/09.png: it is empty; and 10 more)" in message
+
+
+def test_a_large_set_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening every file of ImageNet takes its time on a network file system, and its list says what changed."""
+    monkeypatch.setenv("MRMAE_LISTINGS", str(tmp_path / "kept"))
+    monkeypatch.setattr(listing_index, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(listing_index, "_QUIET", 0)
+    root, looked = tree(tmp_path / "set", images=200), list[int]()
+    ends = ImageSource.ends
+    monkeypatch.setattr(ImageSource, "ends", lambda *args: looked.append(args[1]) or ends(*args))
+
+    def looks(limit: int | None = None) -> int:
+        looked.clear()
+        leave_unreadable_out({"x": open_images(str(root), limit)})
+        return len(looked)
+
+    assert [looks(limit=50), looks(limit=50)] == [50, 50]  # a part says nothing of the whole
+    assert [looks(), looks(), looks(limit=50)] == [200, 0, 0]
+    (root / "cat/new.png").write_bytes(b"")
+    assert [looks(), looks()] == [201, 201]  # what is left out is named at every start
+    (root / "cat/new.png").unlink()
+    assert [looks(), looks()] == [200, 0]
 
 
 def test_links_to_nowhere(tmp_path: Path) -> None:
