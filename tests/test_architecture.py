@@ -74,7 +74,7 @@ def test_detection_knows_only_data() -> None:
         assert wings_of(file) <= {"detection", "data"}, file
 
 
-def test_the_cache_knows_only_errors() -> None:
+def test_the_cache_knows_no_other_wing() -> None:
     for file in files("pipeline/cache"):
         names = {name.split(".")[1] for name in imports_of(file)}
         assert names <= {"cache", "configs", "errors", "files", "forking"}, file

@@ -1,14 +1,14 @@
 """The Dockerfile's steps without Docker: what it copies is enough to build, install and start the program."""
 
+import fnmatch
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,12 +53,24 @@ def test_what_is_copied_installs_and_starts(tmp_path: Path) -> None:
     assert "extract-teacher-features" in origin.stdout
 
 
-@pytest.mark.parametrize("name", ["python", "constraints.txt"])
-def test_the_image_has_what_the_project_asks_for(name: str) -> None:
+def test_the_image_has_the_python_that_the_project_asks_for() -> None:
     text = (ROOT / "Dockerfile").read_text()
-    if name == "python":
-        version = re.search(r"^FROM python:(\d+)\.(\d+)-slim$", text, flags=re.MULTILINE)
-        assert version is not None
-        assert (int(version[1]), int(version[2])) >= (3, 11)
-    else:
-        assert "--constraint constraints.txt" in text
+    version = re.search(r"^FROM python:(\d+)\.(\d+)-slim$", text, flags=re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = re.fullmatch(r">=(\d+)\.(\d+)", project["requires-python"])
+    assert version is not None
+    assert wanted is not None
+    assert tuple(map(int, version.groups())) >= tuple(map(int, wanted.groups()))
+
+
+def test_the_image_installs_by_the_constraints() -> None:
+    (line,) = re.findall(r"^RUN python -m pip install (.*?) &&", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    assert line.endswith("--constraint constraints.txt .")
+
+
+def test_what_is_copied_is_not_ignored() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    lines = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    sources = " ".join(lines).split()
+    assert len(sources) >= 9
+    assert not [source for source in sources for pattern in ignored if fnmatch.fnmatch(source, pattern)]
