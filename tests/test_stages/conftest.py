@@ -53,11 +53,6 @@ def pretrain_config(output: Path, **changes: Any) -> PretrainConfig:
     return PretrainConfig.model_validate({**keys, **changes})
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """Every stage trains a micro model here."""
-
-
 @pytest.fixture(scope="session")
 def extracted(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A finished cache of `image_tree` with some keys changed, extracted once a session: copy it before you write."""

@@ -25,6 +25,7 @@ from stages.finetune import _augment, _Losses
 from tests.coco import write_coco
 from tests.test_stages.conftest import ENCODER, MICRO
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 32
 REQUESTS = [(epoch, index) for epoch in range(100) for index in range(20)]  # two thousand, each another view
 STUDENT = [f"student.{key}={value}" for key, value in MICRO.items()]

@@ -31,6 +31,7 @@ from tests.coco import scene_annotations, write_coco
 from tests.test_stages.conftest import pretrain_config
 from tests.test_stages.test_processes import forked_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = Path(__file__).parents[2] / "configs/coco_tiny.yaml"
 STUDENT = {"name": "mrmae_vit_tiny_patch16", "patch_size": 8, "dim": 48, "depth": 2, "num_heads": 3}
 DETECTOR = {"window": 4, "channels": 16, "anchors": [8, 16, 24, 32, 48], "rois": 16, "score_threshold": 0.0}

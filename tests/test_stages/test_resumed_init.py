@@ -14,6 +14,7 @@ from stages import detect, finetune, pretrain
 from tests.coco import write_coco
 from tests.test_stages.conftest import ENCODER, MICRO, PLAIN, pretrain_config, sets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Again = Callable[..., dict[str, Any]]  # run the stage with some keys changed
 SIZES = {**MICRO, "patch_size": 8}
 DETECTOR = {"window": 4, "channels": 16, "anchors": [8, 16, 24, 32, 48], "rois": 16}
