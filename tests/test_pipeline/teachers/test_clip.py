@@ -78,14 +78,14 @@ def test_equals_open_clip_with_its_own_attention(
 @pytest.mark.parametrize("spec", ["clip_vitb16", "open_clip:ViT-B-16:openai", "open_clip:ViT-B-16-quickgelu:openai"])
 def test_openai_weights_get_quickgelu_however_they_are_named(spec: str) -> None:
     with meta_device():
-        model = build_teacher(spec, weights="random").model
+        model = build_teacher(spec, weights="random", device="meta").model
     assert {type(m) for m in model.modules() if "GELU" in type(m).__name__} == {QuickGELU}
 
 
 @pytest.mark.usefixtures("shallow")
 def test_other_weights_keep_gelu() -> None:
     with meta_device():
-        model = build_teacher("open_clip:ViT-B-32:laion2b_e16", weights="random").model
+        model = build_teacher("open_clip:ViT-B-32:laion2b_e16", weights="random", device="meta").model
     assert {type(m) for m in model.modules() if "GELU" in type(m).__name__} == {nn.GELU}
 
 
