@@ -135,9 +135,8 @@ class Command(NamedTuple):
         return self.config is not None and not any(isinstance(param, click.Argument) for param in self.params)
 
     def load_class(self, evaluate: bool = False) -> Any:
-        """The config class; that of a stage with keys without importing the stage, which takes seconds."""
-        light = self.has_keys and self.package == "stages"
-        module = import_module(self.module.replace("stages.", "stages.configs.") if light else self.module)
+        """The config class; that of a command with keys without importing the command, which takes seconds."""
+        module = import_module(self.module.replace(".", ".configs.") if self.has_keys else self.module)
         return getattr(module, (self.evaluation if evaluate else None) or self.config or "")
 
 
