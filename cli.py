@@ -2,7 +2,8 @@
 
 `STAGES` and `BENCHMARKS` list the commands. The help of a command is the docstring of its module. It is read without an
 import, so that `mrmae --help` answers at once; heavy libraries are imported when a command runs. This is the only place
-that prints errors and sets exit codes: 0 well, 1 the command found damage, 2 it could not run, 130 it was interrupted.
+that prints errors and sets exit codes: 0 well, 1 a cache is damaged or unfinished, 2 it could not run, 130 it was
+interrupted.
 """
 
 import errno

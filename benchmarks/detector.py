@@ -3,7 +3,7 @@
 Gives seconds, multiply-adds and, on a GPU, memory:
 
     mrmae benchmark detector image_size=512
-    mrmae benchmark detector students=[mrmae_vit_base_patch16] image_size=1024 batch_size=4
+    mrmae benchmark detector 'students=[mrmae_vit_base_patch16]' image_size=1024 batch_size=4
 
 A step is forward, backward and AdamW, on noise with `objects` objects an image, as many as COCO has on average. Noise
 costs what images cost, because the number of proposals is fixed. GMACs are of the forward pass, counted by torch.

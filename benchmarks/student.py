@@ -1,7 +1,7 @@
 """Training steps of students; ConvViT sparse against dense.
 
     mrmae benchmark student threads=2
-    mrmae benchmark student students=[mrmae_vit_base_patch16,mrmae_convvit_base_patch16] batch_size=256
+    mrmae benchmark student 'students=[mrmae_vit_base_patch16,mrmae_convvit_base_patch16]' batch_size=256
 
 `encoder` is the encoder alone, `step` the whole model with its decoder and losses; each forward and backward, on noise,
 without optimiser and data loading. ConvViT has two lanes: `sparse` computes visible cells alone, `dense` whole maps.

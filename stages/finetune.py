@@ -3,7 +3,7 @@
 Starts from a pre-trained checkpoint (init=RUN), or from scratch (student.name=...):
 
     mrmae finetune init=runs/convvit data.path=/data/imagenet output=runs/convvit-ft
-    mrmae finetune --eval init=[runs/clip-ft,runs/dino-ft] val.path=/data/imagenet/val
+    mrmae finetune --eval 'init=[runs/clip-ft,runs/dino-ft]' val.path=/data/imagenet/val
 
 Reads labelled images: data.path and val.path, or data.path alone if it holds train/ and val/. Writes to output as
 pretrain does, and checkpoints/best by top-1. Prints top-1 and top-5 on the validation set. Costs a full training of the

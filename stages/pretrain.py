@@ -7,10 +7,10 @@ Trains a masked autoencoder that mimics the cached teacher on visible patches (M
 
 Reads images (data.path) and a cache (cache.path). mimic.objective=mae is plain MAE and needs no cache. With
 teacher.spec in place of cache.path the teacher runs in every step, on the same views and with the same masks. Writes to
-output: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. Costs what plain MAE costs, because no step runs a
-teacher.
+output: config.yaml, metrics.jsonl, train.log, starts.jsonl, tensorboard/, checkpoints/. Costs what plain MAE costs,
+because no step runs a teacher.
 
-Ctrl-C and SIGTERM stop it after a checkpoint. The same command goes on from the newest sound checkpoint.
+Ctrl-C, SIGTERM and SIGHUP stop it after a checkpoint. The same command goes on from the newest sound checkpoint.
 """
 
 import logging
