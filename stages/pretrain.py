@@ -51,6 +51,8 @@ from stages.configs.pretrain import PretrainConfig
 
 log = logging.getLogger(__name__)
 
+_BATCH = 1024  # with batch_size=auto smaller batches learn at the rate of this one
+
 LOSSES = ("mimic_loss", "pixel_loss", "summary_loss")  # whose pull at the encoder is measured
 
 
@@ -145,7 +147,11 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
     Raises:
         ConfigError: the student is given another size than the views have.
     """
+    is_auto = config.batch_size == "auto"
     config = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
+    if is_auto and isinstance(config.batch_size, int) and config.batch_size < _BATCH:
+        optim = config.optim.model_copy(update={"lr": config.optim.peak_lr(_BATCH)})
+        config = config.model_copy(update={"optim": optim})
     student, size = config.student, knowledge.views.image_size
     if student.image_size not in (None, size):
         raise ConfigError(
