@@ -7,10 +7,10 @@ Trains a masked autoencoder that mimics the cached teacher on visible patches (M
 
 Reads images (data.path) and a cache (cache.path). mimic.objective=mae is plain MAE and needs no cache. With
 teacher.spec in place of cache.path the teacher runs in every step, on the same views and with the same masks. Writes to
-output: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. Costs what plain MAE costs, because no step runs a
-teacher.
+output: config.yaml, metrics.jsonl, train.log, starts.jsonl, tensorboard/, checkpoints/. Costs what plain MAE costs,
+because no step runs a teacher.
 
-Ctrl-C and SIGTERM stop it after a checkpoint. The same command goes on from the newest sound checkpoint.
+Ctrl-C, SIGTERM and SIGHUP stop it after a checkpoint. The same command goes on from the newest sound checkpoint.
 """
 
 import logging
@@ -50,6 +50,8 @@ from pipeline.weights import state_digest
 from stages.configs.pretrain import PretrainConfig
 
 log = logging.getLogger(__name__)
+
+_BATCH = 1024  # with batch_size=auto smaller batches learn at the rate of this one
 
 LOSSES = ("mimic_loss", "pixel_loss", "summary_loss")  # whose pull at the encoder is measured
 
@@ -145,7 +147,11 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
     Raises:
         ConfigError: the student is given another size than the views have.
     """
+    is_auto = config.batch_size == "auto"
     config = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
+    if is_auto and isinstance(config.batch_size, int) and config.batch_size < _BATCH:
+        optim = config.optim.model_copy(update={"lr": config.optim.peak_lr(_BATCH)})
+        config = config.model_copy(update={"optim": optim})
     student, size = config.student, knowledge.views.image_size
     if student.image_size not in (None, size):
         raise ConfigError(

@@ -60,7 +60,7 @@ def test_wings_that_stand_alone(wing: str) -> None:
         assert wings_of(file) <= {wing}, file
 
 
-CONFIGS = [*files("pipeline/configs"), *files("stages/configs")]
+CONFIGS = [file for folder in ("pipeline", "stages", "benchmarks") for file in files(f"{folder}/configs")]
 
 
 def test_the_ground_floor_knows_no_wing() -> None:

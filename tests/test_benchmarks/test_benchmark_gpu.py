@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks import gpu as benchmark_gpu
-from benchmarks.gpu import BenchmarkGpuConfig, run
+from benchmarks.configs.gpu import BenchmarkGpuConfig
+from benchmarks.gpu import run
 from benchmarks.harness import Bench
 from benchmarks.parts import Part
 from tests.test_benchmarks.conftest import VIT_TI
