@@ -175,7 +175,9 @@ def _steps(config: AblateConfig, name: str, seed: int, folder: Path, length: lis
         start = ["init=null", *variant.student]
     else:
         cache = "cache=null" if variant.cache is None else f"cache.path={config.output / 'caches' / variant.cache}"
-        yield "pretrain", [cache, f"output={folder / 'pretrained'}", f"seed={seed}", *variant.pretrain, *length], None
+        named = {key.partition("=")[0] for key in length}
+        changes = [*(key for key in variant.pretrain if key.partition("=")[0] not in named), *length]
+        yield "pretrain", [cache, f"output={folder / 'pretrained'}", f"seed={seed}", *changes], None
     for measure in config.measures:
         output = folder / "finetuned" if measure == "finetune" else folder
         yield measure, [*start, f"seed={seed}", f"output={output}"], output

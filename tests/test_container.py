@@ -1,6 +1,5 @@
 """The Dockerfile's steps without Docker: what it copies is enough to build, install and start the program."""
 
-import fnmatch
 import os
 import re
 import shutil
@@ -10,6 +9,8 @@ import tomllib
 import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,7 +98,7 @@ def test_the_image_has_the_python_that_the_project_asks_for() -> None:
 
 def test_the_image_installs_by_the_constraints() -> None:
     (line,) = re.findall(r"^RUN python -m pip install (.*?) &&", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
-    assert line.endswith("--constraint constraints.txt .")
+    assert line.endswith("--constraint constraints.txt '.[remote]'")
 
 
 def test_what_is_copied_is_not_ignored() -> None:
@@ -105,4 +106,4 @@ def test_what_is_copied_is_not_ignored() -> None:
     lines = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
     sources = " ".join(lines).split()
     assert len(sources) >= 9
-    assert not [source for source in sources for pattern in ignored if fnmatch.fnmatch(source, pattern)]
+    assert not [source for source in sources for pattern in ignored if fnmatch(source, pattern)]

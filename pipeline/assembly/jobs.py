@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
+from threading import Event
 from typing import TypeVar
 
 import torch
@@ -17,14 +18,19 @@ def run_jobs(tasks: Sequence[Callable[[Environment], T]], jobs: int) -> Iterator
 
     Once a task has failed no other begins; its error is raised when those in hand have ended.
     """
-    places = SimpleQueue[Environment]()
+    places, stopped = SimpleQueue[Environment](), Event()
     for environment in environments(jobs):
         places.put(environment)
 
     def work(task: Callable[[Environment], T]) -> T:
+        if stopped.is_set():
+            raise CancelledError
         environment = places.get()
         try:
             return task(environment)
+        except BaseException:
+            stopped.set()
+            raise
         finally:
             places.put(environment)
 
@@ -32,9 +38,10 @@ def run_jobs(tasks: Sequence[Callable[[Environment], T]], jobs: int) -> Iterator
         numbers = {pool.submit(work, task): number for number, task in enumerate(tasks)}
         try:
             for future in as_completed(numbers):
-                yield numbers[future], future.result()
+                if not isinstance(future.exception(), CancelledError):
+                    yield numbers[future], future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
             raise
 
 

@@ -225,8 +225,8 @@ def test_after_a_failure_no_job_begins() -> None:
     results = list[tuple[int, int]]()
     with pytest.raises(PipelineError, match="the second fails"):
         results.extend(run_jobs([partial(task, number) for number in range(50)], jobs=1))
-    assert begun[:2] == [0, 1]
-    assert len(begun) < 50
+    assert begun == [0, 1]
+    assert results in ([(0, 0)], [])
 
 
 @pytest.mark.usefixtures("forked_commands")
