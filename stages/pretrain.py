@@ -40,7 +40,13 @@ from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.steps import StepPlan
 from pipeline.teachers import Teacher
-from pipeline.training.checkpoint import newest_checkpoint, recorded_identity, recorded_start, resolve_checkpoint
+from pipeline.training.checkpoint import (
+    newest_checkpoint,
+    recorded_config,
+    recorded_identity,
+    recorded_start,
+    resolve_checkpoint,
+)
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.journal import command
@@ -147,11 +153,10 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
     Raises:
         ConfigError: the student is given another size than the views have.
     """
-    is_auto = config.batch_size == "auto"
-    config = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
-    if is_auto and isinstance(config.batch_size, int) and config.batch_size < _BATCH:
-        optim = config.optim.model_copy(update={"lr": config.optim.peak_lr(_BATCH)})
-        config = config.model_copy(update={"optim": optim})
+    settled = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
+    if config.batch_size == "auto":
+        settled = _settle_rate(settled)
+    config = settled
     student, size = config.student, knowledge.views.image_size
     if student.image_size not in (None, size):
         raise ConfigError(
@@ -165,6 +170,16 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
         if patch and processes().is_main_process:
             log.info("student.patch_size=%d: with it the student has the teacher's grid", patch)
     return config.model_copy(update={"student": student})
+
+
+def _settle_rate(config: PretrainConfig) -> PretrainConfig:
+    """The config with the rate that small batches chosen by `auto` learn at; a run that goes on keeps its own."""
+    assert config.batch_size != "auto"
+    recorded = recorded_config(config.output)
+    if config.optim.lr is not None or config.batch_size >= _BATCH or (recorded and recorded.optim.lr is None):
+        return config
+    optim = config.optim.model_copy(update={"lr": config.optim.peak_lr(_BATCH)})
+    return config.model_copy(update={"optim": optim})
 
 
 def _check_summaries(config: PretrainConfig, knowledge: Knowledge) -> None:

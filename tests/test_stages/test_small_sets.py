@@ -40,9 +40,11 @@ def test_the_batch_fits_the_images(image_tree: Path, cache: Path, tmp_path: Path
 
 def test_a_run_that_goes_on_keeps_its_batch(image_tree: Path, cache: Path, tmp_path: Path) -> None:
     keys = {"data": {"path": str(image_tree), "workers": 0}, "cache": {"path": str(cache)}}
-    pretrain.run(pretrain_config(tmp_path / "run", **keys, batch_size=8, max_steps=2))
+    pretrain.run(pretrain_config(tmp_path / "run", **keys, batch_size=8, max_steps=2, optim={}))
+    pretrain.run(pretrain_config(tmp_path / "run", **keys, batch_size="auto", max_steps=3, optim={}))
+    assert pretrained(tmp_path / "run") == (8, 3)
+    assert OmegaConf.load(tmp_path / "run/config.yaml").optim.lr is None  # a run from before auto set the rate, too
     pretrain.run(pretrain_config(tmp_path / "run", **keys, batch_size="auto", max_steps=4, optim={"lr": 1e-3}))
-    assert pretrained(tmp_path / "run") == (8, 4)
     assert OmegaConf.load(tmp_path / "run/config.yaml").optim.lr == 1e-3  # a given rate stays
 
 
