@@ -30,6 +30,7 @@ def create_cache(path: Path, header: CacheHeader) -> bool:
         name = header.quantiser.name
         raise CacheError(f"the {name} quantiser has no channel statistics: calibrate it before the cache is created")
     with one_line(f"{path}: the cache can't be created"):
+        remove_dead_partials(path / FILE)
         if (path / FILE).is_file():
             match_header(path, read_header(path), header)
             return False

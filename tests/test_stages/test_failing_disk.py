@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import CheckpointError
+from pipeline.files import PARTIAL
 from pipeline.training.checkpoint import load_checkpoint
 from stages.extract_teacher_features import run as extract
 from tests import forked
@@ -238,6 +239,7 @@ def _sweep(
                 assert again == 0, errors
             assert _differences(_whole(scenario.out), expected) == []
             assert _rows(scenario.out) == rows
+            assert [path.name for path in scenario.out.rglob(f".*{PARTIAL}")] == []
         except (AssertionError, CheckpointError) as error:
             wrong.append(f"{how} at operation {at} of {len(operations)}, {operations[at - 1]}: {error}")
         count += 1

@@ -34,6 +34,7 @@ from pipeline.cache.format.records import Record
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.stores import store_of
 from pipeline.errors import CacheDamage, CacheError
+from pipeline.files import PARTIAL
 from pipeline.forking import fork
 from tests.failing_disk import KINDS, failing, install
 from tests.test_pipeline.cache.samples import key_of, make_cache, make_header, make_shard
@@ -95,6 +96,7 @@ class CacheMachine(RuleBasedStateMachine):
     def create(self, at: int, how: str) -> None:
         self.end(self.start(lambda: create_cache(self.path, self.header), at, how))
         create_cache(self.path, self.header)
+        assert not [file for file in self.path.rglob("*") if file.name.endswith(PARTIAL)]
 
     @rule(shard=SHARD)
     def write(self, shard: int) -> None:
