@@ -190,7 +190,7 @@ def test_close_ends_a_worker_that_hangs_in_a_batch() -> None:
 @pytest.mark.parametrize("capacity", [CAPACITY, 1 << 12], ids=["slots", "memory of its own"])
 def test_a_worker_that_is_killed_at_any_moment_is_said(capacity: int) -> None:
     random = Random(0)
-    for _ in range(27):
+    for _ in range(8):
         pool = Pool(make, 2, capacity)
         killing = Timer(random.uniform(0, 0.02), os.kill, (random.choice(pool._workers).pid, signal.SIGKILL))
         killing.start()
