@@ -1,14 +1,15 @@
 """Lines about wrong configs: they name keys and say what is wanted, in the project's own words."""
 
+import json
 import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field
 
 import cli
-from pipeline.config import Config, Pair, PathField, load_config
+from pipeline.config import Config, Pair, PathField, load_config, validate
 from pipeline.errors import ConfigError
 from pipeline.keys import keys_of
 
@@ -90,6 +91,15 @@ def test_text_in_a_file_wants_quotes(tmp_path: Path) -> None:
     file.write_text("data: {path: 2024}\nval: {images: 1e3, annotations: yes}\n")
     with pytest.raises(ConfigError, match=r"data.path=2024: must be text: in a file, put it in quotes; val.images=1"):
         load_config(Training, file)
+
+
+@pytest.mark.parametrize("text", ["photos\0", "photos\udcff"])
+@pytest.mark.parametrize("values", [{"data": {"path": ""}}, {"data": "", "val": {"images": "", "annotations": "x"}}])
+def test_text_that_can_not_be_written_down(text: str, values: dict[str, Any]) -> None:
+    """A name on the disk that is no UTF-8, and what only a YAML file can hold."""
+    values = json.loads(json.dumps(values).replace('""', json.dumps(text)))
+    with pytest.raises(ConfigError, match=r"=.photos.* is no valid Unicode text: give it another name"):
+        validate(Training, values)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

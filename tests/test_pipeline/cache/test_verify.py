@@ -201,6 +201,22 @@ def test_a_disk_that_fails_is_no_damage(cache: Path, monkeypatch: pytest.MonkeyP
     mend(cache, verify(cache, "full"))
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_file_that_can_not_be_looked_at_is_no_damage(
+    cache: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, look = target_of(cache, "tokens", 1, 1), os.stat
+
+    def stat(path: object, **keys: bool) -> os.stat_result:
+        if str(path) == str(file):
+            raise OSError(number, os.strerror(number), str(path))
+        return look(path, **keys)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(StorageError, match=rf"^{file} can't be looked at: {os.strerror(number)}"):
+        verify(cache, "quick")
+
+
 @pytest.mark.parametrize("file", ["cache.json", "commits/000000.json", "zarr.json", "tokens/zarr.json"])
 def test_every_bit_of_the_metadata_counts(tmp_path: Path, file: str) -> None:
     path = make_cache(tmp_path / "cache", make_header("zarr", dim=2, grid=[1, 2]))
