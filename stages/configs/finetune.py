@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 from pipeline.config import Config, PathField
 from pipeline.configs.data import DataConfig, ValConfig
 from pipeline.configs.models import StudentConfig
-from pipeline.configs.training import EmaConfig, OptimConfig, RunConfig
+from pipeline.configs.training import EmaConfig, OptimConfig, ShardedRunConfig
 
 
 class AugmentConfig(Config):
@@ -28,7 +28,7 @@ class AugmentConfig(Config):
         return self
 
 
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(ShardedRunConfig):
     """Everything `finetune` takes."""
 
     epochs: int = Field(100, ge=1)
