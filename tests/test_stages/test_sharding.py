@@ -1,13 +1,12 @@
 """Sharded training by two processes: DDP's losses, whole checkpoints, and any number of processes to go on with."""
 
-import os
 import shutil
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -90,7 +89,7 @@ def test_two_processes_train_in_shares_as_whole_and_either_goes_on_from_the_othe
 @pytest.mark.slow  # starts torch in two processes, three times
 def test_a_killed_sharded_run_ends_as_one_that_was_not(image_tree: Path, tmp_path: Path) -> None:
     extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache"))
-    keys = {**pretrain_keys(image_tree, tmp_path), "max_steps": 40, "checkpoint_every": 1}
+    keys = {**pretrain_keys(image_tree, tmp_path), "max_steps": 12, "checkpoint_every": 1}
     in_two_processes("pretrain", keys, tmp_path / "through", "fsdp")
     killed, deadline = tmp_path / "killed", time.monotonic() + 240
     process = launch(2, "pretrain", *words(keys, killed, "fsdp"))
@@ -98,10 +97,12 @@ def test_a_killed_sharded_run_ends_as_one_that_was_not(image_tree: Path, tmp_pat
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL) if os.getpgid(process.pid) == process.pid else process.kill()
+    launcher = psutil.Process(process.pid)
+    for started in (*launcher.children(recursive=True), launcher):
+        started.kill()
     process.communicate()
     in_two_processes("pretrain", keys, killed, "fsdp")
-    last = "checkpoints/step-00000040/model.safetensors"
+    last = "checkpoints/step-00000012/model.safetensors"
     assert column(killed, "loss") == column(tmp_path / "through", "loss")
     assert (killed / last).read_bytes() == (tmp_path / "through" / last).read_bytes()
 
