@@ -11,7 +11,8 @@ was measured or is assumed, over the operations of teacher and student. Give you
 result says where its rate is from, what limits it, and which keys move that limit. Hours are a lower bound: cropping,
 encoding JPEGs and starting are not counted, the disk only with disk_rate. The ceiling of the saving comes from counted
 multiplications: a step with a live teacher costs the student's forward and backward plus the teacher's forward; with a
-cache, the student alone. `step_over_mae` is that step over one with MAE's decoder (decoder=full). Two plans:
+cache, the student alone. `step_over_mae` is that step over one with MAE's decoder (decoder=full). With batch_size, the
+memory that pre-training takes on a GPU follows, from the tensors of a step; that takes some seconds. Two plans:
 docs/scaling.md.
 """
 
@@ -20,8 +21,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.assembly.memory import step_memory
 from pipeline.cache.budget import estimate_bytes, readable
 from pipeline.configs.models import DecoderKind
 from pipeline.data.masks import predicted_count, visible_count
@@ -102,6 +105,32 @@ def run(config: PlanConfig) -> dict[str, Any]:
         "extraction_rate": extraction_rate,
         "training_rate": training_rate,
         **_sources(config),
+        **(_memory(config, config.batch_size, teacher.dim) if config.batch_size else {}),
+    }
+
+
+def _memory(config: PlanConfig, batch_size: int, teacher_dim: int) -> dict[str, Any]:
+    """What pre-training with one cached teacher takes on each GPU."""
+    images, left = divmod(batch_size, config.gpus)
+    if left:
+        raise ConfigError(f"batch_size={batch_size} is no multiple of gpus={config.gpus}")
+    with FakeTensorMode():
+        student = build_student(
+            config.student,
+            teachers={"teacher": teacher_dim},
+            decoder=config.decoder,
+            predict_share=config.predict_share,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        bf16, fsdp = config.precision == "bf16", config.sharding == "fsdp"
+        memory = step_memory(student, images, config.mask_ratio, bf16, config.gpus, fsdp)
+    parts = {name: readable(size) for name, size in memory._asdict().items() if name != "peak"}
+    return {
+        "gpu_images": images,
+        "gpu_memory_bytes": memory.peak,
+        "gpu_memory": readable(memory.peak),
+        **{f"gpu_{name}": size for name, size in parts.items()},
+        "gpu_memory_from": "computed from the tensors of a step without compile; CUDA itself takes about 0.5 GB beside",
     }
 
 

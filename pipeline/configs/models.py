@@ -28,6 +28,7 @@ class StudentConfig(Config):
     dim: int | None = Field(None, ge=1)  # width of the encoder; default of this and the next ones: the published size
     depth: int | None = Field(None, ge=1)  # blocks of the encoder
     num_heads: int | None = Field(None, ge=1)  # attention heads of the encoder
+    conv_mlp_ratio: int | None = Field(None, ge=1)  # hidden over outer width in ConvViT's first two levels; default: 4
     # full: MAE's; cross: queries of predicted cells read the visible tokens, and a ViT-B step takes 0.63 of MAE's time
     decoder: DecoderKind = "full"
     predict_share: float | None = Field(None, gt=0, le=1)  # of all cells; default: 1 (all masked ones), cross: 0.25

@@ -8,6 +8,8 @@ from pipeline.config import Config, PathField, Precision
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
+Sharding = Literal["ddp", "fsdp"]
+
 
 class RunConfig(Config):
     """What every training command takes."""
@@ -28,6 +30,13 @@ class RunConfig(Config):
     keep_checkpoints: int = Field(2, ge=1)  # newest ones that are kept, beside the best
     tensorboard: bool = True  # curves in output/tensorboard
     wandb: bool = False  # curves at Weights & Biases, which must be installed
+
+
+class ShardedRunConfig(RunConfig):
+    """What training an encoder takes beside."""
+
+    # ddp: each process holds the model and AdamW's state; fsdp: a share of them, for students that outgrow a GPU
+    sharding: Sharding = "ddp"
 
 
 class OptimConfig(Config):

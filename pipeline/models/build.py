@@ -28,7 +28,13 @@ from pipeline.models.vit import ViT
 _DECODERS = {"full": Decoder, "cross": CrossDecoder}
 _PREDICT_SHARES = {"full": 1.0, "cross": 0.25}
 # Options that came later: at their defaults a spec leaves them out, so that runs of before find it unchanged.
-_LATER = {"decoder": "full", "predict_share": None, "summary_weight": 0.0, "summary_source": None}
+_LATER = {
+    "decoder": "full",
+    "predict_share": None,
+    "summary_weight": 0.0,
+    "summary_source": None,
+    "conv_mlp_ratio": None,
+}
 
 
 def build_student(

@@ -56,8 +56,10 @@ class ConvViT(nn.Module):
         self.patch_embed3 = ConvEmbed(dim[1], dim[2], 2)
         self.patch_embed4 = nn.Linear(dim[2], dim[2])
         self.pos_embed = nn.Parameter(sincos_positions(dim[2], self.grid), requires_grad=False)
-        self.blocks1 = nn.ModuleList(ConvBlock(dim[0], rate) for rate in rates[: depth[0]])
-        self.blocks2 = nn.ModuleList(ConvBlock(dim[1], rate) for rate in rates[depth[0] : -depth[2]])
+        self.blocks1 = nn.ModuleList(ConvBlock(dim[0], rate, size.conv_mlp_ratio) for rate in rates[: depth[0]])
+        self.blocks2 = nn.ModuleList(
+            ConvBlock(dim[1], rate, size.conv_mlp_ratio) for rate in rates[depth[0] : -depth[2]]
+        )
         self.blocks3 = transformer(dim[2], size.num_heads, rates[-depth[2] :])
         if final_norm:
             self.stage1_output_decode = Conv2d(dim[0], dim[2], 4, stride=4)
@@ -178,7 +180,7 @@ class ConvBlock(nn.Module):
     All convolutions but `attn` are linear maps of one pixel, kept in the shape that checkpoints have.
     """
 
-    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, drop_path: float = 0.0, mlp_ratio: int = 4) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.conv1 = Conv2d(dim, dim, 1)
@@ -186,7 +188,7 @@ class ConvBlock(nn.Module):
         self.conv2 = Conv2d(dim, dim, 1)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = ConvMlp(dim, 4 * dim)
+        self.mlp = ConvMlp(dim, mlp_ratio * dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Whole maps [B, C, H, W]; `mask` [B, 1, H, W] is 1 where visible: the depthwise input is zero elsewhere."""

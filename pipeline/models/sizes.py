@@ -14,6 +14,7 @@ class EncoderSizes(TypedDict, total=False):
     patch_size: pixels. ConvViT needs a multiple of 4.
     dim, depth: of the transformer. For ConvViT three numbers, or one for the last level: the first two widths then keep
         their ratio to it, and the first two depths stay.
+    conv_mlp_ratio: hidden over outer width of the MLPs in ConvViT's first two levels.
     """
 
     image_size: int | Sequence[int]
@@ -21,6 +22,7 @@ class EncoderSizes(TypedDict, total=False):
     dim: int | Sequence[int] | None
     depth: int | Sequence[int] | None
     num_heads: int | None
+    conv_mlp_ratio: int | None
 
 
 class StudentSizes(EncoderSizes, total=False):
@@ -33,7 +35,11 @@ class StudentSizes(EncoderSizes, total=False):
 
 @dataclass(frozen=True)
 class Size:
-    """Widths, depths and heads of an encoder and its decoder; ConvViT's `dim` and `depth` have one entry a level."""
+    """Widths, depths and heads of an encoder and its decoder; ConvViT's `dim` and `depth` have one entry a level.
+
+    `mlp_ratio` is hidden over outer width of the MLPs in transformer blocks, `conv_mlp_ratio` in ConvViT's first two
+    levels.
+    """
 
     dim: tuple[int, ...]
     depth: tuple[int, ...]
@@ -43,6 +49,8 @@ class Size:
     decoder_heads: int
     image_size: tuple[int, int] = (224, 224)
     patch_size: int = 16
+    mlp_ratio: float = 4.0
+    conv_mlp_ratio: int = 4
 
     @property
     def is_conv(self) -> bool:
@@ -55,13 +63,16 @@ class Size:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
-# ViT-B and -L and ConvViT-B are as published. The decoders of tiny and small are ours: 512 × 8 would cost several times
-# the encoder there. ConvViT-S, -L and -H are from memory of the MR-MAE paper and unverified.
+# ViT-B, -L and -H are MAE's, ConvViT-B is ConvMAE's, ViT-g is that of Scaling Vision Transformers (arXiv 2106.04560)
+# with MAE's decoder. The decoders of tiny and small are ours: 512 × 8 would cost several times the encoder there. The
+# authors published no code for ConvViT-S, -L and -H; what others' code says of them: docs/students.md.
 SIZES = {
     "mrmae_vit_tiny_patch16": Size((192,), (12,), 3, 192, 4, 3),
     "mrmae_vit_small_patch16": Size((384,), (12,), 6, 256, 4, 4),
     "mrmae_vit_base_patch16": Size((768,), (12,), 12, 512, 8, 16),
     "mrmae_vit_large_patch16": Size((1024,), (24,), 16, 512, 8, 16),
+    "mrmae_vit_huge_patch14": Size((1280,), (32,), 16, 512, 8, 16, patch_size=14),
+    "mrmae_vit_giant_patch14": Size((1408,), (40,), 16, 512, 8, 16, patch_size=14, mlp_ratio=48 / 11),
     "mrmae_convvit_small_patch16": Size((128, 256, 384), (2, 2, 11), 6, 256, 4, 4),
     "mrmae_convvit_base_patch16": Size((256, 384, 768), (2, 2, 11), 12, 512, 8, 16),
     "mrmae_convvit_large_patch16": Size((384, 768, 1024), (2, 2, 23), 16, 512, 8, 16),
@@ -136,6 +147,8 @@ def _check(size: Size) -> None:
             )
     _check_transformer("", size.dim[-1], size.num_heads, size.depth)
     _check_transformer("decoder_", size.decoder_dim, size.decoder_heads, (size.decoder_depth,))
+    if size.conv_mlp_ratio < 1:
+        raise ConfigError(f"conv_mlp_ratio={size.conv_mlp_ratio}: give 1 or more")
     if min(size.dim) < 1:
         raise ConfigError(f"dim={list(size.dim)}: every level needs a positive width")
 

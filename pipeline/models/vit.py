@@ -55,7 +55,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(size.patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid, prefix=1), requires_grad=False)
-        self.blocks = transformer(dim, size.num_heads, drop_rates(drop_path, size.depth[0]))
+        self.blocks = transformer(dim, size.num_heads, drop_rates(drop_path, size.depth[0]), size.mlp_ratio)
         self.norm = LayerNorm(dim) if final_norm else nn.Identity()
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -113,11 +113,10 @@ def drop_rates(last: float, depth: int) -> list[float]:
     return [last * block / max(depth - 1, 1) for block in range(depth)]
 
 
-def transformer(dim: int, num_heads: int, drop_path: Iterable[float]) -> nn.ModuleList:
-    """timm blocks as MAE configures them: biased qkv, MLP ratio 4, LayerNorm eps 1e-6; one for each drop-path rate."""
-    # norm_layer is declared a class, but any callable serves
-    blocks = (Block(dim, num_heads, qkv_bias=True, norm_layer=LayerNorm, drop_path=p) for p in drop_path)  # type: ignore[arg-type]
-    return nn.ModuleList(blocks)
+def transformer(dim: int, num_heads: int, drop_path: Iterable[float], mlp_ratio: float = 4.0) -> nn.ModuleList:
+    """timm blocks as MAE configures them: biased qkv, LayerNorm eps 1e-6; one for each drop-path rate."""
+    options: dict[str, Any] = {"qkv_bias": True, "norm_layer": LayerNorm}  # declared a class, but any callable serves
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, drop_path=rate, **options) for rate in drop_path)
 
 
 def run_blocks(

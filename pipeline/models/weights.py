@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.models.build import build_classifier, build_student
 from pipeline.models.classifier import Classifier
+from pipeline.models.convvit import ConvViT
 from pipeline.models.mr_mae import FOR_DECODER, Student
 from pipeline.tensor_files import save_tensors
 from pipeline.weights import load_tensors, misfit, read_state
@@ -120,6 +121,8 @@ def load_weights(model: Student | Classifier, state: Mapping[str, Tensor], *, st
     shape. Otherwise the model's stay fresh and the file's are dropped. A student's `norm` and the outputs of ConvViT's
     levels are dropped too, if the model has none; a model that has them needs them. Anything else is an error.
 
+    A ConvViT has no class token: one in the file is dropped, strict or not.
+
     Raises:
         CheckpointError: naming what is missing, extra, or of another shape; the model is then as it was.
     """
@@ -128,6 +131,8 @@ def load_weights(model: Student | Classifier, state: Mapping[str, Tensor], *, st
     loaded = {key: value for key, value in fitted.items() if key in expected and value.shape == expected[key].shape}
 
     def optional(key: str) -> bool:
+        if key == "cls_token" and isinstance(model.encoder, ConvViT):
+            return True  # checkpoints of ConvMAE's authors carry one that their model never reads
         return not strict and (_part(key) in TASK_PARTS or (_part(key) in FOR_DECODER and key not in expected))
 
     problem = misfit(
@@ -135,8 +140,7 @@ def load_weights(model: Student | Classifier, state: Mapping[str, Tensor], *, st
         {key: value for key, value in fitted.items() if not optional(key)},
     )
     if problem:
-        remedy = "check name and sizes, or load it as init" if strict else "check the student's name and sizes"
-        raise CheckpointError(f"the weights don't fit this model ({problem}): {remedy}")
+        raise CheckpointError(f"the weights don't fit this model ({problem}): {_remedy(state, expected, strict)}")
     model.load_state_dict({**expected, **loaded})
     return LoadReport(
         loaded=list(loaded),
@@ -157,6 +161,16 @@ def _fit_positions(model: Student | Classifier, key: str, value: Tensor, expecte
         return value
     resampled: Tensor = resample_abs_pos_embed(value, list(model.encoder.grid), [side, side], prefix, antialias=False)
     return resampled
+
+
+def _remedy(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], strict: bool) -> str:
+    """What helps where weights don't fit."""
+    first = "blocks1.0.mlp.fc1.weight"  # [hidden, dim, 1, 1], of ConvViT
+    if first in state and first in expected:
+        (hidden, dim), former = state[first].shape[:2], expected[first].shape
+        if dim == former[1] and hidden != former[0]:
+            return f"set student.conv_mlp_ratio={hidden // dim}"
+    return "check name and sizes, or load it as init" if strict else "check the student's name and sizes"
 
 
 def _part(key: str) -> str:

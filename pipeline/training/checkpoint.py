@@ -30,7 +30,7 @@ import xxhash
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import Config, save_config
 from pipeline.errors import CheckpointError, StorageError
@@ -60,18 +60,19 @@ class Checkpoint:
 
 def save_checkpoint(
     checkpoint: Checkpoint,
-    model: nn.Module,
+    state: Mapping[str, Tensor],
     spec: Mapping[str, Any],
     config: Config | None = None,
     optimizer_state: Mapping[str, Any] | None = None,
-    trained: nn.Module | None = None,
+    trained_state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint folder atomically. A sound one of the same name stays as it is, a torn one is replaced.
 
     The caller is the only writer of the folder around it (see `Run`): what killed ones left there is removed.
 
     Args:
-        trained: the model that the optimiser works on, where `model` is its moving average.
+        state: the state dict of the model.
+        trained_state: that of the model that the optimiser works on, where `state` is its moving average.
 
     Raises:
         CheckpointError: the disk is full or the folder can't be written; nothing half-written stays.
@@ -82,9 +83,9 @@ def save_checkpoint(
     try:
         clean_folder(path.parent)
         with whole_folder(path, durable=True) as partial:
-            save_tensors(model.state_dict(), partial / "model.safetensors")
-            if trained is not None:
-                save_tensors(trained.state_dict(), partial / "trained.safetensors")
+            save_tensors(state, partial / "model.safetensors")
+            if trained_state is not None:
+                save_tensors(trained_state, partial / "trained.safetensors")
             write_text(partial / "model.json", json.dumps(spec, indent=1))
             if config is not None:
                 save_config(config, partial / "config.yaml")
@@ -208,21 +209,25 @@ def resolve_checkpoint(path: Path) -> Path:
     return newest.path
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, result: nn.Module) -> None:
-    """Load weights, optimiser state and, where `result` is another than `model`, its average: exactly.
-
-    Decay, betas and each layer's share of the rate stay what `optimizer` was built with: they are the config's.
-    """
+def restore_weights(checkpoint: Checkpoint, model: nn.Module, result: nn.Module) -> None:
+    """Load weights and, where `result` is another than `model`, their average: exactly."""
     averaged = result is not model
     weights = "trained.safetensors" if averaged else "model.safetensors"
     model.load_state_dict(load_file(checkpoint.path / weights), strict=True)
     if averaged:
         result.load_state_dict(load_file(checkpoint.path / "model.safetensors"), strict=True)
+    log.info("resumed from %s", checkpoint.path)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the optimiser's state.
+
+    Decay, betas and each layer's share of the rate stay what `optimizer` was built with: they are the config's.
+    """
     of_config = [{key: group[key] for key in _OF_CONFIG if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(checkpoint.optimizer_state())
+    optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, of_config, strict=True):
         group.update(values)
-    log.info("resumed from %s", checkpoint.path)
 
 
 def best_checkpoint(folder: Path) -> Checkpoint | None:

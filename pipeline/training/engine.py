@@ -24,7 +24,8 @@ from pipeline.training.checkpoint import (
     best_checkpoint,
     make_best,
     prune,
-    restore,
+    restore_optimizer,
+    restore_weights,
     retire_best,
     save_checkpoint,
 )
@@ -38,6 +39,7 @@ from pipeline.training.journal import Pace
 from pipeline.training.metrics import Meter, MetricsWriter, Stopwatch, peak_memory
 from pipeline.training.optim import build_adamw, cosine_schedule, describe_rate, parameter_groups, set_lr
 from pipeline.training.run import Run
+from pipeline.training.sharding import blank_copy, fill, gathered, scattered, shard, share, whole
 from pipeline.training.task import B, Evaluation, Task
 from pipeline.training.telling import tell_end, tell_start
 
@@ -100,18 +102,27 @@ class _Loop(Generic[B]):
     def __init__(self, task: Task[B], run: Run, plan: StepPlan, optim: OptimConfig) -> None:
         self.task, self.run, self.plan, self.optim = task, run, plan, optim
         self.plain_model = task.model
-        groups = parameter_groups(task.model, optim.weight_decay, task.layer_ids, optim.layer_decay)
-        self.plain_optimizer = build_adamw(groups, optim)
         self.ema = build_ema(task.model.to(run.device), task.ema)
         self.result = self.ema.module if self.ema else task.model  # what is evaluated, and read from checkpoints
         if run.resumed:
-            restore(run.resumed, task.model, self.plain_optimizer, self.result)
+            restore_weights(run.resumed, task.model, self.result)
+        self.blank = blank_copy(task.model) if run.sharded else None  # to evaluate: whole again
+        if run.sharded:
+            for model in dict.fromkeys((task.model, self.result)):
+                shard(model, run.device, run.accelerator.mixed_precision == "bf16")
+        groups = parameter_groups(task.model, optim.weight_decay, task.layer_ids, optim.layer_decay)
+        self.plain_optimizer = build_adamw(groups, optim)
+        if run.resumed:
+            restore_optimizer(self.plain_optimizer, scattered(run.resumed.optimizer_state(), self.plain_optimizer))
         if run.config.compile:
             # In place: names in checkpoints stay. And before DDP wraps it: what is compiled inside DDP's forward is cut
             # at its buckets (torch's DDPOptimizer), so that each is sent while the backward goes on.
             task.model.compile()
-        self.model, self.optimizer = run.accelerator.prepare(task.model, self.plain_optimizer)
+        # What is sharded is wrapped already; autocast is all that accelerate has to add.
+        self.model = run.accelerator.prepare_model(task.model, evaluation_mode=run.sharded)
+        self.optimizer = run.accelerator.prepare_optimizer(self.plain_optimizer)
         self.schedule = cosine_schedule(optim, plan.batch_size, plan.steps_per_epoch, plan.total_steps)
+        self.grad_norms = None if run.sharded else task.grad_norms  # FSDP gives gradients to whole backwards alone
         self.meter = Meter(run.device, run.resumed.meter if run.resumed else None)
         self.generators = generators_of(run.device)
         self.garbage = FixedCollection()
@@ -143,8 +154,8 @@ class _Loop(Generic[B]):
         set_lr(self.plain_optimizer, self.schedule(step))
         for micro in range(self.plan.accum_iter):
             batch = self._next(batches)
-            if self.task.grad_norms and micro == 0 and self.task.grad_norms.due(step):
-                self.meter.norms |= self._single_losses(self.task.grad_norms, step, batch)
+            if self.grad_norms and micro == 0 and self.grad_norms.due(step):
+                self.meter.norms |= self._single_losses(self.grad_norms, step, batch)
             # Only now: starting the loader draws from the global generators too, after a resume and not before.
             seed_generators(self.generators, self.run.config.seed, step, micro, self.run.rank)
             if micro + 1 < self.plan.accum_iter:
@@ -202,7 +213,7 @@ class _Loop(Generic[B]):
         logged = (step + 1) % self.run.config.log_every == 0 or step == 0 or step + 1 == self.plan.total_steps
         if limit is not None or logged:
             norm = self.run.accelerator.clip_grad_norm_(self.model.parameters(), limit or float("inf"))
-            self.meter.norms["grad_norm"] = norm.detach()
+            self.meter.norms["grad_norm"] = whole(norm.detach())
 
     def log(self, done: int) -> None:
         self._check_finite(done)
@@ -230,10 +241,12 @@ class _Loop(Generic[B]):
     def evaluate(self, done: int, evaluation: Evaluation) -> None:
         began = time.perf_counter()
         self._check_finite(done, weights=True)  # nothing else may become the best
-        self.result.eval()
         # Not inference mode: tensors born in it, as a moved model's buffers, could take no part in training.
         with torch.no_grad(), self.run.accelerator.autocast(), self.garbage.as_ever():
-            values = evaluation.measure(self.result, done)
+            result = fill(self.blank, self.result, self.run.device) if self.blank else self.result
+            values = evaluation.measure(result.eval(), done)
+            if self.blank:
+                self.blank.to("meta")  # free its memory
         self.latest |= values
         if self.best and values.get(self.best, float("-inf")) > self.best_value:
             self.best_value, saving = values[self.best], time.perf_counter()
@@ -248,10 +261,7 @@ class _Loop(Generic[B]):
         began = time.perf_counter()
         self._check_finite(done, weights=True)
         meter = {"count": self.meter.count, "sums": self._mean(self.meter.sums), "norms": self._mean(self.meter.norms)}
-        trained = self.plain_model if self.ema else None
-        path = self._save(
-            f"step-{done:08d}", done, meter=meter, optimizer_state=self.plain_optimizer.state_dict(), trained=trained
-        )
+        path = self._save(f"step-{done:08d}", done, meter, resumable=True)
         if self.run.is_main:
             prune(self.run.checkpoints, self.run.config.keep_checkpoints, path.name)
         self.garbage.all()
@@ -261,11 +271,15 @@ class _Loop(Generic[B]):
         self.watch.leave_out(seconds)
         self.watch.saved += seconds
 
-    def _save(self, name: str, done: int, meter: Mapping[str, Any] | None = None, **state: Any) -> Path:
-        path = self.run.checkpoints / name
+    def _save(self, name: str, done: int, meter: Mapping[str, Any] | None = None, resumable: bool = False) -> Path:
+        path, keep = self.run.checkpoints / name, self.run.is_main
+        state, optimizer_state, trained_state = gathered(self.result.state_dict(), keep), None, None
+        if resumable:
+            optimizer_state = gathered(self.plain_optimizer.state_dict(), keep)
+            trained_state = gathered(self.plain_model.state_dict(), keep) if self.ema else None
         if self.run.is_main:
             checkpoint = Checkpoint(path, done, self.run.identity, self.latest, dict(meter or {}))
-            save_checkpoint(checkpoint, self.result, self.task.spec, self.run.config, **state)
+            save_checkpoint(checkpoint, state, self.task.spec, self.run.config, optimizer_state, trained_state)
         return path
 
     def _mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -290,7 +304,7 @@ class _Loop(Generic[B]):
         """Every process leaves if one of them met a bad loss; with `weights`, also if an update spoiled the model."""
         first = self.meter.first_bad()
         bad = -1 if first is None else self.run.start_step + first // self.plan.accum_iter
-        if weights and bad < 0 and not all(bool(p.isfinite().all()) for p in self.plain_model.parameters()):
+        if weights and bad < 0 and not all(bool(share(p).isfinite().all()) for p in self.plain_model.parameters()):
             bad = done - 1
         if self.run.any_process(bad >= 0):
             bad = bad if bad >= 0 else done - 1  # another process knows it better

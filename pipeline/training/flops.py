@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 # Dense bf16 TFLOP/s with fp32 accumulation, from the makers' data sheets, by what torch calls the card. The first
@@ -52,10 +53,10 @@ def count_flops(model: nn.Module, losses: Callable[[], Mapping[str, Tensor]]) ->
 
     Nothing is computed: the counter sees tensors without data (FakeTensorMode). The model must have run on real ones
     before, so that what its parts keep for later is made of data. Where shapes depend on data (`model.dynamic_shapes`),
-    the forward runs for real, without gradients, and counts three times: a backward has two products for each of its
-    own.
+    and where the model is sharded, the forward runs for real, without gradients, and counts three times: a backward has
+    two products for each of its own.
     """
-    if getattr(model, "dynamic_shapes", False):
+    if getattr(model, "dynamic_shapes", False) or isinstance(model, FSDPModule):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             losses()
         return 3 * int(counter.get_total_flops())

@@ -23,7 +23,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import gather_object
 
 from pipeline.config import save_config
-from pipeline.configs.training import RunConfig
+from pipeline.configs.training import RunConfig, ShardedRunConfig
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.files import clean_folder, write_text
 from pipeline.locks import lock_folder
@@ -136,6 +136,11 @@ class Run:
     @property
     def rank(self) -> int:
         return int(self.accelerator.process_index)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a share of the model; one process alone has nobody to share with."""
+        return isinstance(self.config, ShardedRunConfig) and self.config.sharding == "fsdp" and self.processes > 1
 
     @property
     def start_step(self) -> int:

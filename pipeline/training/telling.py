@@ -53,7 +53,8 @@ def _device(run: Run) -> str:
 def describe_step(run: Run, plan: StepPlan) -> list[str]:
     """What a step is, where it runs, and what would make it faster."""
     lines = [
-        f"device: {_device(run)}; precision: {run.identity['precision']}",
+        f"device: {_device(run)}; precision: {run.identity['precision']}"
+        + (f"; weights and AdamW's state in {run.processes} shares (fsdp)" if run.sharded else ""),
         f"a step: {plan.processes} processes x {plan.accum_iter} micro-batches of {plan.micro_batch}, batch_size="
         f"{plan.batch_size}",
         f"an epoch: {plan.steps_per_epoch} steps of {plan.images_per_step} images; in all {plan.total_steps} steps",

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 from pipeline.config import Config, PathField
 from pipeline.configs.data import DataConfig, ValConfig
 from pipeline.configs.models import StudentConfig
-from pipeline.configs.training import EmaConfig, OptimConfig, RunConfig
+from pipeline.configs.training import EmaConfig, OptimConfig, ShardedRunConfig
 
 # What timm's rand_augment_transform reads. Other sections it ignores without a word, or fails on.
 _POLICY = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3a|3aw))*")
@@ -37,7 +37,7 @@ class AugmentConfig(Config):
         return self
 
 
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(ShardedRunConfig):
     """Everything `finetune` takes."""
 
     epochs: int = Field(100, ge=1)

@@ -1,13 +1,14 @@
 """The keys of `plan`."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from pipeline.config import Amount, Config
 from pipeline.configs.cache import AttentionKind, QuantiserName, StoreName
 from pipeline.configs.models import DecoderKind
+from pipeline.configs.training import Sharding
 
 
 def _billions(value: object) -> object:
@@ -38,4 +39,9 @@ class PlanConfig(Config):
     photo_rate: float = Field(default=223.0, gt=0)  # photos that a core decodes; `mrmae benchmark decode`
     stored_rate: float = Field(default=960.0, gt=0)  # stored 224-px photos that a core decodes and crops
     disk_rate: Amount | None = Field(default=None, gt=0)  # bytes of disk or network
+    # Of pre-training, over all GPUs. Given, the memory of a GPU is told, with this and the next three keys
+    batch_size: int | None = Field(default=None, ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"  # as precision of pre-training
+    gradient_checkpointing: bool = False  # as student.gradient_checkpointing of pre-training
+    sharding: Sharding = "ddp"  # as sharding of pre-training
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)  # share of the patches that are hidden

@@ -10,7 +10,7 @@ from pipeline.configs.data import Focus, OrderKind, ViewConfig
 from pipeline.configs.evaluation import KnnCallbackConfig
 from pipeline.configs.models import MimicConfig, StudentConfig
 from pipeline.configs.teachers import TeacherConfig
-from pipeline.configs.training import OptimConfig, RunConfig
+from pipeline.configs.training import OptimConfig, ShardedRunConfig
 
 
 class PretrainData(Config):
@@ -45,7 +45,7 @@ class OrderConfig(Config):
     window: int = Field(16, ge=1)  # shards
 
 
-class PretrainConfig(RunConfig):
+class PretrainConfig(ShardedRunConfig):
     """Everything `pretrain` takes."""
 
     data: PretrainData = PretrainData()

@@ -37,7 +37,7 @@ def test_all_files_of_runs_and_exports_have_the_mode_that_the_umask_gives(tmp_pa
         export.run(export.ExportConfig(init=tmp_path / name, output=tmp_path / f"exported-{name}"))
     model, checkpoint = nn.Linear(2, 2), Checkpoint(tmp_path / "step-1", 1, identity={}, metrics={})
     optimizer_state = torch.optim.AdamW(model.parameters()).state_dict()
-    save_checkpoint(checkpoint, model, {}, optimizer_state=optimizer_state, trained=model)
+    save_checkpoint(checkpoint, model.state_dict(), {}, None, optimizer_state, model.state_dict())
     FeatureFiles(tmp_path, {}).write(torch.ones(2, 2), "0")
     found = modes(tmp_path)
     assert {"model.safetensors", "trained.safetensors", "optimizer.pt", "config.json"} <= found.keys()

@@ -21,6 +21,7 @@ from pipeline.evaluation.records import read_records
 from pipeline.training.metrics import read_metrics
 from stages import extract_teacher_features, knn, linear_probe, pretrain
 from tests import forked
+from tests.micro import without_key_biases
 from tests.test_stages.conftest import ENCODER, MICRO, extract_config, pretrain_config, sets
 from tests.test_stages.test_extract_teacher_features import content
 
@@ -64,15 +65,6 @@ def forked_ranks(processes: int, *arguments: str) -> list["subprocess.CompletedP
 
     with ThreadPoolExecutor(processes) as pool:
         return list(pool.map(start, map(str, range(processes))))
-
-
-def without_key_biases(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights without what the softmax ignores: a key's bias has rounding for a gradient, which Adam enlarges."""
-    weights = load_file(checkpoint / "model.safetensors")
-    for name, values in weights.items():
-        if name.endswith("qkv.bias"):
-            values.view(3, -1)[1] = 0
-    return weights
 
 
 def test_two_processes_extract_the_same_bytes_as_one(image_tree: Path, tmp_path: Path) -> None:
@@ -126,7 +118,10 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(
     gone_on = read_metrics(tmp_path / "two/metrics.jsonl")
     assert gone_on[:4] == rows["two"][:4]  # what two had trained was not trained again, nor evaluated
     assert [row["step"] for row in gone_on] == [row["step"] for row in rows["two"]] == [1, 2, 3, 3, 4, 5, 6, 6]
-    one, two = (without_key_biases(tmp_path / run / "checkpoints/step-00000006") for run in ("one", "two"))
+    one, two = (
+        without_key_biases(load_file(tmp_path / run / "checkpoints/step-00000006/model.safetensors"))
+        for run in ("one", "two")
+    )
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 

@@ -60,21 +60,24 @@ def test_parameter_counts_of_base_equal_the_references(name: str) -> None:
     assert sum(counts.values()) == TOTAL[name]
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+@pytest.mark.parametrize(
+    "size", ["tiny_patch16", "small_patch16", "base_patch16", "large_patch16", "huge_patch14", "giant_patch14"]
+)
 def test_vit_encoders_have_as_many_parameters_as_timms(size: str) -> None:
     with torch.device("meta"):
-        ours = build_student(f"mrmae_vit_{size}_patch16", objective="mae").encoder
-        timms = create_model(f"vit_{size}_patch16_224", num_classes=0)
+        ours = build_student(f"mrmae_vit_{size}", objective="mae").encoder
+        timms = create_model(f"vit_{size}_224", num_classes=0)
     assert itemise(ours) == itemise(timms)
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("image_size", [224, 384])
-def test_every_name_builds_at_several_sizes(name: str, image_size: int) -> None:
+@pytest.mark.parametrize("cells", [14, 24])
+def test_every_name_builds_at_several_sizes(name: str, cells: int) -> None:
+    image_size = cells * SIZES[name].patch_size
     with torch.device("meta"):
         student: Student = build_student(name, image_size=image_size, teachers={"clip": 768})
         classifier = build_classifier(name, 1000, image_size=image_size)
-    assert student.grid == classifier.grid == (image_size // 16, image_size // 16)
+    assert student.grid == classifier.grid == (cells, cells)
 
 
 def test_one_width_keeps_the_ratio_of_convvits_levels_and_one_depth_is_the_last() -> None:
@@ -100,6 +103,7 @@ def test_one_width_keeps_the_ratio_of_convvits_levels_and_one_depth_is_the_last(
         ({"dim": 98, "num_heads": 2}, "dim=98: 2-D sine-cosine positions need a multiple of 4"),
         ({"num_heads": 5}, "dim=192 doesn't divide into 5 heads: set num_heads to a divisor of it"),
         ({"decoder_heads": 5}, "decoder_dim=192 doesn't divide into 5 heads: set decoder_heads"),
+        ({"conv_mlp_ratio": 0}, "conv_mlp_ratio=0: give 1 or more"),
         ({"depth": 0}, "depth=0: give 1 or more"),
         ({"decoder_depth": 0}, "decoder_depth=0: give 1 or more"),
     ],

@@ -101,6 +101,25 @@ def test_public_base_checkpoints_load_as_they_are(name: str, shapes: dict[str, t
     assert all(key.startswith("mimic.") for key in load_weights(mimicking, public, strict=False).fresh)
 
 
+def test_the_class_token_that_convmaes_authors_never_read_is_dropped(encoder_sizes: dict[str, Any]) -> None:
+    """Their fine-tuned classifiers hold one, as their ConvViT of then had; no other name is let through."""
+    model = build_classifier(NAMES["convvit"], 5, **encoder_sizes)
+    public = {**model.state_dict(), "cls_token": torch.ones(1, 1, 48)}
+    for strict in (True, False):
+        assert load_weights(model, public, strict=strict).dropped == ["cls_token"]
+    with pytest.raises(CheckpointError, match="extra: dist_token"):
+        load_weights(model, {**public, "dist_token": torch.ones(1, 1, 48)}, strict=False)
+
+
+def test_wider_mlps_of_convvits_first_levels_name_their_key(encoder_sizes: dict[str, Any]) -> None:
+    wide = build_student(NAMES["convvit"], **encoder_sizes, objective="mae", conv_mlp_ratio=8)
+    with pytest.raises(
+        CheckpointError, match=r"of another shape: blocks1\.0\.mlp\.fc1\.weight.*: set student.conv_mlp_ratio=8"
+    ):
+        load_weights(build_student(NAMES["convvit"], **encoder_sizes, objective="mae"), wide.state_dict(), strict=False)
+    assert "conv_mlp_ratio" not in build_student(NAMES["convvit"], **encoder_sizes, objective="mae").spec
+
+
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", ""])
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
 def test_files_of_every_kind_are_read(micro: Build, tmp_path: Path, wrapper: str, suffix: str) -> None:

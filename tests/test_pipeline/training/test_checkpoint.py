@@ -34,7 +34,7 @@ def save(folder: Path, step: int, name: str = "step") -> Path:
     optimizer.step()
     path = folder / f"{name}-{step:08d}"
     checkpoint = Checkpoint(path, step, identity={"seed": 1}, metrics={"loss": 0.5}, meter={"count": 3})
-    save_checkpoint(checkpoint, model, {"kind": "test"}, EmaConfig(decay=0.5), optimizer.state_dict())
+    save_checkpoint(checkpoint, model.state_dict(), {"kind": "test"}, EmaConfig(decay=0.5), optimizer.state_dict())
     return path
 
 

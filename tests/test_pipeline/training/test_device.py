@@ -66,7 +66,12 @@ def run_of(kind: str, precision: str, **keys: Any) -> Any:
     accelerator = SimpleNamespace(mixed_precision=precision)
     identity = {"precision": precision.replace("no", "fp32")}
     return SimpleNamespace(
-        device=torch.device(kind), accelerator=accelerator, config=config, identity=identity, is_main=True
+        device=torch.device(kind),
+        accelerator=accelerator,
+        config=config,
+        identity=identity,
+        is_main=True,
+        sharded=False,
     )
 
 

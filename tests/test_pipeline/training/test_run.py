@@ -85,7 +85,7 @@ def test_tensorboard_lies_in_the_run_folder(tmp_path: Path) -> None:
 
 def stop(output: Path, step: int, identity: dict[str, Any]) -> Path:
     path = output / f"checkpoints/step-{step:08d}"
-    save_checkpoint(Checkpoint(path, step, identity, metrics={}), nn.Linear(1, 1), {})
+    save_checkpoint(Checkpoint(path, step, identity, metrics={}), nn.Linear(1, 1).state_dict(), {})
     return path
 
 

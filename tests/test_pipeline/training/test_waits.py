@@ -42,13 +42,14 @@ class FakeRun(SimpleNamespace):
                 parameter.grad = torch.zeros_like(parameter)
 
         accelerator = SimpleNamespace(
-            prepare=lambda *parts: parts,
+            prepare_model=lambda model, **_: model,
+            prepare_optimizer=lambda optimizer: optimizer,
             backward=backward,
             no_sync=lambda _: nullcontext(),
             clip_grad_norm_=nn.utils.clip_grad_norm_,
         )
         config = RunConfig(output=folder, batch_size=8, accum_iter=2)
-        common = {"device": CUDA, "resumed": None, "start_step": 0, "rank": 0, "is_main": True}
+        common = {"device": CUDA, "resumed": None, "start_step": 0, "rank": 0, "is_main": True, "sharded": False}
         super().__init__(accelerator=accelerator, config=config, folder=folder, **common)
 
 
