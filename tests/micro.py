@@ -1,20 +1,14 @@
 """Names and fixtures of micro models, which build in milliseconds."""
 
-<<<<<<< HEAD
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.models import Student
-=======
-from collections.abc import Iterator, Mapping
-
-import pytest
-import torch
-from torch import Tensor
->>>>>>> wing/fsdp
 
 NAMES = {"vit": "mrmae_vit_tiny_patch16", "convvit": "mrmae_convvit_base_patch16"}
 
@@ -30,7 +24,6 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-<<<<<<< HEAD
 def assert_overfits(student: Student, *inputs: Any) -> None:
     """Each loss of eight smooth images, 32 pixels a side, falls below 0.4 of the first within 120 steps.
 
@@ -48,7 +41,8 @@ def assert_overfits(student: Student, *inputs: Any) -> None:
         losses.append({name: value.item() for name, value in result.items() if name != "pred"})
     for name, first in losses[0].items():
         assert losses[-1][name] < 0.4 * first, name
-=======
+
+
 def without_key_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights without what the softmax ignores: a key's bias has rounding for a gradient, which Adam enlarges."""
     weights = {name: values.detach().clone() for name, values in state.items()}
@@ -56,4 +50,3 @@ def without_key_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(("qkv.bias", "kv.bias")):
             values.view(3 if "qkv" in name else 2, -1)[-2] = 0
     return weights
->>>>>>> wing/fsdp
