@@ -40,7 +40,7 @@ def require_room(path: Path, needed: int) -> None:
     if needed * _MARGIN > free:
         raise CacheError(
             f"{path} needs about {readable(needed)} and its disk has {readable(free)} free: "
-            "choose another disk, fewer views, or the int8 or int4 quantiser"
+            "choose another disk, fewer views, or the int8, int4 or codes quantiser"
         )
 
 

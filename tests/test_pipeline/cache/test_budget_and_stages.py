@@ -17,7 +17,7 @@ from tests.test_pipeline.cache.samples import STORES, make_cache, make_header, m
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("quantiser", ["int8", "int4", "float16", "float32"])
+@pytest.mark.parametrize("quantiser", ["int8", "int4", "codes", "float16", "float32"])
 def test_the_estimate_is_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, quantiser: str
 ) -> None:

@@ -34,6 +34,7 @@ from pipeline.errors import CacheDamage, CacheError
 from pipeline.files import hash_source
 from tests import forked
 from tests.test_pipeline.cache.samples import (
+    LAYOUTS,
     STORES,
     SUMMARIES,
     SUMMARY_SCALE,
@@ -96,12 +97,9 @@ def test_round_trip(cache: Path, store: str) -> None:
     check_everything(cache, make_header(store))
 
 
-@pytest.mark.parametrize(
-    ("attention", "summary"), [("mean", None), ("heads", None), ("none", "class"), ("heads", "class")]
-)
-@pytest.mark.parametrize("quantiser", ["int8", "int4", "float16", "float32"])
+@pytest.mark.parametrize(("attention", "quantiser", "summary"), LAYOUTS)
 def test_round_trip_of_every_layout(
-    tmp_path: Path, store: str, quantiser: str, attention: str, summary: str | None
+    tmp_path: Path, store: str, attention: str, quantiser: str, summary: str | None
 ) -> None:
     header = make_header(
         store, quantiser_name=quantiser, attention=attention, heads=3, dim=6, grid=[3, 1], summary=summary
@@ -293,7 +291,7 @@ def test_creating_another_cache_there_names_the_difference(cache: Path, store: s
 @pytest.mark.parametrize("store", STORES)
 def test_a_wish_without_statistics_matches_and_is_not_created(cache: Path, store: str, tmp_path: Path) -> None:
     wish = make_header(store, quantiser={"name": "int8"})
-    for name in ("int8", "int4"):
+    for name in ("int8", "int4", "codes"):
         with pytest.raises(CacheError, match=f"the {name} quantiser has no channel statistics: calibrate"):
             create_cache(tmp_path / "new", make_header(store, quantiser={"name": name}))
     match_header(cache, read_header(cache), wish)
