@@ -22,14 +22,19 @@ KILLS = 20
 IMAGES = 600  # a shard each
 
 
+# What each store's cache is asked for, beside the store.
+KEPT = {"zarr": {"summary": True}, "webdataset": {"quantiser": "codes", "clusters": 16}}
+
+
 def start(processes: int, images: Path, cache: Path, store: str) -> "subprocess.Popen[bytes]":
     """`extract-teacher-features` in a process group of its own."""
+    kept = ", ".join(f"{key}: {value}" for key, value in KEPT[store].items())
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [
         sys.executable, *run, "-m", "cli", "extract-teacher-features", f"data={{path: {images}, workers: 1}}",
         "teacher={spec: timm:test_vit, weights: random, image_size: 64}",
         "views={count: 2, image_size: 64}", "batch_size=16",
-        f"cache={{path: {cache}, store: {store}, samples_per_shard: 1, summary: true}}",
+        f"cache={{path: {cache}, store: {store}, samples_per_shard: 1, {kept}}}",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -56,9 +61,9 @@ def test_killed_and_resumed_extraction_gives_the_same_bytes(tmp_path: Path, stor
     images.mkdir()
     for number in range(IMAGES):
         smooth_picture(number, 48 + number % 30, 70).save(images / f"{number:03d}.jpg")
-    extract_teacher_features.run(
-        extract_config(images, tmp_path / "whole", cache__store=store, cache__samples_per_shard=1, cache__summary=True)
-    )
+    wanted = {"store": store, "samples_per_shard": 1, **KEPT[store]}
+    keys = {f"cache__{key}": value for key, value in wanted.items()}
+    extract_teacher_features.run(extract_config(images, tmp_path / "whole", **keys))
 
     cache, moments = tmp_path / "killed", random.Random(store)
     kills = 0
@@ -78,9 +83,7 @@ def test_killed_and_resumed_extraction_gives_the_same_bytes(tmp_path: Path, stor
         process.wait()
         kills += 1
 
-    extract_teacher_features.run(
-        extract_config(images, cache, cache__store=store, cache__samples_per_shard=1, cache__summary=True)
-    )
+    extract_teacher_features.run(extract_config(images, cache, **keys))
     assert open_cache(cache).missing_shards() == []
     assert content(cache) == content(tmp_path / "whole")
     assert verify_cache.run(verify_cache.VerifyConfig(path=cache)).sound

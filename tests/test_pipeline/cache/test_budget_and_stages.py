@@ -54,6 +54,8 @@ def test_plan_of_imagenet() -> None:
     assert answer["student_step_gmac"] == pytest.approx(29, abs=0.1)
     assert answer["extraction_gpu_hours"] == pytest.approx(1_281_167 / answer["extraction_rate"] / 3600)
     assert plan.run(plan.PlanConfig(quantiser="int4"))["size"] == "97.52 GB"
+    codes = plan.run(plan.PlanConfig(quantiser="codes", attention="none"))
+    assert (codes["size"], codes["bytes_per_view"]) == ("595.7 MB", 196 * 2 + 73)
     half = plan.run(plan.PlanConfig(quantiser="float16", views=2))
     assert half["bytes"] == pytest.approx(2 * 386e9, rel=0.01)
     json.dumps(answer)

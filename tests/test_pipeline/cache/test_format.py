@@ -160,6 +160,20 @@ def run_example(library: str) -> dict[str, object]:
     return names
 
 
+def test_numpy_alone_reads_codes_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = (e for e in examples if "centroids" in e)
+    assert set(re.findall(r"(?:import|from) (\w+)", example)) == {"base64", "json", "pathlib", "numpy", "Path"}
+    path = make_cache(tmp_path / "cache", make_header("zarr", quantiser_name="codes"))
+    monkeypatch.chdir(tmp_path)
+    for index, view in ((0, 0), (6, 1)):
+        names: dict[str, object] = {}
+        exec(example.replace("view = rows * columns, 0, 0", f"view = rows * columns, {index}, {view}"), names)
+        reader = open_cache(path)
+        np.testing.assert_array_equal(names["codes"], reader.read(index, view).tokens[:, 0])
+        np.testing.assert_allclose(names["tokens"], reader.read(index, view, dequantise=True).tokens, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dim", [8, 22])
 def test_numpy_alone_reads_int4_as_documented(tmp_path: Path, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
