@@ -386,9 +386,10 @@ while True:
 """
 
 
-def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path, store: str) -> None:
+@pytest.mark.parametrize("kind", [{"summary": "class"}, {"quantiser_name": "codes"}], ids=["summary", "codes"])
+def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path, store: str, kind: dict[str, str]) -> None:
     """Killed anywhere in a loop of writing and withdrawing, every shard is whole or not there."""
-    header = make_header(store, summary="class")
+    header = make_header(store, **kind)
     expected = contents(make_cache(tmp_path / "whole", header, {5: "bad"}))
     create_cache(tmp_path / "cache", header)
     command = [sys.executable, "-c", WRITER, str(tmp_path / "cache")]
