@@ -30,7 +30,7 @@ from pipeline.cache import (
     ShardData,
     ShardWriting,
 )
-from pipeline.cache.format.codes import TOKENS_PER_CLUSTER
+from pipeline.cache.format.codes import samples_for
 from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource
 from pipeline.data.loader import load
@@ -103,7 +103,7 @@ class Extractor:
         if not Quantiser(name).standardises:
             return [Quantiser(name).to_json() for _ in self.teachers]
         tokens = min(math.prod(teacher.grid) for teacher in self.teachers)
-        samples = max(samples, math.ceil(TOKENS_PER_CLUSTER * clusters / tokens))
+        samples = samples_for(clusters, tokens, samples)
         states = []
         for teacher, output in zip(self.teachers, self.sample(samples), strict=True):
             on_device = output.tokens.to(teacher.device) if clusters else output.tokens

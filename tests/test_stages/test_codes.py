@@ -1,6 +1,7 @@
 """Clusters of a teacher's tokens, from extraction through the cache to the student's cross-entropy."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import cli
+import stages.codes
 from pipeline.assembly import extraction
 from pipeline.assembly.teachers import load_teacher
 from pipeline.cache import open_cache, read_commit
@@ -21,6 +23,7 @@ from pipeline.data.views import View, render, to_chw
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.models import load_model
 from stages import cache_info, export, extract_teacher_features, pretrain
+from stages.configs.codes import CodesConfig
 from tests.test_stages.conftest import TEACHER, extract_config, pretrain_config
 from tests.test_stages.test_extract_teacher_features import content
 from tests.test_stages.test_pretrain import killed_and_resumed, losses, rows, weights
@@ -91,6 +94,51 @@ def test_it_is_verified_repaired_and_gone_on_with(
     assert content(path) == before
     with pytest.raises(CacheError, match=r"quantiser\.clusters is 16 there, 17 here"):
         extract_teacher_features.run(extract_config(image_tree, path, **wanted | {"cache__clusters": 17}))
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+def test_codes_of_a_cache_of_tokens_are_those_of_the_teacher(
+    make_cache: Make, image_tree: Path, tmp_path: Path, store: str
+) -> None:
+    """To the byte, where the cache of tokens has lost nothing; also for an unreadable image, and after a stop."""
+    shutil.copytree(image_tree, tmp_path / "images")
+    (tmp_path / "images/class1/01.jpg").write_bytes(b"torn")
+    keys: dict[str, Any] = {
+        "views__count": 1,
+        "cache__store": store,
+        "images": tmp_path / "images",
+        "max_tombstones": 0.1,
+    }
+    tokens = make_cache("tokens", **keys, cache__quantiser="float32")
+    expected = make_cache("expected", **keys, **CODES)
+    config = CodesConfig.model_validate({"cache": {"path": tokens}, "output": tmp_path / "codes", "clusters": 16})
+    assert stages.codes.run(config)["shards"] == 3
+    (tmp_path / "codes/commits/000001.json").unlink()
+    assert stages.codes.run(config)["shards"] == 1
+    found, wanted = ({name: data for name, data in content(path).items() if not name.startswith("commits")}
+                     for path in (tmp_path / "codes", expected))  # fmt: skip
+    assert found == wanted
+    for shard in range(3):
+        commits = [read_commit(path, open_cache(path).header, shard) for path in (tmp_path / "codes", expected)]
+        assert commits[0].files == commits[1].files
+        assert commits[0].tombstones == commits[1].tombstones
+        assert commits[0].fidelity == pytest.approx(commits[1].fidelity)
+    assert verify(tmp_path / "codes").sound
+    with pytest.raises(CacheError, match=r"quantiser\.clusters is 16 there, 8 here"):
+        stages.codes.run(config.model_copy(update={"clusters": 8}))
+
+
+def test_codes_of_a_cache_leave_the_class_token_out(make_cache: Make, tmp_path: Path) -> None:
+    path = make_cache(cache__summary=True, cache__attention="heads")
+    done = CliRunner().invoke(cli.main, ["codes", f"cache={path}", f"output={tmp_path / 'codes'}", "clusters=16"])
+    assert done.exit_code == 0, done.output
+    reader, tokens = open_cache(tmp_path / "codes"), open_cache(path)
+    assert reader.header.summary is None
+    for index, view in ((0, 1), (17, 0)):
+        record, source = reader.read(index, view), tokens.read(index, view, dequantise=True)
+        expected, _ = reader.header.quantiser.quantise(torch.from_numpy(source.tokens))
+        np.testing.assert_array_equal(record.tokens, expected.numpy())
+        np.testing.assert_array_equal(record.attention, source.attention)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("objective", ["mr_mae", "feature_encoder", "feature_decoder", "joint_decoder"])

@@ -6,6 +6,7 @@ deviations would decide alone. Targets of this kind are BEiT v2's (arXiv 2208.06
 """
 
 import base64
+import math
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,14 @@ from torch.nn import functional as F
 from pipeline.errors import CacheError
 
 MAX_CLUSTERS = 2**16 - 1  # the last number of 16 bits stands for a token that is not finite
-TOKENS_PER_CLUSTER = 50  # that a codebook is fitted to, at least; FAISS asks for 39
+_TOKENS_PER_CLUSTER = 50  # that a codebook is fitted to, at least; FAISS asks for 39
 _ITERATIONS = 20
 _BLOCK = 4096  # tokens that are compared with all centroids at once
+
+
+def samples_for(clusters: int, tokens: int, samples: int) -> int:
+    """How many views of so many tokens a codebook is fitted to: `samples`, or more."""
+    return max(samples, math.ceil(_TOKENS_PER_CLUSTER * clusters / tokens))
 
 
 def fit_codebook(tokens: Tensor, clusters: int, seed: int = 0) -> NDArray[np.float16]:
