@@ -202,7 +202,7 @@ def test_centroids_are_tokens_to_a_student_that_mimics_tokens(codes: Path, image
 def test_two_teachers_of_which_one_has_another_grid(
     make_cache: Make, codes: Path, image_tree: Path, tmp_path: Path
 ) -> None:
-    """The tokens of the second are resized before their clusters are told: of constant maps, those stay."""
+    """The centroids of the second are resized, and their nearest centroids are its targets."""
     wide = make_cache("wide", teacher={**TEACHER, "image_size": 128}, **CODES)
     keys = keys_of(codes, image_tree, resize_targets="bilinear")
     keys |= {"cache": None, "caches": {"a": {"path": codes}, "b": {"path": wide}}}
@@ -221,12 +221,7 @@ def test_what_codes_cannot_be_combined_with_is_one_line(
     for keys, error, message in (
         (plain, CacheError, "cache test_vit holds int8 tokens, and mimic.target=codes needs codes: extract into a new"),
         (live, ConfigError, "mimic.target=codes needs a cache of codes: give cache.path=..., extracted with"),
-        (keys_of(codes, image_tree, mimic_loss="mse"), ConfigError, "learned by cross-entropy: leave target_norm and"),
-        (
-            keys_of(codes, image_tree, target_norm="phi_s"),
-            ConfigError,
-            "learned by cross-entropy: leave target_norm and",
-        ),
+        (keys_of(codes, image_tree, mimic_loss="mse"), ConfigError, "target=codes is learned by cross-entropy: leave"),
     ):
         with pytest.raises(error, match=message) as refused:
             pretrain.run(pretrain_config(run, **keys))

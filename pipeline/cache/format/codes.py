@@ -28,7 +28,7 @@ def samples_for(clusters: int, tokens: int, samples: int) -> int:
     return max(samples, math.ceil(_TOKENS_PER_CLUSTER * clusters / tokens))
 
 
-def fit_codebook(tokens: Tensor, clusters: int, seed: int = 0) -> NDArray[np.float16]:
+def fit_codebook(tokens: Tensor, clusters: int) -> NDArray[np.float16]:
     """The centroids float16 [K, D] of standardised tokens float32 [N, D], by Lloyd's k-means from K random tokens.
 
     It runs on the device of the tokens, and gives the same bits again there. A cluster that loses its last token takes
@@ -39,10 +39,10 @@ def fit_codebook(tokens: Tensor, clusters: int, seed: int = 0) -> NDArray[np.flo
     """
     if len(tokens) < clusters:
         raise CacheError(
-            f"calibration: {len(tokens)} tokens are too few for {clusters} clusters: give more images, or lower "
-            "cache.clusters"
+            f"calibration: {len(tokens)} tokens are too few for {clusters} clusters: give more images, or fewer "
+            "clusters"
         )
-    start = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:clusters]
+    start = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:clusters]
     centroids = tokens[start.to(tokens.device)]
     for _ in range(_ITERATIONS):
         ids, distances = _nearest(tokens, centroids)

@@ -38,10 +38,9 @@ def test_the_codebook_is_as_good_as_scikit_learns() -> None:
     assert inertia(tokens, fit_codebook(tokens, 24)) < 1.05 * theirs.inertia_
 
 
-def test_the_codebook_is_the_same_again_and_another_by_another_seed() -> None:
+def test_the_codebook_is_the_same_again() -> None:
     tokens = blobs()
     np.testing.assert_array_equal(fit_codebook(tokens, 24), fit_codebook(tokens, 24))
-    assert (fit_codebook(tokens, 24) != fit_codebook(tokens, 24, seed=1)).any()
 
 
 def test_an_empty_cluster_takes_a_token_that_is_far_from_its_own() -> None:
@@ -82,7 +81,7 @@ def test_a_token_that_is_not_finite_shows_and_harms_nothing(bad: float) -> None:
 
 
 def test_too_few_tokens_are_refused() -> None:
-    with pytest.raises(CacheError, match=r"100 tokens are too few for 101 clusters: .* or lower cache.clusters"):
+    with pytest.raises(CacheError, match=r"100 tokens are too few for 101 clusters: .* or fewer clusters"):
         calibrated(101)
 
 
