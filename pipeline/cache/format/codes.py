@@ -19,6 +19,7 @@ from pipeline.errors import CacheError
 
 MAX_CLUSTERS = 2**16 - 1  # the last number of 16 bits stands for a token that is not finite
 _TOKENS_PER_CLUSTER = 50  # that a codebook is fitted to, at least; FAISS asks for 39
+MAX_VALUES = 1 << 26  # of a codebook, which are 179 MB of base64
 _ITERATIONS = 20
 _BLOCK = 4096  # tokens that are compared with all centroids at once
 
@@ -35,8 +36,13 @@ def fit_codebook(tokens: Tensor, clusters: int) -> NDArray[np.float16]:
     the token that is farthest from its centroid.
 
     Raises:
-        CacheError: there are fewer tokens than clusters.
+        CacheError: there are fewer tokens than clusters, or the codebook would be too large for cache.json.
     """
+    if clusters * tokens.shape[1] > MAX_VALUES:
+        raise CacheError(
+            f"calibration: a codebook of {clusters} x {tokens.shape[1]} numbers is more than cache.json may hold "
+            f"({MAX_VALUES}): give fewer clusters"
+        )
     if len(tokens) < clusters:
         raise CacheError(
             f"calibration: {len(tokens)} tokens are too few for {clusters} clusters: give more images, or fewer "

@@ -85,6 +85,11 @@ def test_too_few_tokens_are_refused() -> None:
         calibrated(101)
 
 
+def test_a_codebook_that_no_header_could_hold_is_refused() -> None:
+    with pytest.raises(CacheError, match=r"65535 x 1025 numbers is more than cache.json may hold"):
+        fit_codebook(torch.zeros(1, 1025).expand(70_000, 1025), 65_535)
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
