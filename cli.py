@@ -154,6 +154,7 @@ STAGES = (  # in the order of a project
     Command("visualize", "VisualizeConfig"),
     Command("export", "ExportConfig"),
     Command("report", "ReportConfig", (_PATH, _PAGE)),
+    Command("codes", "CodesConfig"),
     Command("cache-copy", "CacheCopyConfig", (*_COPY, _JSON)),
     Command("cache-info", "CacheInfoConfig", (_PATH, _JSON)),
     Command("plan", "PlanConfig"),

@@ -27,7 +27,9 @@ def random_header(
             "teacher": {"name": "random", "grid": [grid, grid], "dim": dim},
             "preprocessing": {},
             "views": ViewSection(count=1, seed=0, image_size=16 * grid),
-            "quantiser": Quantiser(quantiser, np.zeros(dim, np.float32), np.ones(dim, np.float32)).to_json(),
+            "quantiser": Quantiser(
+                quantiser, np.zeros(dim, np.float32), np.ones(dim, np.float32), np.zeros((128, dim), np.float16)
+            ).to_json(),
             "samples_per_shard": samples_per_shard,
         }
     )

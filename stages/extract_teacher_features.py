@@ -97,16 +97,17 @@ def _open(paths: Sequence[Path], output: CacheOutput, extractor: Extractor, firs
     Raises:
         CacheError: a folder holds another cache than the one asked for, or the disk lacks the room.
     """
-    states: list[dict[str, Any]] = [{"name": output.quantiser}] * len(paths)
+    clusters = output.clusters if output.quantiser == "codes" else 0
+    states: list[dict[str, Any]] = [{"name": output.quantiser} | ({"clusters": clusters} if clusters else {})]
+    states *= len(paths)
     wishes = extractor.describe(output.attention, output.samples_per_shard, states, output.summary)
     if first:
         missing = [number for number, path in enumerate(paths) if not (path / "cache.json").exists()]
         if missing:
             _require_room(output.path, [wishes[number] for number in missing])
-            for wish in (wishes[number] for number in missing if wishes[number].attention == "none"):
+            for wish in (wishes[number] for number in missing if wishes[number].attention != output.attention):
                 log.warning("teacher %s: %s", wish.teacher["name"], NO_ATTENTION)
-            states = extractor.calibrate(output.quantiser, output.calibration, output.summary)
-            states = [state | ({"calibration": output.calibration} if "mean" in state else {}) for state in states]
+            states = extractor.calibrate(output.quantiser, output.calibration, output.summary, clusters)
             headers = extractor.describe(output.attention, output.samples_per_shard, states, output.summary)
             for number in missing:
                 create_cache(paths[number], headers[number])

@@ -62,6 +62,8 @@ def run(config: PlanConfig) -> dict[str, Any]:
     attention = config.attention if teacher.has_attention else "none"
     if config.summary and not teacher.has_summary:
         raise TeacherError(f"teacher '{config.teacher}' has no class token to keep: set summary=false")
+    if config.summary and config.quantiser == "codes":
+        raise ConfigError("quantiser=codes keeps no class token: set summary=false")
     tokens = teacher.grid[0] * teacher.grid[1]
     attended = tokens * {"mean": 1, "heads": teacher.dim // 64, "none": 0}[attention]
     view = estimate_bytes(tokens + config.summary, teacher.dim, config.store, config.quantiser, attended)

@@ -125,7 +125,12 @@ def _open_knowledge(config: PretrainConfig) -> Knowledge:
     data = config.data
     if config.cache or config.caches:
         caches = {"": config.cache} if config.cache else config.caches
-        return open_cached({name: place_of(cache) for name, cache in caches.items()}, data.path, data.limit)
+        places = {name: place_of(cache) for name, cache in caches.items()}
+        return open_cached(places, data.path, data.limit, config.mimic.target)
+    if config.mimic.target == "codes":
+        raise ConfigError(
+            "mimic.target=codes needs a cache of codes: give cache.path=..., extracted with cache.quantiser=codes"
+        )
     teachers = _load_teachers(config)
     if not teachers and config.mimic.objective != "mae":
         raise ConfigError(
@@ -221,7 +226,7 @@ def _give_statistics(config: PretrainConfig, knowledge: Knowledge, student: Stud
     The checkpoint of a run that goes on has the statistics of PHI-S and the dispersions.
     """
     target_norm, workers = config.mimic.target_norm, config.data.workers
-    if config.mimic.objective == "mae":
+    if config.mimic.objective == "mae" or config.mimic.target == "codes":
         return
     if len(student.summary) > 1 and not goes_on:
         for name, dispersion in knowledge.dispersions(workers).items():

@@ -41,12 +41,14 @@ def test_students() -> None:
         "ids_keep": ids[:, :49],
         "ids_predict": ids[:, 49:98],
         "targets": torch.randn(1, 49, 768),
+        "codes": torch.randint(4096, (1, 49)),
     }
     for block in blocks("students.md"):
         exec(block, names)
     assert set(names["losses"]) >= {"loss", "pixel_loss", "mimic_loss"}
     assert names["losses"]["pred"].shape == (1, 147, 768)
     assert names["of_a_share"]["pred"].shape == (1, 49, 768)
+    assert 7 < names["of_codes"]["mimic_loss"] < 10  # ln 4096 is 8.3
     assert any(parameter.grad is not None for parameter in names["student"].parameters())
 
 

@@ -7,6 +7,7 @@ three shards a teacher are in memory (one being filled, two being written), so a
 fills nothing.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from pipeline.cache import (
     ShardData,
     ShardWriting,
 )
+from pipeline.cache.format.codes import samples_for
 from pipeline.configs.data import ViewConfig
 from pipeline.data.images import ImageSource
 from pipeline.data.loader import load
@@ -90,17 +92,22 @@ class Extractor:
             headers.append(CacheHeader.model_validate(common | fields | ({"summary": "class"} if summary else {})))
         return headers
 
-    def calibrate(self, name: str, samples: int, summary: bool = False) -> list[dict[str, Any]]:
+    def calibrate(self, name: str, samples: int, summary: bool = False, clusters: int = 0) -> list[dict[str, Any]]:
         """The quantiser of each teacher as a header has it, with channel statistics of the outputs of `sample`.
 
+        A codebook of so many `clusters` takes more samples where `samples` have too few tokens for it.
+
         Raises:
-            DataError: none of the samples can be decoded.
+            DataError: none of the samples can be decoded. CacheError: all of them have fewer tokens than clusters.
         """
-        if not Quantiser(name).has_scale:
+        if not Quantiser(name).standardises:
             return [Quantiser(name).to_json() for _ in self.teachers]
+        tokens = min(math.prod(teacher.grid) for teacher in self.teachers)
+        samples = samples_for(clusters, tokens, samples)
         states = []
-        for output in self.sample(samples):
-            state = Quantiser.calibrate(name, output.tokens).to_json()
+        for teacher, output in zip(self.teachers, self.sample(samples), strict=True):
+            on_device = output.tokens.to(teacher.device) if clusters else output.tokens
+            state = {**Quantiser.calibrate(name, on_device, clusters).to_json(), "calibration": samples}
             if summary and output.summary is not None:
                 of_summary = Quantiser.calibrate(name, output.summary)
                 state |= {"summary_mean": of_summary.mean.tolist(), "summary_std": of_summary.std.tolist()}

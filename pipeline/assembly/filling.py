@@ -18,7 +18,7 @@ from pipeline.errors import TeacherError
 class StoredTargets(NamedTuple):
     """What one cache stores of the m views of a batch, and how faithful it is."""
 
-    tokens: Tensor  # [m, R, D or D/2] as stored
+    tokens: Tensor  # [m, R, D, D/2 or 1] as stored
     scale: Tensor | None  # [m, R] fp16
     attention: Tensor | None  # [m, (H,) L] fp16
     fidelity: Fidelity
@@ -141,7 +141,7 @@ class ShardInProgress:
         """Values [m, ...] as [n, V, ...], all finite; asked here, on the host, where an accelerator need not wait."""
         assert values is not None
         array: NDArray[Any] = values.unflatten(0, (len(batch.readable), -1)).numpy()
-        if values.is_floating_point() and not np.isfinite(array).all():
+        if not self.header.quantiser.sound(array):
             raise TeacherError(
                 f"teacher {self.teacher} gave tokens near {self.data.keys[batch.indices[0] - self.first]} that are not "
                 "finite or too large to store: use precision=fp32, or other weights"

@@ -29,10 +29,11 @@ from pipeline.assembly.resizing import Grid, resize_attention
 from pipeline.assembly.samples import PretrainBatch, PretrainDataset, repeat_for_masks
 from pipeline.cache import CacheReader, Quantiser, RemoteCache
 from pipeline.configs.data import ViewConfig
+from pipeline.configs.models import MimicTarget
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.masks import MaskSampler, select_predicted, select_visible
 from pipeline.data.readable import leave_unreadable_out
-from pipeline.errors import ConfigError
+from pipeline.errors import CacheError, ConfigError
 from pipeline.models.phi_s import mean_and_covariance
 from pipeline.models.summary import angular_dispersion
 from pipeline.teachers import Teacher, run_teachers, share_backbones
@@ -42,7 +43,7 @@ class Shown(NamedTuple):
     """What a student is shown beside the images: `student(images, *shown)`."""
 
     ids_keep: Tensor  # int64 [B, K]
-    targets: dict[str, Tensor]  # teacher → raw tokens float32 [B, R, D]
+    targets: dict[str, Tensor]  # teacher → raw tokens float32 [B, R, D], or clusters int64 [B, R]
     ids_predict: Tensor | None  # int64 [B, P]; None for all masked patches
     summaries: dict[str, Tensor]  # teacher → raw class tokens float32 [B, D], if the data set is asked for them
 
@@ -61,6 +62,7 @@ class CachedKnowledge:
     """Targets that were extracted before.
 
     Attributes:
+        target: what a student predicts of them: tokens, or the clusters that caches of codes hold.
         caches: teacher → reader; they agree on images and views.
         source: the images; None where the first cache stores the views.
     """
@@ -69,11 +71,14 @@ class CachedKnowledge:
     source: ImageSource | None
     views: ViewConfig
     samples: NDArray[np.int64]  # ascending
+    target: MimicTarget = "tokens"
 
     @property
     def dims(self) -> dict[str, int]:
-        """Channels of each teacher's tokens."""
-        return {name: cache.header.dim for name, cache in self.caches.items()}
+        """Channels of each teacher's tokens; with target codes, clusters of its codebook."""
+        headers = {name: cache.header for name, cache in self.caches.items()}
+        codes = self.target == "codes"
+        return {name: header.quantiser.clusters if codes else header.dim for name, header in headers.items()}
 
     @property
     def grids(self) -> dict[str, Grid]:
@@ -133,8 +138,12 @@ class CachedKnowledge:
         return PretrainDataset(self.source, self.caches, self.views, masks, rows, grid=grid, summaries=summaries)
 
     def targets(self, dataset: PretrainDataset) -> Targets:
-        """The rows that the workers read, dequantised on the device; teachers on another grid are resized first."""
-        dequantise = {name: cache.header.quantiser.dequantise for name, cache in self.caches.items()}
+        """The rows that the workers read, dequantised on the device; teachers on another grid are resized first.
+
+        Codes stay as they are, but for those on another grid: the resized tokens get codes again.
+        """
+        quantisers = {name: cache.header.quantiser for name, cache in self.caches.items()}
+        codes = self.target == "codes"
 
         def summary(name: str, stored: tuple[Tensor, Tensor | None]) -> Tensor:
             values: Tensor = self.caches[name].header.summary_quantiser.dequantise(*stored)
@@ -142,10 +151,14 @@ class CachedKnowledge:
 
         def targets(batch: PretrainBatch) -> Shown:
             assert batch.ids_keep is not None
-            tokens = {name: dequantise[name](*stored) for name, stored in batch.targets.items()}
+            tokens = {
+                name: _ids(stored[0]) if codes and name not in dataset.resized else quantisers[name].dequantise(*stored)
+                for name, stored in batch.targets.items()
+            }
             maps = {name: tokens[name] for name in dataset.resized & tokens.keys()}
             if maps:
-                tokens |= dataset.rows_of_maps(maps, self.grids, batch.ids_keep, batch.ids_predict)
+                rows = dataset.rows_of_maps(maps, self.grids, batch.ids_keep, batch.ids_predict)
+                tokens |= {name: _ids(quantisers[name].quantise(of)[0]) if codes else of for name, of in rows.items()}
             summaries = {name: summary(name, stored) for name, stored in batch.summaries.items()}
             return Shown(batch.ids_keep, tokens, batch.ids_predict, summaries)
 
@@ -267,16 +280,19 @@ class LiveKnowledge:
 Knowledge = CachedKnowledge | LiveKnowledge
 
 
-def open_cached(paths: Mapping[str, Path | RemoteCache], path: str | None, limit: int | None) -> CachedKnowledge:
+def open_cached(
+    paths: Mapping[str, Path | RemoteCache], path: str | None, limit: int | None, target: MimicTarget = "tokens"
+) -> CachedKnowledge:
     """Caches, and the images that they were made of.
 
     Args:
         paths: teacher → cache; an empty name stands for the cache's own.
         path: of the images; a cache that stores the views needs none.
         limit: of the images.
+        target: what a student will predict; codes need caches of codes.
 
     Raises:
-        CacheError: the caches are unfinished, or don't fit together or to the images.
+        CacheError: the caches are unfinished, or don't fit together, to the images or to the target.
         ConfigError: there are no images.
     """
     caches = open_caches(paths)
@@ -288,7 +304,13 @@ def open_cached(paths: Mapping[str, Path | RemoteCache], path: str | None, limit
         raise _no_images()
     elif limit is not None:
         raise ConfigError("data.limit chooses among the images of data.path, and there is none: leave it out")
-    return CachedKnowledge(caches, source, views_of(caches), live_samples(caches))
+    for name, cache in caches.items():
+        if target == "codes" and not cache.header.quantiser.clusters:
+            raise CacheError(
+                f"cache {name} holds {cache.header.quantiser.name} tokens, and mimic.target=codes needs codes: extract "
+                "into a new folder with cache.quantiser=codes, or set mimic.target=tokens"
+            )
+    return CachedKnowledge(caches, source, views_of(caches), live_samples(caches), target)
 
 
 def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | None, views: ViewConfig) -> LiveKnowledge:
@@ -302,6 +324,11 @@ def open_live(teachers: Mapping[str, Teacher], path: str | None, limit: int | No
     # A cache knows which images can't be read, and leaves them out.
     (source,) = leave_unreadable_out({"data.path": open_images(path, limit)})
     return LiveKnowledge(dict(teachers), source, views)
+
+
+def _ids(stored: Tensor) -> Tensor:
+    """Codes as a cache has them, uint16 [..., 1], → clusters int64 [...]."""
+    return stored.squeeze(-1).long()
 
 
 def _images_for(dim: int, tokens: int) -> int:

@@ -32,9 +32,10 @@ class PretrainBatch:
         ids_keep: int64 [B, K], visible patches, ascending; None where a live teacher's attention will choose them.
         gumbel: float64 [B, L], what that choice adds to the logarithm of its attention (see `select_visible`); a row
             for each image where its masks share out one draw.
-        targets: teacher → (values [B, R, D] as stored, for int4 [B, R, D/2]; scale float16 [B, R] or None); the R rows
-            are the visible or the predicted patches (ascending), as the objective declares. Of a teacher on another
-            grid than the student's they are all its tokens, [B / masks, L, ...], since they have to be resized first.
+        targets: teacher → (values [B, R, D] as stored, for int4 [B, R, D/2], for codes [B, R, 1]; scale float16 [B, R]
+            or None); the R rows are the visible or the predicted patches (ascending), as the objective declares. Of a
+            teacher on another grid than the student's they are all its tokens, [B / masks, L, ...], since they have to
+            be resized first.
         summaries: teacher → (class token [B / masks, 1, D] as stored, scale float16 [B / masks, 1] or None), of each
             sample once; empty unless they are asked for.
         indices: int64 [B], sample indices.

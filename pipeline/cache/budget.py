@@ -1,5 +1,6 @@
 """How large a cache will be, before anything is written."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from pipeline.errors import CacheError
 JPEG_BYTES = 25_000  # of a photo at 224 px, quality 95
 _MARGIN = 1.02  # of free room over what is estimated
 _KEY_BYTES = 40  # a class, a file name, and their length
-_TAR_BYTES = 3 * 512 + 512 + 2 * 256 + 200  # headers, JSON, padding on average, the safetensors header
+_BLOCK = 512  # of a tar
+_TAR_BYTES = 4 * _BLOCK + _BLOCK // 2  # headers and JSON; padding of the JPEG on average
+_TENSOR_HEAD = 200  # the safetensors header
 
 
 def estimate_bytes(rows: int, dim: int, store: StoreName, quantiser: str, attention: int) -> int:
@@ -26,7 +29,9 @@ def estimate_bytes(rows: int, dim: int, store: StoreName, quantiser: str, attent
     record = rows * stored.width(dim) * stored.dtype.itemsize
     record += 2 * rows * stored.has_scale
     record += 2 * attention
-    return record + (25 + _KEY_BYTES + 8 if store == "zarr" else JPEG_BYTES + _TAR_BYTES)
+    if store == "zarr":
+        return record + 25 + _KEY_BYTES + 8
+    return JPEG_BYTES + _TAR_BYTES + math.ceil((record + _TENSOR_HEAD) / _BLOCK) * _BLOCK
 
 
 def require_room(path: Path, needed: int) -> None:
@@ -40,7 +45,7 @@ def require_room(path: Path, needed: int) -> None:
     if needed * _MARGIN > free:
         raise CacheError(
             f"{path} needs about {readable(needed)} and its disk has {readable(free)} free: "
-            "choose another disk, fewer views, or the int8 or int4 quantiser"
+            "choose another disk, fewer views, or the int8, int4 or codes quantiser"
         )
 
 

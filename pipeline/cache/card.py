@@ -40,6 +40,22 @@ tokens = open_cache("PATH").read(0, view=0, dequantise=True).tokens
 
 Without mrmae, docs/cache-format.md of mrmae has the formula, in numpy.
 """,
+    "codes": """
+Tokens are codes: the number of each token's cluster. The features of cluster `k` are `centroids[k] * std + mean`, all
+in `cache.json` under `quantiser`:
+
+```python
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+
+quantiser = json.loads(Path("PATH/cache.json").read_text())["quantiser"]
+centroids = np.frombuffer(base64.b64decode(quantiser["centroids"]), "<f2").reshape(quantiser["clusters"], -1)
+features = centroids * np.float32(quantiser["std"]) + np.float32(quantiser["mean"])  # [clusters, channels]
+```
+""",
 }
 _SUMMARY = """
 Row 0 of each view is the teacher's class token; the rows after it are the patches."""

@@ -96,7 +96,7 @@ class CacheReader:
         self._committed = committed
         self._store = store_of(path, header, shards.size_of)
         self._seal = Seal(header.fingerprint)
-        self._has_summary = header.summary is not None
+        self._has_summary, self._quantiser = header.summary is not None, header.quantiser
         self._count, self._views, self._size = header.count, header.views, header.samples_per_shard
         self._tables = Tables()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -156,11 +156,13 @@ class CacheReader:
             raw = self._open(shard, view).read(row, keep)
             if self._seal(index, view, raw) != raw.crc32c:
                 raise CacheDamage("its checksum differs")
+            if self._quantiser.clusters and not self._quantiser.sound(raw.tokens):
+                raise CacheDamage("a token is of no cluster of the codebook")  # no loss could take it
         except CacheDamage as error:
             raise CacheDamage(self._damage(shard, index, view, error)) from error
         record = Record(index, view, raw, self._has_summary)
         if dequantise:
-            record.tokens = self.header.quantiser.dequantise(record.tokens, record.scale)
+            record.tokens = self._quantiser.dequantise(record.tokens, record.scale)
             if record.summary is not None:
                 summary = self.header.summary_quantiser.dequantise(record.summary, record.summary_scale)
                 record.summary = summary

@@ -11,7 +11,7 @@ from pipeline.config import Amount, Config, LocationField, PathField
 StoreName = Literal["zarr", "webdataset"]
 AttentionKind = Literal["mean", "heads", "none"]
 SummaryKind = Literal["class"]
-QuantiserName = Literal["int8", "int4", "float16", "float32"]
+QuantiserName = Literal["int8", "int4", "codes", "float16", "float32"]
 
 
 def _kept() -> Path:

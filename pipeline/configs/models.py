@@ -14,6 +14,7 @@ TargetNorm = Literal["layernorm", "channel", "phi_s", "none"]
 MimicLoss = Literal["smooth_l1", "mse", "cosine"]
 SummarySource = Literal["class", "mean"]
 MimicHead = Literal["linear", "mlp"]
+MimicTarget = Literal["tokens", "codes"]
 MIMIC_WEIGHT = 10.0  # measured: docs/results.md. At 1 the pixel loss outweighs the mimic loss
 
 
@@ -43,6 +44,7 @@ class MimicConfig(Config):
 
     # mr_mae: mimic the teacher and reconstruct pixels; mae: pixels alone; the others: see docs/students.md
     objective: ObjectiveName = "mr_mae"
+    target: MimicTarget = "tokens"  # codes: classify each token's cluster, as a cache with cache.quantiser=codes has it
     norm_pix_loss: bool = True  # reconstruct each patch normalised by its own mean and deviation
     fusion: Fusion = "fused"  # which blocks the mimic loss reaches, and how
     fusion_blocks: list[int] | None = None  # default: four, evenly spread

@@ -11,6 +11,7 @@ from pipeline.configs.models import (
     Fusion,
     MimicHead,
     MimicLoss,
+    MimicTarget,
     SummarySource,
     TargetNorm,
 )
@@ -19,7 +20,7 @@ from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
 from pipeline.models.cross import CrossDecoder
 from pipeline.models.mae import Decoder
-from pipeline.models.mimic import Mimic
+from pipeline.models.mimic import CodeMimic, Mimic
 from pipeline.models.mr_mae import OBJECTIVES, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
 from pipeline.models.summary import SummaryHead
@@ -29,6 +30,7 @@ _DECODERS = {"full": Decoder, "cross": CrossDecoder}
 _PREDICT_SHARES = {"full": 1.0, "cross": 0.25}
 # Options that came later: at their defaults a spec leaves them out, so that runs of before find it unchanged.
 _LATER = {
+    "target": "tokens",
     "decoder": "full",
     "predict_share": None,
     "summary_weight": 0.0,
@@ -41,6 +43,7 @@ def build_student(
     name: str,
     *,
     objective: str = "mr_mae",
+    target: MimicTarget = "tokens",
     norm_pix_loss: bool = True,
     teachers: Mapping[str, int] | None = None,
     teacher_weights: Mapping[str, float] | None = None,
@@ -66,8 +69,11 @@ def build_student(
     Args:
         name: one of `sizes.SIZES`.
         objective: see `pipeline.models.mr_mae`.
+        target: "tokens" | "codes": what of the teacher is predicted; codes are learned by cross-entropy, which knows
+            no `target_norm` and no `mimic_loss`.
         norm_pix_loss: standardise each patch of the pixel target.
-        teachers: teacher -> channels of its tokens; needed unless the objective is "mae", which takes none.
+        teachers: teacher -> channels of its tokens, or clusters of its codebook; needed unless the objective is "mae",
+            which takes none.
         teacher_weights: teacher -> positive weight, 1 unless given; only their ratios count.
         fusion: "fused" | "each" | "last": how encoder blocks mimic (objective "mr_mae" alone).
         fusion_blocks: 0-based transformer blocks for "fused" and "each"; four evenly spaced ones unless given.
@@ -94,6 +100,7 @@ def build_student(
     spec = _spec(locals(), StudentSizes)
     size = resolve_size(name, **sizes)
     check_choice("objective", objective, OBJECTIVES)
+    _check_target(target, target_norm, mimic_loss, summary_weight)
     check_choice("target_norm", target_norm, get_args(TargetNorm))
     check_choice("mimic_loss", mimic_loss, get_args(MimicLoss))
     check_choice("mimic_head", mimic_head, get_args(MimicHead))
@@ -125,21 +132,25 @@ def build_student(
             pixels=goal.pixels,
             gradient_checkpointing=gradient_checkpointing,
         )
+    balanced = len(widths) > 1
+    of_tokens: dict[str, Any] = {
+        "target_norm": target_norm,
+        "standardise": standardise_teachers and balanced,
+        "loss": mimic_loss,
+    }
+    kind, options = (CodeMimic, {}) if target == "codes" else (Mimic, of_tokens)
     mimics = {
-        teacher: Mimic(
+        teacher: kind(
             teacher,
             dim=encoder.dim if at_encoder else size.decoder_dim,
             width=width,
             sources=len(blocks) if at_encoder else 1,
             fusion=fusion if at_encoder else "last",
-            target_norm=target_norm,
-            standardise=standardise_teachers and len(widths) > 1,
-            loss=mimic_loss,
             head=mimic_head,
+            **options,
         )
         for teacher, width in widths.items()
     }
-    balanced = len(widths) > 1
     summaries = {
         teacher: SummaryHead(encoder.dim, width, balanced) for teacher, width in widths.items() if summary_weight
     }
@@ -208,6 +219,15 @@ def _summary_source(name: str, encoder: ViT | ConvViT, source: SummarySource | N
     if source == "class" and not encoder.num_prefix_tokens:
         raise ConfigError(f"{name} has no CLS token: use summary_source=mean")
     return source
+
+
+def _check_target(target: str, target_norm: str, mimic_loss: str, summary_weight: float) -> None:
+    """What is predicted of a teacher; codes leave no other choice."""
+    check_choice("target", target, get_args(MimicTarget))
+    if target == "codes" and (target_norm, mimic_loss) != ("layernorm", "smooth_l1"):
+        raise ConfigError("target=codes is learned by cross-entropy: leave target_norm and mimic_loss out")
+    if target == "codes" and summary_weight:
+        raise ConfigError("target=codes comes without class tokens: set summary_weight=0, or use target=tokens")
 
 
 def _teachers(

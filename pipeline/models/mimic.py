@@ -1,4 +1,7 @@
-"""Mimicking one teacher: from student tokens to a prediction of the teacher's tokens, and the loss between them."""
+"""Mimicking one teacher: from student tokens to a prediction of the teacher's, and the loss between them.
+
+`Mimic` predicts the tokens themselves, `CodeMimic` the cluster of each.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,8 +17,8 @@ from pipeline.models.phi_s import phi_s_rotation
 from pipeline.models.vit import initialise
 
 
-class Mimic(nn.Module):
-    """The head, the target normalisation and the loss for one teacher.
+class _Predictor(nn.Module):
+    """The head for one teacher.
 
     Tokens come from S sources: encoder blocks, or the decoder. They are LayerNormed without parameters, since the head
     follows. Fusion "fused" makes one prediction from their learned average, in which the last source starts with three
@@ -23,11 +26,68 @@ class Mimic(nn.Module):
 
     Args:
         teacher: name, for messages.
-        dim, width: channels of the student's and of the teacher's tokens.
+        dim, width: channels of the student's tokens, and of a prediction.
         sources: S.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        *,
+        dim: int,
+        width: int,
+        sources: int = 1,
+        fusion: Fusion = "last",
+        head: MimicHead = "linear",
+    ) -> None:
+        super().__init__()
+        self.teacher, self.fusion = teacher, fusion
+        if fusion == "fused" and sources > 1:
+            self.fusion_logits = nn.Parameter(
+                torch.zeros(sources).index_fill(0, torch.tensor(-1), math.log(3 * (sources - 1)))
+            )
+        self.heads = nn.ModuleList(_head(head, dim, width) for _ in range(sources if fusion == "each" else 1))
+        initialise(self)
+
+    def predict(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """One prediction [B, N, width] (S of them with fusion "each"), from S sources of tokens [B, N, dim]."""
+        normed = [F.layer_norm(x, x.shape[-1:], eps=1e-6) for x in tokens]
+        if self.fusion == "fused" and len(normed) > 1:
+            weights = self.fusion_logits.softmax(0)
+            normed = [torch.stack([w * x for w, x in zip(weights, normed, strict=True)]).sum(0)]
+        return [head(x) for head, x in zip(self.heads, normed, strict=True)]
+
+
+class CodeMimic(_Predictor):
+    """The head and the loss for one teacher's clusters: `width` of them, each with a logit."""
+
+    def forward(self, tokens: Sequence[Tensor], ids: Tensor) -> Tensor:
+        """Cross-entropy of each sample [B] float32, from S sources of tokens [B, N, dim] and clusters int64 [B, N].
+
+        Raises:
+            ConfigError: clusters of another shape.
+        """
+        predictions = self.predict(tokens)
+        if predictions[0].shape[:-1] != ids.shape:
+            raise ConfigError(
+                f"codes of '{self.teacher}' are {list(ids.shape)} where the student predicts"
+                f" {list(predictions[0].shape[:-1])}: bring the rows that target_rows names"
+            )
+        losses = [
+            F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none") for logits in predictions
+        ]
+        return torch.stack(losses).mean(0).view_as(ids).mean(1)
+
+
+class Mimic(_Predictor):
+    """The head, the target normalisation and the loss for one teacher's tokens.
+
+    Args:
         target_norm: "layernorm" per token without parameters | "channel" standardised per channel | "phi_s" rotated, so
             that one scale standardises all channels (see `pipeline.models.phi_s`) | "none".
         standardise: with target_norm "none", shift by the channel means and divide by the one overall deviation.
+        width: channels of the teacher's tokens.
+        head: the other arguments of `_Predictor`.
     """
 
     channel_mean: Tensor
@@ -38,24 +98,14 @@ class Mimic(nn.Module):
         self,
         teacher: str,
         *,
-        dim: int,
         width: int,
-        sources: int = 1,
-        fusion: Fusion = "last",
         target_norm: TargetNorm = "layernorm",
         standardise: bool = False,
         loss: MimicLoss = "smooth_l1",
-        head: MimicHead = "linear",
+        **head: Any,
     ) -> None:
-        super().__init__()
-        self.teacher, self.fusion, self.loss = teacher, fusion, loss
-        self.target_norm, self.standardise = target_norm, standardise
-        if fusion == "fused" and sources > 1:
-            self.fusion_logits = nn.Parameter(
-                torch.zeros(sources).index_fill(0, torch.tensor(-1), math.log(3 * (sources - 1)))
-            )
-        self.heads = nn.ModuleList(_head(head, dim, width) for _ in range(sources if fusion == "each" else 1))
-        initialise(self)
+        super().__init__(teacher, width=width, **head)
+        self.target_norm, self.standardise, self.loss = target_norm, standardise, loss
         # Not in the checkpoint: they belong to the targets, and whoever brings targets sets them again. But a rotation
         # computed again may differ, by another library or number of threads: the heads know this one alone.
         is_rotated = target_norm == "phi_s"
@@ -110,14 +160,6 @@ class Mimic(nn.Module):
             )
         target = self.normalise(target)
         return torch.stack([_loss(self.loss, prediction.float(), target) for prediction in predictions]).mean(0)
-
-    def predict(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        """One prediction [B, N, width] (S of them with fusion "each") of the normalised target."""
-        normed = [F.layer_norm(x, x.shape[-1:], eps=1e-6) for x in tokens]
-        if self.fusion == "fused" and len(normed) > 1:
-            weights = self.fusion_logits.softmax(0)
-            normed = [torch.stack([w * x for w, x in zip(weights, normed, strict=True)]).sum(0)]
-        return [head(x) for head, x in zip(self.heads, normed, strict=True)]
 
     def normalise(self, target: Tensor) -> Tensor:
         """The target [B, N, width] as the loss sees it, in fp32."""

@@ -16,6 +16,7 @@ and the pixels of the masked cells after the decoder. `objective` moves or remov
 | joint_decoder   | yes                    | the decoder's tokens at masked cells       | masked      |
 
 `predict_share` may draw some of the masked cells; then these are all that a decoder predicts, pixels and tokens alike.
+With `target` "codes" the clusters of the teacher's tokens are predicted in place of the tokens.
 With `summary_weight` above 0 there is a third loss for each teacher, on its class token (`pipeline.models.summary`).
 """
 
@@ -31,7 +32,7 @@ from pipeline.models.convvit import ConvViT
 from pipeline.models.flat import flatten_parts
 from pipeline.models.mae import Decoder, pixel_loss
 from pipeline.models.masking import complement, gather_tokens
-from pipeline.models.mimic import Mimic
+from pipeline.models.mimic import CodeMimic, Mimic
 from pipeline.models.patches import patchify
 from pipeline.models.summary import SummaryHead, student_summary
 from pipeline.models.vit import ViT
@@ -69,7 +70,7 @@ class Student(nn.Module):
     Args:
         decoder: None for the objective "feature_encoder"; what the encoder has for a decoder is then not trained.
         predict_share: share of all cells that a step predicts, at most the masked ones; see `predicted_cells`.
-        mimics: teacher name -> its `Mimic`; empty for the objective "mae".
+        mimics: teacher name -> its `Mimic`, or its `CodeMimic`; empty for the objective "mae".
         summaries: teacher name -> its `SummaryHead`; empty without the summary loss.
         summary_source: the student's vector that predicts summaries.
         teacher_shares: teacher name -> share of the mimic loss; shares add up to 1.
@@ -86,7 +87,7 @@ class Student(nn.Module):
         self,
         encoder: ViT | ConvViT,
         decoder: Decoder | None,
-        mimics: Mapping[str, Mimic],
+        mimics: Mapping[str, Mimic | CodeMimic],
         summaries: Mapping[str, SummaryHead],
         *,
         predict_share: float,
@@ -126,7 +127,7 @@ class Student(nn.Module):
         Raises:
             ConfigError: unknown teacher, or another number of channels than its targets.
         """
-        self._mimic(teacher).set_stats(mean, std)
+        self._of_tokens(teacher).set_stats(mean, std)
 
     def set_covariance(self, teacher: str, mean: Tensor, covariance: Tensor) -> None:
         """Give the mean [width] and covariance [width, width] of a teacher's tokens, which target_norm "phi_s" needs.
@@ -134,7 +135,7 @@ class Student(nn.Module):
         Raises:
             ConfigError: as `set_channel_stats`; also a width that PHI-S has no rotation for.
         """
-        self._mimic(teacher).set_covariance(mean, covariance)
+        self._of_tokens(teacher).set_covariance(mean, covariance)
 
     def set_dispersion(self, teacher: str, dispersion: Tensor) -> None:
         """Give the `angular_dispersion` (a scalar) of a teacher's summaries, by which several teachers are balanced.
@@ -159,7 +160,8 @@ class Student(nn.Module):
             images: [B, 3, H, W] normalised float.
             ids_keep: [B, K] int64, the visible cells; 0 < K < L.
             targets: teacher -> [B, R, D] raw teacher tokens (any float dtype), for the cells that `target_rows` names:
-                "visible": R = K, in `ids_keep` order; "masked": R = P, in the order of the predicted cells.
+                "visible": R = K, in `ids_keep` order; "masked": R = P, in the order of the predicted cells. With
+                target "codes" [B, R] int64, the cluster of each.
             ids_predict: [B, P] int64, the masked cells that are predicted; all of them unless given, ascending.
             summaries: teacher -> [B, D] its raw class tokens, if the student has the summary loss.
 
@@ -234,7 +236,13 @@ class Student(nn.Module):
         chosen = (torch.rand(losses.shape[0], 1, device=losses.device) >= below[:, 1:]).sum(1)  # [B]
         return nn.functional.one_hot(chosen, len(self.teachers)).to(losses.dtype)
 
-    def _mimic(self, teacher: str) -> Mimic:
+    def _of_tokens(self, teacher: str) -> Mimic:
+        mimic = self._mimic(teacher)
+        if isinstance(mimic, CodeMimic):
+            raise ConfigError(f"the codes of '{teacher}' take no statistics: leave them out")
+        return mimic
+
+    def _mimic(self, teacher: str) -> Mimic | CodeMimic:
         if teacher not in self.teachers:
             raise ConfigError(f"this student has no teacher '{teacher}': it has {', '.join(self.teachers) or 'none'}")
         return self.mimic[module_name(teacher)]  # type: ignore[return-value]  # ModuleDict forgets the type

@@ -1,13 +1,14 @@
 """The keys of `extract-teacher-features`."""
 
+import math
 import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from pipeline.config import Config, PathField, Precision
-from pipeline.configs.cache import QuantiserName, StoreName
+from pipeline.configs.cache import AttentionKind, QuantiserName, StoreName
 from pipeline.configs.data import DataConfig, ViewConfig
 from pipeline.configs.teachers import TeacherConfig
 
@@ -21,16 +22,26 @@ class CacheOutput(Config):
     store: StoreName = "zarr"  # zarr: features beside the images; webdataset: tars that hold the images, too
     quantiser: QuantiserName = "int8"  # how tokens are stored; int8 takes a byte a channel
     samples_per_shard: int = Field(1024, ge=1, le=65536)  # one file a shard and view: 154 MB at 196x768
-    attention: Literal["mean", "heads"] = "mean"  # heads: one row each, for people who want to look
+    attention: AttentionKind = "mean"  # heads: one row each, for people who want to look; none: mask.focus=random alone
     summary: bool = False  # also the teacher's class token: one row more a view, which mimic.summary_weight needs
-    calibration: int = Field(256, ge=1)  # samples that the channel statistics are measured on
-    max_nmse: float | None = Field(None, gt=0)  # loss of a shard's worst channel; null: 0.02 for int4, else 0.01
-    min_cosine: float | None = Field(None, gt=0, le=1)  # of its LayerNormed tokens; null: 0.99 for int4, else 0.999
+    calibration: int = Field(256, ge=1)  # samples that the channel statistics are measured on; more for a codebook
+    clusters: int = Field(4096, ge=2, le=65535)  # of the codebook, with quantiser=codes
+    # Loss of a shard's worst channel; null: 0.02 for int4, no bound for codes, else 0.01
+    max_nmse: float | None = Field(None, gt=0)
+    # Of its LayerNormed tokens; null: 0.99 for int4, no bound for codes, else 0.999
+    min_cosine: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _codes_are_of_patches(self) -> "CacheOutput":
+        if self.summary and self.quantiser == "codes":
+            raise ValueError("quantiser=codes keeps no class token: set summary=false, or use int8")
+        return self
 
     @property
     def bounds(self) -> dict[str, float]:
         """What `FidelityFigures.check` takes."""
-        max_nmse, min_cosine = (2e-2, 0.99) if self.quantiser == "int4" else (1e-2, 0.999)
+        bounds = {"int4": (2e-2, 0.99), "codes": (math.inf, -1.0)}
+        max_nmse, min_cosine = bounds.get(self.quantiser, (1e-2, 0.999))
         return {
             "max_nmse": max_nmse if self.max_nmse is None else self.max_nmse,
             "min_cosine": min_cosine if self.min_cosine is None else self.min_cosine,

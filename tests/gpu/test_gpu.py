@@ -180,6 +180,22 @@ def test_int4_packs_and_restores_as_on_a_cpu_without_waiting() -> None:
     assert (again.cpu() == stored).float().mean() > 0.999  # a value beside an edge may fall on its other side
 
 
+def test_codes_are_those_of_a_cpu_and_the_codebook_the_same_again() -> None:
+    tokens = torch.randn(64, 49, 192, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 60, 192)
+    quantiser, again = (Quantiser.calibrate("codes", tokens.to(DEVICE), clusters=64) for _ in range(2))
+    assert quantiser.to_json() == again.to_json()
+    stored, _ = quantiser.quantise(tokens)
+    moved = tokens.to(DEVICE)
+    codes, _ = quantiser.quantise(moved)  # puts its constants on the device
+    strictly("error")
+    try:
+        codes, restored = quantiser.quantise(moved)[0], quantiser.dequantise(codes, None)
+    finally:
+        strictly("default")
+    assert (codes.cpu() == stored).float().mean() > 0.999  # a token between two centroids may fall to the other
+    torch.testing.assert_close(restored.cpu(), quantiser.dequantise(codes.cpu(), None))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_resumed_run_has_equal_losses(image_tree: Path, cached: Path, tmp_path: Path, compiled: bool) -> None:
     """Atomic additions may come in another order: losses to 1e-3 in bf16, learning rates and samples to the bit."""

@@ -235,6 +235,8 @@ def test_the_card_is_one_of_the_hub(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", get_args(QuantiserName))
 @pytest.mark.parametrize("store", STORES)
 def test_what_the_card_says_of_reading_is_so(store: str, name: str, summary: str | None, tmp_path: Path) -> None:
+    if summary and name == "codes":
+        pytest.skip("codes keep no class token")
     header = make_header(store, quantiser_name=name, summary=summary)
     make_cache(tmp_path / "a", header)
     copy(tmp_path / "a", tmp_path / "b")
@@ -242,13 +244,14 @@ def test_what_the_card_says_of_reading_is_so(store: str, name: str, summary: str
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     stored, *dequantised = [run_code(block.replace("PATH", str(tmp_path / "b"))) for block in blocks]
     assert f"[{', '.join(map(str, stored['tokens'].shape))}]" in blocks[0]
-    assert (f"Tokens are {name}" in text) == (name in ("int8", "int4"))
+    assert (f"Tokens are {name}" in text) == (name in ("int8", "int4", "codes"))
     assert ("class token" in text) == (summary is not None)
     assert ("summary_mean" in text) == (summary is not None and name in ("int8", "int4"))
-    assert len(dequantised) == (name == "int4")
+    assert len(dequantised) == (name in ("int4", "codes"))
     for names in dequantised:
-        expected = open_cache(tmp_path / "a").read(0, 0, dequantise=True)
-        np.testing.assert_array_equal(names["tokens"], expected.tokens)
+        record, expected = (open_cache(tmp_path / "a").read(0, 0, dequantise=features) for features in (False, True))
+        found = names["tokens"] if name == "int4" else names["features"][record.tokens[:, 0]]
+        np.testing.assert_allclose(found, expected.tokens, rtol=1e-6)
 
 
 def run_code(block: str) -> dict[str, Any]:

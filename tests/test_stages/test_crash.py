@@ -1,12 +1,14 @@
 """Extraction killed with SIGKILL at random moments, by turns with one process and two: the bytes come out the same."""
 
 import contextlib
+import json
 import os
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,14 +24,15 @@ KILLS = 20
 IMAGES = 600  # a shard each
 
 
-def start(processes: int, images: Path, cache: Path, store: str) -> "subprocess.Popen[bytes]":
+def start(processes: int, images: Path, cache: Path, wanted: dict[str, Any]) -> "subprocess.Popen[bytes]":
     """`extract-teacher-features` in a process group of its own."""
+    keys = ", ".join(f"{key}: {json.dumps(value)}" for key, value in wanted.items())
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [
         sys.executable, *run, "-m", "cli", "extract-teacher-features", f"data={{path: {images}, workers: 1}}",
         "teacher={spec: timm:test_vit, weights: random, image_size: 64}",
         "views={count: 2, image_size: 64}", "batch_size=16",
-        f"cache={{path: {cache}, store: {store}, samples_per_shard: 1, summary: true}}",
+        f"cache={{path: {cache}, {keys}}}",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -49,21 +52,29 @@ def committed(cache: Path) -> int:
     return len(list((cache / "commits").glob("*.json"))) if (cache / "commits").is_dir() else 0
 
 
-@pytest.mark.slow  # starts Python and torch 20 times for each store
-@pytest.mark.parametrize("store", ["zarr", "webdataset"])
-def test_killed_and_resumed_extraction_gives_the_same_bytes(tmp_path: Path, store: str) -> None:
+@pytest.mark.slow  # starts Python and torch 20 times for each kind of cache
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"store": "zarr", "summary": True},
+        {"store": "webdataset", "summary": True},
+        {"store": "zarr", "quantiser": "codes", "clusters": 16},
+    ],
+    ids=["zarr", "webdataset", "codes"],
+)
+def test_killed_and_resumed_extraction_gives_the_same_bytes(tmp_path: Path, wanted: dict[str, Any]) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for number in range(IMAGES):
         smooth_picture(number, 48 + number % 30, 70).save(images / f"{number:03d}.jpg")
-    extract_teacher_features.run(
-        extract_config(images, tmp_path / "whole", cache__store=store, cache__samples_per_shard=1, cache__summary=True)
-    )
+    wanted = {"samples_per_shard": 1, **wanted}
+    keys = {f"cache__{key}": value for key, value in wanted.items()}
+    extract_teacher_features.run(extract_config(images, tmp_path / "whole", **keys))
 
-    cache, moments = tmp_path / "killed", random.Random(store)
+    cache, moments = tmp_path / "killed", random.Random(0)
     kills = 0
     while kills < KILLS:
-        process = start(1 + kills % 2, images, cache, store)
+        process = start(1 + kills % 2, images, cache, wanted)
         # Wait until this start has got somewhere, then strike at a random moment of its work; every fifth time
         # at any moment, so also during start-up and the creation of the cache.
         before, deadline = committed(cache), time.monotonic() + 120
@@ -78,9 +89,7 @@ def test_killed_and_resumed_extraction_gives_the_same_bytes(tmp_path: Path, stor
         process.wait()
         kills += 1
 
-    extract_teacher_features.run(
-        extract_config(images, cache, cache__store=store, cache__samples_per_shard=1, cache__summary=True)
-    )
+    extract_teacher_features.run(extract_config(images, cache, **keys))
     assert open_cache(cache).missing_shards() == []
     assert content(cache) == content(tmp_path / "whole")
     assert verify_cache.run(verify_cache.VerifyConfig(path=cache)).sound

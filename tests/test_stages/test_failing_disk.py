@@ -121,6 +121,7 @@ def _scenario(name: str, root: Path, folder: Path) -> Scenario:
         "linear-probe": Scenario(
             ["linear-probe", init, *sets, f"output={out}", "epochs=1", "blrs=[0.1]", "batch_size=6"], out
         ),
+        "codes": Scenario(["codes", f"cache.path={root / 'cache'}", f"output={out}", "clusters=8"], out),
         "export": Scenario(["export", init, f"output={out}"], out),
         "report": Scenario(["report", str(root / "student" / "run"), "--output", str(out / "report.html")], out),
         "visualize": Scenario(
@@ -141,8 +142,8 @@ def _damage(cache: Path, out: Path) -> None:
 
 
 SCENARIOS = [
-    "extract zarr", "extract webdataset", "repair", "pretrain", "finetune", "knn", "linear-probe", "export", "report",
-    "visualize", "ablate",
+    "extract zarr", "extract webdataset", "repair", "codes", "pretrain", "finetune", "knn", "linear-probe", "export",
+    "report", "visualize", "ablate",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.cache.format.quantiser import Quantiser
 from pipeline.cache.format.records import TAILS, Raw
 
 _SUM_TOLERANCE = 5e-3  # of attention over tokens: float16 rounds each of them
@@ -14,20 +15,21 @@ _SUM_TOLERANCE = 5e-3  # of attention over tokens: float16 rounds each of them
 class ViewContent:
     """The sound records of one view of one shard, without their tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, quantiser: Quantiser) -> None:
+        self._quantiser = quantiser
         self.rows: list[int] = []
         self.keys: list[bytes] = []  # UTF-8
         self._tails: list[bytes] = []
         self._scale: list[NDArray[np.float16]] = []
         self._attention: list[NDArray[np.float16]] = []
-        self._infinite: list[bool] = []  # whether a token is not finite
+        self._unsound: list[bool] = []  # whether a token is not finite, or of no cluster
 
     def add(self, row: int, record: Raw) -> None:
         """Copy what is kept of a record."""
         self.rows.append(row)
         self.keys.append(record.key)
         self._tails.append(record.tail)
-        self._infinite.append(record.tokens.dtype.kind == "f" and not np.isfinite(record.tokens).all())
+        self._unsound.append(not self._quantiser.sound(record.tokens))
         if record.scale is not None:
             self._scale.append(record.scale.copy())
         if record.attention is not None:
@@ -41,7 +43,8 @@ class ViewContent:
     def impossible(self) -> Iterator[tuple[str, NDArray[np.int64]]]:
         """What is wrong, and the rows where it is."""
         box, hflip = self.tails["box"], self.tails["hflip"]
-        wrong: dict[str, Any] = {"tokens are not finite": np.array(self._infinite, bool)}
+        unsound = "tokens are of no cluster of the codebook" if self._quantiser.clusters else "tokens are not finite"
+        wrong: dict[str, Any] = {unsound: np.array(self._unsound, bool)}
         if self._scale:
             # As integers, float16 from the smallest above 0 to the largest are 1 to 0x7BFF.
             bits = np.stack(self._scale).view(np.uint16)

@@ -249,8 +249,8 @@ class _Verifier:
         `fresh` reads none of the files that no commit covers.
         """
         part = Report(path=str(self._path), level="")
-        span, content, damaged = self._header.shard_range(shard), ViewContent(), dict[int, str]()
-        dead = {stone.index for stone in commit.tombstones}
+        content, damaged = ViewContent(self._header.quantiser), dict[int, str]()
+        span, dead = self._header.shard_range(shard), {stone.index for stone in commit.tombstones}
         try:
             shared, table = self._store.table(shard, None), self._store.table(shard, view, fresh)
             opened = self._store.open_view(shard, view, shared, table)

@@ -68,10 +68,10 @@ class CacheHeader(_Section):
 
     `teacher` is the teacher's own description; `grid` [h, w] and `dim` of it fix the shapes: L = h·w tokens of D = dim.
     `quantiser` is `Quantiser.to_json()`, with `calibration` beside it if wanted; `{"name": "int8"}` alone states a wish
-    (see `match_header`) and can't be created. `compression` stays in the file's form: earlier versions knew Blosc.
-    `summary` is in the file only where each view has one: with "class", row 0 of the stored tokens is the teacher's
-    class token, and `quantiser` has channel statistics for it too, `summary_mean` and `summary_std`. `version` is the
-    lowest that can say it: 2 for a summary or int4, else 1.
+    (see `match_header`) and can't be created, nor can `{"name": "codes", "clusters": 4096}`. `compression` stays in the
+    file's form: earlier versions knew Blosc. `summary` is in the file only where each view has one: with "class", row 0
+    of the stored tokens is the teacher's class token, and `quantiser` has channel statistics for it too, `summary_mean`
+    and `summary_std`. `version` is the lowest that can say it: 2 for a summary, int4 or codes, else 1.
     """
 
     format: Literal["mrmae-cache"] = "mrmae-cache"
@@ -118,6 +118,8 @@ class CacheHeader(_Section):
         if len(self.quantiser.mean) not in (0, dim):
             raise ValueError(f"quantiser.mean has {len(self.quantiser.mean)} channels, teacher.dim is {dim}")
         self.quantiser.width(self.dim)
+        if self.summary and self.quantiser.name == "codes":
+            raise ValueError("quantiser codes keeps no class token")
         if self.summary and len(self.summary_quantiser.mean) != len(self.quantiser.mean):
             raise ValueError(f"quantiser.summary_mean has {len(self.summary_quantiser.mean)} channels, not {dim}")
         return self
@@ -145,7 +147,7 @@ class CacheHeader(_Section):
 
     @property
     def stored_dim(self) -> int:
-        """Items of a stored token: D, or half of it for int4, which packs two channels in a byte."""
+        """Items of a stored token: D; for int4, which packs two channels in a byte, D/2; for codes 1."""
         return self.quantiser.width(self.dim)
 
     @property
@@ -268,7 +270,7 @@ def match_header(path: Path, found: CacheHeader, wanted: CacheHeader) -> None:
     """
     ignored = ["dataset.source", "version"]
     if not wanted.quantiser.calibrated:
-        ignored += [f"quantiser.{key}" for key in found.quantiser_state if key != "name"]
+        ignored += [f"quantiser.{key}" for key in found.quantiser_state if key not in wanted.quantiser_state]
     present, wish = dict(_flat(found._fields())), dict(_flat(wanted._fields()))
     for key in [*wish, *(key for key in present if key not in wish)]:
         if present.get(key) != wish.get(key) and not any(key == i or key.startswith(f"{i}.") for i in ignored):
@@ -291,8 +293,8 @@ def _short(value: Any) -> str:
 
 def _version(summary: Any, quantiser: Any) -> int:
     """The lowest version whose readers understand a header with these fields."""
-    is_int4 = isinstance(quantiser, dict) and quantiser.get("name") == "int4"
-    return 2 if summary or is_int4 else 1
+    is_later = isinstance(quantiser, dict) and quantiser.get("name") in ("int4", "codes")
+    return 2 if summary or is_later else 1
 
 
 def _positive(value: object) -> bool:

@@ -29,7 +29,7 @@ class ShardData:
     sets them to zero.
     """
 
-    tokens: NDArray[Any]  # [n, V, R, D], for int4 [n, V, R, D/2], as quantised
+    tokens: NDArray[Any]  # [n, V, R, D], for int4 [n, V, R, D/2], for codes [n, V, R, 1], as quantised
     scale: NDArray[np.float16] | None  # [n, V, R], int8 and int4 only
     attention: NDArray[np.float16] | None  # [n, V, L], [n, V, H, L], or None when the cache keeps none
     box: NDArray[np.int32]  # [n, V, 4] top, left, height, width in source pixels
@@ -66,7 +66,7 @@ class Raw(NamedTuple):
     key: bytes  # UTF-8
     tail: bytes  # TAIL
     crc32c: int
-    tokens: NDArray[Any]  # [R, D], for int4 [R, D/2]
+    tokens: NDArray[Any]  # [R, D], for int4 [R, D/2], for codes [R, 1]
     scale: NDArray[np.float16] | None  # [R]
     attention: NDArray[np.float16] | None  # [L] or [H, L]
     image: bytes | None
@@ -76,9 +76,9 @@ class Raw(NamedTuple):
 class Record:
     """One checked view of one sample.
 
-    `tokens` is [L, D] as stored (for int4 [L, D/2]), or float32 [L, D] when dequantised; `scale` float16 [L] or None;
-    `attention` float16 [L], [H, L] or None; `image` the stored JPEG or None. `summary` [1, D] and `summary_scale` [1]
-    are the teacher's class token in the same forms, or None.
+    `tokens` is [L, D] as stored (for int4 [L, D/2], for codes [L, 1]), or float32 [L, D] when dequantised; `scale`
+    float16 [L] or None; `attention` float16 [L], [H, L] or None; `image` the stored JPEG or None. `summary` [1, D] and
+    `summary_scale` [1] are the teacher's class token in the same forms, or None.
     """
 
     __slots__ = (

@@ -22,7 +22,7 @@ _ROW = struct.Struct(f"={FIELDS}q")  # such a row in memory
 NONE = -1  # start of a tombstone in the index
 _OUTSIDE = -2  # start of a record that its tar is too short for
 _LARGEST_MEMBER = 2 << 30  # bytes; a hole in a file may pretend to more than memory holds
-_SAFETENSORS_TYPES = {"int8": "I8", "uint8": "U8", "float16": "F16", "float32": "F32"}
+_SAFETENSORS_TYPES = {"int8": "I8", "uint8": "U8", "uint16": "U16", "float16": "F16", "float32": "F32"}
 
 
 class TensorLayout:

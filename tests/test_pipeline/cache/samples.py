@@ -1,18 +1,27 @@
 """Small caches of both stores, made without any teacher: what the tests of this wing share."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from pipeline.cache import CacheHeader, Quantiser, ShardData, create_cache, open_writer
+from pipeline.cache import CacheHeader, Quantiser, QuantiserName, ShardData, create_cache, open_writer
 from pipeline.files import hash_source
 
 STORES = ("zarr", "webdataset")
+CLUSTERS = 8  # of a cache of codes
 SUMMARIES = (None, "class")
-
-
+# Attention, quantiser and summary of caches that are not alike.
+LAYOUTS = [
+    *((attention, quantiser, None) for quantiser in get_args(QuantiserName) for attention in ("mean", "heads")),
+    *(
+        (attention, quantiser, "class")
+        for quantiser in ("int8", "int4", "float16", "float32")
+        for attention in ("none", "heads")
+    ),
+    ("none", "codes", None),
+]
 SUMMARY_SCALE = 50.0
 
 
@@ -22,7 +31,7 @@ def make_header(store: str = "zarr", **changes: Any) -> CacheHeader:
     dim = changes.pop("dim", 8)
     grid = changes.pop("grid", [3, 2])
     tokens = torch.from_numpy(np.random.default_rng(7).normal(size=(4, 6, dim)).astype(np.float32))
-    quantiser = Quantiser.calibrate(name, tokens).to_json()
+    quantiser = Quantiser.calibrate(name, tokens, CLUSTERS).to_json()
     if changes.get("summary") and name in ("int8", "int4"):
         of_summary = Quantiser.calibrate(name, SUMMARY_SCALE * tokens[:, :1]).to_json()
         quantiser |= {"summary_mean": of_summary["mean"], "summary_std": of_summary["std"]}

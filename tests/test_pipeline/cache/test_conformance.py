@@ -34,6 +34,7 @@ from pipeline.errors import CacheDamage, CacheError
 from pipeline.files import hash_source
 from tests import forked
 from tests.test_pipeline.cache.samples import (
+    LAYOUTS,
     STORES,
     SUMMARIES,
     SUMMARY_SCALE,
@@ -96,12 +97,9 @@ def test_round_trip(cache: Path, store: str) -> None:
     check_everything(cache, make_header(store))
 
 
-@pytest.mark.parametrize(
-    ("attention", "summary"), [("mean", None), ("heads", None), ("none", "class"), ("heads", "class")]
-)
-@pytest.mark.parametrize("quantiser", ["int8", "int4", "float16", "float32"])
+@pytest.mark.parametrize(("attention", "quantiser", "summary"), LAYOUTS)
 def test_round_trip_of_every_layout(
-    tmp_path: Path, store: str, quantiser: str, attention: str, summary: str | None
+    tmp_path: Path, store: str, attention: str, quantiser: str, summary: str | None
 ) -> None:
     header = make_header(
         store, quantiser_name=quantiser, attention=attention, heads=3, dim=6, grid=[3, 1], summary=summary
@@ -293,7 +291,7 @@ def test_creating_another_cache_there_names_the_difference(cache: Path, store: s
 @pytest.mark.parametrize("store", STORES)
 def test_a_wish_without_statistics_matches_and_is_not_created(cache: Path, store: str, tmp_path: Path) -> None:
     wish = make_header(store, quantiser={"name": "int8"})
-    for name in ("int8", "int4"):
+    for name in ("int8", "int4", "codes"):
         with pytest.raises(CacheError, match=f"the {name} quantiser has no channel statistics: calibrate"):
             create_cache(tmp_path / "new", make_header(store, quantiser={"name": name}))
     match_header(cache, read_header(cache), wish)
@@ -388,9 +386,10 @@ while True:
 """
 
 
-def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path, store: str) -> None:
+@pytest.mark.parametrize("kind", [{"summary": "class"}, {"quantiser_name": "codes"}], ids=["summary", "codes"])
+def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path, store: str, kind: dict[str, str]) -> None:
     """Killed anywhere in a loop of writing and withdrawing, every shard is whole or not there."""
-    header = make_header(store, summary="class")
+    header = make_header(store, **kind)
     expected = contents(make_cache(tmp_path / "whole", header, {5: "bad"}))
     create_cache(tmp_path / "cache", header)
     command = [sys.executable, "-c", WRITER, str(tmp_path / "cache")]

@@ -24,7 +24,7 @@ LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableException
 DOCS = Path(__file__).parents[3] / "docs" / "cache-format.md"
 
 
-@pytest.mark.parametrize("quantiser", ["int8", "int4"])
+@pytest.mark.parametrize("quantiser", ["int8", "int4", "codes"])
 def test_zarr_alone_reads_it(tmp_path: Path, quantiser: str) -> None:
     path = make_cache(tmp_path / "cache", make_header("zarr", quantiser_name=quantiser), {5: "bad"})
     group, reader = zarr.open_group(path, mode="r"), open_cache(path)
@@ -32,13 +32,14 @@ def test_zarr_alone_reads_it(tmp_path: Path, quantiser: str) -> None:
         for view in (0, 1):
             record = reader.read(index, view)
             np.testing.assert_array_equal(group["tokens"][index, view], record.tokens)  # type: ignore[index]
-            np.testing.assert_array_equal(group["scale"][index, view], record.scale)  # type: ignore[index]
+            if record.scale is not None:
+                np.testing.assert_array_equal(group["scale"][index, view], record.scale)  # type: ignore[index]
             np.testing.assert_array_equal(group["attention"][index, view], record.attention)  # type: ignore[index]
             assert str(group["key"][index]) == record.key  # type: ignore[index]
 
 
 @LEFT_OPEN
-@pytest.mark.parametrize("quantiser", ["int8", "int4"])
+@pytest.mark.parametrize("quantiser", ["int8", "int4", "codes"])
 @pytest.mark.parametrize("attention", ["mean", "heads", "none"])
 def test_webdataset_alone_reads_it(tmp_path: Path, attention: str, quantiser: str) -> None:
     header = make_header("webdataset", attention=attention, heads=2, dim=10, grid=[3, 1], quantiser_name=quantiser)
@@ -49,9 +50,11 @@ def test_webdataset_alone_reads_it(tmp_path: Path, attention: str, quantiser: st
     for sample in samples:
         record = reader.read(int(sample["__key__"]), 1)
         tensors = safetensors.numpy.load(sample["safetensors"])
-        assert set(tensors) == {"tokens", "scale", "attention"} - ({"attention"} if attention == "none" else set())
-        np.testing.assert_array_equal(tensors["tokens"], record.tokens)
-        np.testing.assert_array_equal(tensors["scale"], record.scale)
+        kept = {"tokens": record.tokens, "scale": record.scale, "attention": record.attention}
+        kept = {name: array for name, array in kept.items() if array is not None}
+        assert tensors.keys() == kept.keys()
+        for name, array in kept.items():
+            np.testing.assert_array_equal(tensors[name], array)
         assert safetensors.torch.load(sample["safetensors"])["tokens"].shape == (3, header.stored_dim)
         facts = json.loads(sample["json"])
         assert facts["key"] == record.key
@@ -155,6 +158,20 @@ def run_example(library: str) -> dict[str, object]:
     names: dict[str, object] = {}
     exec(example, names)
     return names
+
+
+def test_numpy_alone_reads_codes_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = (e for e in examples if "centroids" in e)
+    assert set(re.findall(r"(?:import|from) (\w+)", example)) == {"base64", "json", "pathlib", "numpy", "Path"}
+    path = make_cache(tmp_path / "cache", make_header("zarr", quantiser_name="codes"))
+    monkeypatch.chdir(tmp_path)
+    for index, view in ((0, 0), (6, 1)):
+        names: dict[str, object] = {}
+        exec(example.replace("view = rows * columns, 0, 0", f"view = rows * columns, {index}, {view}"), names)
+        reader = open_cache(path)
+        np.testing.assert_array_equal(names["codes"], reader.read(index, view).tokens[:, 0])
+        np.testing.assert_allclose(names["tokens"], reader.read(index, view, dequantise=True).tokens, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dim", [8, 22])

@@ -32,6 +32,8 @@ from pipeline.cache.format.commits import Commit, write_commit
 from pipeline.errors import CacheDamage, CacheError, DataError, PipelineError, StorageError
 from pipeline.files import hash_source
 from tests.test_pipeline.cache.samples import (
+    CLUSTERS,
+    LAYOUTS,
     STORES,
     SUMMARIES,
     attention_of,
@@ -118,17 +120,14 @@ def test_a_sound_cache_passes(cache: Path, level: str) -> None:
     json.dumps(report.to_json())
 
 
-@pytest.mark.parametrize("quantiser", ["int8", "int4", "float16", "float32"])
-@pytest.mark.parametrize(
-    ("attention", "summary"), [("mean", None), ("heads", None), ("none", "class"), ("heads", "class")]
-)
-def test_every_layout_passes(tmp_path: Path, store: str, quantiser: str, attention: str, summary: str | None) -> None:
+@pytest.mark.parametrize(("attention", "quantiser", "summary"), LAYOUTS)
+def test_every_layout_passes(tmp_path: Path, store: str, attention: str, quantiser: str, summary: str | None) -> None:
     header = make_header(store, quantiser_name=quantiser, attention=attention, heads=2, summary=summary)
     report = verify(make_cache(tmp_path / "cache", header), "full")
     assert report.sound, report.findings
 
 
-@pytest.mark.parametrize(("quantiser", "summary"), [("int8", None), ("int8", "class"), ("int4", None)])
+@pytest.mark.parametrize(("quantiser", "summary"), [("int8", None), ("int8", "class"), ("int4", None), ("codes", None)])
 @pytest.mark.parametrize("store", STORES)
 def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path, store: str, quantiser: str, summary: str | None) -> None:
     """Three bits of every file, among them the first and the last."""
@@ -467,8 +466,9 @@ def test_what_the_quantiser_loses_is_no_fault_of_the_teacher(tmp_path: Path, sto
         assert all("other tokens" in finding.message for finding in found)
 
 
-def test_int4_records_are_repaired_to_the_byte(tmp_path: Path, store: str) -> None:
-    path = make_cache(tmp_path / "cache", make_header(store, quantiser_name="int4"), TOMBSTONES)
+@pytest.mark.parametrize("quantiser", ["int4", "codes"])
+def test_records_are_repaired_to_the_byte(tmp_path: Path, store: str, quantiser: str) -> None:
+    path = make_cache(tmp_path / "cache", make_header(store, quantiser_name=quantiser), TOMBSTONES)
     file = target_of(path, "tokens", 1, 0)
     sound = file.read_bytes()
     file.write_bytes(sound[:40] + bytes([sound[40] ^ 16]) + sound[41:])
@@ -563,14 +563,23 @@ def test_attention_may_lie_in_one_place_and_zeros_have_signs(tmp_path: Path, sto
     assert verify(path, "full").sound
 
 
-@pytest.mark.parametrize("quantiser", ["float16", "float32"])
-def test_tokens_that_are_not_finite(tmp_path: Path, store: str, quantiser: str) -> None:
+@pytest.mark.parametrize(
+    ("quantiser", "value", "problem"),
+    [
+        ("float16", np.nan, "tokens are not finite"),
+        ("float32", np.nan, "tokens are not finite"),
+        ("codes", CLUSTERS, "tokens are of no cluster of the codebook"),
+    ],
+)
+def test_tokens_that_cannot_be(tmp_path: Path, store: str, quantiser: str, value: float, problem: str) -> None:
     header = make_header(store, quantiser_name=quantiser)
     path = make_cache(tmp_path / "cache", header)
     data = make_shard(header, 0)
-    data.tokens[3, 0, 1, 1] = np.nan
+    data.tokens[3, 0, 1, -1] = value
     open_writer(path).write_shard(0, data)
-    assert [(f.kind, f.sample, f.view) for f in verify(path, "full").findings] == [("values", 3, 0)]
+    (found,) = verify(path, "full").findings
+    assert (found.kind, found.sample, found.view) == ("values", 3, 0)
+    assert found.message.endswith(problem)
 
 
 def test_many_damaged_samples_are_summed_up(tmp_path: Path, store: str) -> None:

@@ -13,7 +13,7 @@ from tests.test_pipeline.cache.samples import make_cache, make_header, make_shar
 
 
 @pytest.mark.parametrize("attention", ["mean", "heads", "none"])
-@pytest.mark.parametrize("quantiser", ["int8", "int4", "float16", "float32"])
+@pytest.mark.parametrize("quantiser", ["int8", "int4", "codes", "float16", "float32"])
 def test_chunks_are_those_of_zarr(tmp_path: Path, quantiser: str, attention: str) -> None:
     """10 samples in shards of 4: the last chunk is padded. Sample 5 is a tombstone, its rows zero."""
     header = make_header(quantiser_name=quantiser, attention=attention, heads=3)

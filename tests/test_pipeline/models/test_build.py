@@ -35,6 +35,13 @@ def test_fusion_takes_four_evenly_spaced_blocks_and_the_last(micro: Build, depth
         ({"target_norm": "batch"}, "use one of layernorm, channel, phi_s, none"),
         ({"mimic_loss": "l1"}, "use one of smooth_l1, mse, cosine"),
         ({"mimic_head": "conv"}, "use one of linear, mlp"),
+        ({"target": "pixels"}, "use one of tokens, codes"),
+        ({"target": "codes", "mimic_loss": "mse"}, "target=codes is learned by cross-entropy: leave target_norm and"),
+        (
+            {"target": "codes", "target_norm": "phi_s"},
+            "target=codes is learned by cross-entropy: leave target_norm and",
+        ),
+        ({"target": "codes", "summary_weight": 1.0}, "target=codes comes without class tokens: set summary_weight=0"),
         ({"drop_teachers": "worst"}, "use one of false, true, loss"),
         ({"fusion": "sum"}, "use one of fused, each, last"),
         ({"fusion": "last", "fusion_blocks": [1]}, "fusion=last takes no fusion_blocks"),

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from pipeline.configs.models import TargetNorm
 from pipeline.errors import ConfigError
-from pipeline.models.mimic import Mimic
+from pipeline.models.mimic import CodeMimic, Mimic
 from pipeline.models.phi_s import mean_and_covariance
 
 
@@ -25,6 +25,18 @@ def test_losses_are_their_formulas_for_each_sample(loss: str) -> None:
         "cosine": 1 - ((prediction * normed).sum(2) / prediction.norm(dim=2) / normed.norm(dim=2)).mean(1),
     }
     torch.testing.assert_close(mimic(student, target), expected[loss])
+
+
+def test_the_loss_of_codes_is_the_cross_entropy_of_each_sample() -> None:
+    mimic, student, ids = (
+        CodeMimic("dino", dim=12, width=8, sources=2, fusion="each"),
+        tokens(2),
+        torch.randint(8, (2, 5)),
+    )
+    chosen = [logits.log_softmax(2).gather(2, ids.unsqueeze(2)).squeeze(2) for logits in mimic.predict(student)]
+    torch.testing.assert_close(mimic(student, ids), -torch.stack(chosen).mean((0, 2)))
+    with pytest.raises(ConfigError, match=re.escape("codes of 'dino' are [2, 4] where the student predicts [2, 5]")):
+        mimic(student, ids[:, :4])
 
 
 def test_layernormed_targets_forget_scale_and_offset() -> None:
