@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.assembly.caches import mirrors_of, place_of, require_local_room
 from pipeline.assembly.fetching import OrderedFetching
+from pipeline.assembly.initial_weights import named_by_init, read_init
 from pipeline.assembly.knn_callback import knn_callback
 from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, Targets, open_cached, open_live
 from pipeline.assembly.samples import PretrainBatch
@@ -33,14 +34,14 @@ from pipeline.data.loader import Samples
 from pipeline.data.masks import MaskSampler, predicted_count, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError, ConfigError, TeacherError
-from pipeline.models import Student, build_student, load_weights, model_record, read_weights
+from pipeline.models import Student, build_student, load_weights, model_record
 from pipeline.models.sizes import patch_for_grid
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.steps import StepPlan
 from pipeline.teachers import Teacher
-from pipeline.training.checkpoint import newest_checkpoint, recorded_identity, recorded_start, resolve_checkpoint
+from pipeline.training.checkpoint import newest_checkpoint, recorded_identity, recorded_start
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.journal import command
@@ -146,7 +147,8 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
         ConfigError: the student is given another size than the views have.
     """
     config = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
-    student, size = config.student, knowledge.views.image_size
+    student, size = named_by_init(config.init, config.student), knowledge.views.image_size
+    assert student is not None  # it has defaults
     if student.image_size not in (None, size):
         raise ConfigError(
             f"student.image_size={student.image_size}, but the views have {size} pixels: set student.image_size={size}"
@@ -220,7 +222,7 @@ def _start_from(config: PretrainConfig, student: Student) -> str | None:
     recorded = recorded_start(config.output, config.init)
     if recorded:
         return recorded.identity
-    state, _ = read_weights(resolve_checkpoint(config.init))
+    state, _ = read_init(config.init, student.spec["name"])
     load_weights(student, state, strict=False)
     return state_digest(state)
 

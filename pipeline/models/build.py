@@ -23,7 +23,9 @@ from pipeline.models.mimic import Mimic
 from pipeline.models.mr_mae import OBJECTIVES, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
 from pipeline.models.summary import SummaryHead
-from pipeline.models.vit import ViT
+from pipeline.models.timm_names import is_timm, timm_model
+from pipeline.models.timm_vit import TimmViT
+from pipeline.models.vit import PlainViT, ViT
 
 _DECODERS = {"full": Decoder, "cross": CrossDecoder}
 _PREDICT_SHARES = {"full": 1.0, "cross": 0.25}
@@ -58,7 +60,7 @@ def build_student(
     """Build a student for pre-training.
 
     Args:
-        name: one of `sizes.SIZES`.
+        name: one of `sizes.SIZES`, or `timm:NAME`, a plain ViT of timm.
         objective: see `pipeline.models.mr_mae`.
         norm_pix_loss: standardise each patch of the pixel target.
         teachers: teacher -> channels of its tokens; needed unless the objective is "mae", which takes none.
@@ -109,7 +111,7 @@ def build_student(
     at_encoder = goal.mimics == "encoder"
 
     encoder = _encoder(
-        size, taps=blocks if at_encoder else (), gradient_checkpointing=gradient_checkpointing, sparse=sparse
+        name, size, taps=blocks if at_encoder else (), gradient_checkpointing=gradient_checkpointing, sparse=sparse
     )
     built_decoder = None
     if goal.decodes:
@@ -178,28 +180,37 @@ def build_classifier(
     spec = _spec(locals(), EncoderSizes)
     size = resolve_size(name, **sizes)
     check_choice("pool", pool, ("mean", "cls"))
-    if pool == "cls" and size.is_conv:
-        raise ConfigError(f"{name} has no CLS token: use pool=mean")
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}: give 1 or more")
     if not 0 <= drop_path < 1:
         raise ConfigError(f"drop_path={drop_path}: give a rate from 0 to below 1")
     encoder = _encoder(
-        size, drop_path=drop_path, final_norm=pool == "cls", gradient_checkpointing=gradient_checkpointing
+        name, size, drop_path=drop_path, final_norm=pool == "cls", gradient_checkpointing=gradient_checkpointing
     )
+    if pool == "cls" and encoder.attention_query != "cls":
+        raise ConfigError(f"{name} has no CLS token: use pool=mean")
     return Classifier(encoder, num_classes, pool=pool, spec=spec)
 
 
-def _encoder(size: Size, *, sparse: bool = True, **options: Any) -> ViT | ConvViT:
-    return ConvViT(size, sparse=sparse, **options) if size.is_conv else ViT(size, **options)
+def _encoder(name: str, size: Size, *, sparse: bool = True, **options: Any) -> PlainViT | ConvViT:
+    if not is_timm(name):
+        return ConvViT(size, sparse=sparse, **options) if size.is_conv else ViT(size, **options)
+    named = timm_model(name)
+    if not named.maskable:
+        raise ConfigError(
+            f"student.name={name} ({named.kind}) is no plain ViT, and its patches can't be masked: set "
+            "mimic.objective=distil, which shows it whole views, or choose a vit_*, deit_* or eva_* model"
+        )
+    return TimmViT(named, size, **options)
 
 
-def _summary_source(name: str, encoder: ViT | ConvViT, source: SummarySource | None) -> SummarySource:
+def _summary_source(name: str, encoder: PlainViT | ConvViT, source: SummarySource | None) -> SummarySource:
     """Which vector of the student predicts summaries: its class token where it has one."""
+    has_class = encoder.attention_query == "cls"
     if source is None:
-        return "class" if encoder.num_prefix_tokens else "mean"
+        return "class" if has_class else "mean"
     check_choice("summary_source", source, get_args(SummarySource))
-    if source == "class" and not encoder.num_prefix_tokens:
+    if source == "class" and not has_class:
         raise ConfigError(f"{name} has no CLS token: use summary_source=mean")
     return source
 

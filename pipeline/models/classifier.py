@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pipeline.models.convvit import ConvViT
 from pipeline.models.flat import flatten_parts
-from pipeline.models.vit import LayerNorm, ViT
+from pipeline.models.vit import PlainViT
 
 
 class Classifier(nn.Module):
@@ -22,18 +22,19 @@ class Classifier(nn.Module):
         spec: the keyword arguments that rebuild this model.
     """
 
-    def __init__(self, encoder: ViT | ConvViT, num_classes: int, *, pool: str, spec: dict[str, Any]) -> None:
+    def __init__(self, encoder: PlainViT | ConvViT, num_classes: int, *, pool: str, spec: dict[str, Any]) -> None:
         super().__init__()
         self.encoder, self.pool, self.spec = encoder, pool, spec
         # What a `mrmae:` teacher is asked for, beside `blocks` and `forward_tokens`.
         self.dim, self.grid, self.image_size = encoder.dim, encoder.grid, encoder.image_size
         self.num_prefix_tokens, self.attention_query = encoder.num_prefix_tokens, pool
         if pool == "mean":
-            self.fc_norm = LayerNorm(encoder.dim)
+            self.fc_norm = encoder.pooled_norm()
         self.head = nn.Linear(encoder.dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # the first predictions are uniform: MAE's fine-tuning
         nn.init.zeros_(self.head.bias)
-        encoder.pos_embed.requires_grad_(True)
+        if encoder.pos_embed is not None:
+            encoder.pos_embed.requires_grad_(True)
         flatten_parts(self, "encoder")
 
     def forward(self, images: Tensor) -> Tensor:

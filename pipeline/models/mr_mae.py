@@ -34,7 +34,7 @@ from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.mimic import Mimic
 from pipeline.models.patches import patchify
 from pipeline.models.summary import SummaryHead, student_summary
-from pipeline.models.vit import ViT
+from pipeline.models.vit import PlainViT
 
 
 class Objective(NamedTuple):
@@ -84,7 +84,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        encoder: ViT | ConvViT,
+        encoder: PlainViT | ConvViT,
         decoder: Decoder | None,
         mimics: Mapping[str, Mimic],
         summaries: Mapping[str, SummaryHead],

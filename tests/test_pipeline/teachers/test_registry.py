@@ -9,6 +9,7 @@ import torch
 from timm.models.eva import Eva
 
 from pipeline.errors import TeacherError
+from pipeline.meta import meta_device
 from pipeline.teachers import TEACHERS, Entry, Teacher, build_teacher, list_teachers, registry, timm_vit
 from pipeline.teachers.teacher import Trace
 from pipeline.teachers.timm_vit import TimmBackbone
@@ -30,7 +31,7 @@ def test_the_table_needs_no_weights() -> None:
 def test_each_named_teacher_runs(name: str) -> None:
     """On the meta device, three blocks deep. The exceptions have neither class token nor pooling head."""
     shapes = []
-    with registry.meta_device():
+    with meta_device():
         registry._dry_run(name, lambda: shapes.append(build_bare(name)) or shapes[0])
     assert shapes[0].grid == (14, 14)
     assert shapes[0].has_attention != name.startswith(("aimv2", "pe_spatial_vitg14"))

@@ -1,0 +1,62 @@
+"""What `init` names: a run, a checkpoint or a weights file; or `timm:NAME`, the public weights of a model of timm."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.configs.models import StudentConfig
+from pipeline.errors import CheckpointError, TeacherError
+from pipeline.models import read_weights
+from pipeline.models.timm_names import PREFIX, is_timm, timm_model
+from pipeline.teachers.timm_vit import build_timm
+from pipeline.training.checkpoint import resolve_checkpoint
+
+# How the reader of teachers' weights names its keys, and what they are called here.
+_KEYS = (("teacher.weights=", "init="), ("the teacher that", "the student that"), ("teacher 'timm:", "'timm:"))
+
+
+def named_by_init(init: Path | None, student: StudentConfig | None) -> StudentConfig | None:
+    """The student's config with the name that `init=timm:NAME` gives, unless it has one."""
+    if init is None or not is_timm(str(init)) or (student and "name" in student.model_fields_set):
+        return student
+    name = {"name": str(init)}
+    return student.model_copy(update=name) if student else StudentConfig.model_validate(name)
+
+
+def read_init(init: Path, student: str | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """A state dict, and the spec of the model if the checkpoint has one.
+
+    Args:
+        student: its name. Of timm's, a weights file may be in timm's naming or in that of the model's own release.
+
+    Raises:
+        CheckpointError: the weights aren't there, can't be fetched, or are of another model.
+    """
+    if is_timm(str(init)):
+        return _public_weights(str(init), None), None
+    path = resolve_checkpoint(init)
+    if student is not None and is_timm(student) and path.is_file():
+        return _public_weights(student, path), None
+    return read_weights(path)
+
+
+def _public_weights(student: str, file: Path | None) -> dict[str, Tensor]:
+    """By the names that the student has, positions on the grid that the weights were trained on."""
+    timm_model(student)  # an unknown name is refused here
+    try:
+        backbone, _ = build_timm(student.removeprefix(PREFIX), None if file is None else str(file), None)
+    except TeacherError as error:
+        message = str(error)
+        for of_teachers, of_students in _KEYS:
+            message = message.replace(of_teachers, of_students)
+        raise CheckpointError(message) from error
+    model: Any = backbone.model
+    # A student has one norm after its blocks. Models that norm the mean of their tokens call it fc_norm.
+    final = "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
+    parts = ((name.partition("."), value) for name, value in model.state_dict().items())
+    return {
+        ("norm" if part == final else part) + dot + name: value
+        for (part, dot, name), value in parts
+        if part != "attn_pool"
+    }
