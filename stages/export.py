@@ -29,6 +29,8 @@ from pipeline.assembly.students import load_encoder
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import whole_file, whole_folder
 from pipeline.models import Classifier, ConvViT, Student, build_classifier, build_student, load_weights
+from pipeline.models.feature_map import FeatureMap
+from pipeline.models.mr_mae import Encoder
 from pipeline.models.timm_vit import TimmViT
 from pipeline.models.vit import PlainViT
 from pipeline.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -57,7 +59,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         raise ConfigError("onnx=true, but its exporter isn't installed: pip install -e '.[onnx]'")
     model = load_encoder(config.init, config.student).eval()
     with whole_folder(config.output) as partial:
-        write = _write_timm if isinstance(_encoder(model), PlainViT) else _write_own
+        write = next(write for kind, write in _WRITERS.items() if isinstance(_encoder(model), kind))
         facts = write(model, partial)
         if config.onnx:
             facts |= _write_onnx(model, partial / "model.onnx", config.opset)
@@ -106,10 +108,7 @@ def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
     state = _state(model)
     twin = timm.create_model(name, pretrained_cfg=preprocessing, **arguments)
     twin.load_state_dict(state, strict=True)
-    weights = folder / "model.safetensors"
-    with whole_file(weights) as partial:  # for its mode
-        save_for_hf(twin, str(folder), model_args=arguments, safe_serialization=True)
-        weights.rename(partial)
+    _save_timm(twin, folder, arguments)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     def tokens(images: Tensor) -> Tensor:
@@ -117,6 +116,39 @@ def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
 
     cosine = _agreement(_tokens(model), tokens, encoder.image_size)
     return {"format": "timm", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}
+
+
+def _write_feature_map(model: Student | Classifier, folder: Path) -> dict[str, Any]:
+    """The network as timm has it, without a head; a classifier's is `head.safetensors`, of the mean of the last map.
+
+    timm puts layers of its own between map and classifier in some networks, so the head has no place there.
+    """
+    encoder = _encoder(model)
+    assert isinstance(encoder, FeatureMap)
+    arguments: dict[str, Any] = {"num_classes": 0}
+    if hasattr(encoder.model, "set_input_size"):
+        arguments["img_size"] = list(encoder.image_size)
+    preprocessing = {"input_size": (3, *encoder.image_size), "mean": encoder.named.mean, "std": encoder.named.std}
+    twin = timm.create_model(encoder.named.name, pretrained_cfg=preprocessing, **arguments)
+    twin.load_state_dict(encoder.model.state_dict(), strict=True)
+    _save_timm(twin, folder, arguments)
+    if isinstance(model, Classifier):
+        save_tensors(dict(model.head.state_dict()), folder / "head.safetensors")
+    again: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+    def tokens(images: Tensor) -> Tensor:
+        (last,) = again.forward_intermediates(encoder.own_pixels(images), 1, output_fmt="NCHW", intermediates_only=True)
+        return last.flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+    cosine = _agreement(_tokens(model), tokens, encoder.image_size)
+    return {"format": "timm", "parameters": sum(value.numel() for value in twin.parameters()), "cosine": cosine}
+
+
+def _save_timm(model: Any, folder: Path, arguments: dict[str, Any]) -> None:
+    weights = folder / "model.safetensors"
+    with whole_file(weights) as partial:  # for its mode
+        save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+        weights.rename(partial)
 
 
 def _timm_tokens(model: Any, images: Tensor) -> Tensor:
@@ -169,6 +201,13 @@ def _rebuild(model: Student | Classifier, sizes: dict[str, Any], state: dict[str
     return again.eval()
 
 
+_WRITERS: dict[type, Callable[[Student | Classifier, Path], dict[str, Any]]] = {
+    PlainViT: _write_timm,
+    FeatureMap: _write_feature_map,
+    ConvViT: _write_own,
+}
+
+
 class _Outputs(nn.Module):
     """What the ONNX graph gives: tokens [B, L, D] and, of a classifier, logits [B, classes]."""
 
@@ -208,7 +247,7 @@ def _write_onnx(model: Student | Classifier, file: Path, opset: int) -> dict[str
     return {"onnx": f"opset {opset}", "onnx_cosine": cosine}
 
 
-def _encoder(model: Student | Classifier) -> PlainViT | ConvViT:
+def _encoder(model: Student | Classifier) -> Encoder:
     return model.encoder
 
 

@@ -185,6 +185,7 @@ def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
         **config.student.model_dump(exclude_none=True),
         **config.mimic.model_dump(exclude_none=True, exclude={"resize_targets"}),
         teachers=knowledge.dims if config.mimic.objective != "mae" else None,
+        grid=next(iter(knowledge.grids.values())) if config.mimic.objective == "distil" else None,
     )
     for name, (h, w) in knowledge.grids.items():
         if (h, w) != student.grid and config.mimic.resize_targets is None:
@@ -228,7 +229,7 @@ def _start_from(config: PretrainConfig, student: Student) -> str | None:
 
 
 def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> MaskSampler:
-    focus = config.mask.focus if knowledge.dims else "random"
+    focus = config.mask.focus if knowledge.dims and student.objective.masks else "random"
     if focus != "random":
         if knowledge.attended is None:
             raise ConfigError(
@@ -238,7 +239,7 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
         if len(knowledge.dims) > 1 and processes().is_main_process:
             log.info("masks are drawn by the attention of %s", knowledge.attended)
     patches = student.grid[0] * student.grid[1]
-    keep = visible_count(patches, config.mask.mask_ratio)
+    keep = visible_count(patches, config.mask.mask_ratio) if student.objective.masks else patches
     masks = MaskSampler(
         patches=patches,
         keep=keep,

@@ -3,14 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import Tensor, nn
 
 from pipeline.configs.models import StudentConfig
 from pipeline.errors import CheckpointError, TeacherError
+from pipeline.meta import meta_device
 from pipeline.models import read_weights
-from pipeline.models.timm_names import PREFIX, is_timm, timm_model
+from pipeline.models.timm_names import is_timm, timm_model
 from pipeline.teachers.timm_vit import build_timm
+from pipeline.teachers.weights import fetching
 from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.weights import read_state
 
 # How the reader of teachers' weights names its keys, and what they are called here.
 _KEYS = (("teacher.weights=", "init="), ("the teacher that", "the student that"), ("teacher 'timm:", "'timm:"))
@@ -43,9 +47,11 @@ def read_init(init: Path, student: str | None) -> tuple[dict[str, Tensor], dict[
 
 def _public_weights(student: str, file: Path | None) -> dict[str, Tensor]:
     """By the names that the student has, positions on the grid that the weights were trained on."""
-    timm_model(student)  # an unknown name is refused here
+    named = timm_model(student)
     try:
-        backbone, _ = build_timm(student.removeprefix(PREFIX), None if file is None else str(file), None)
+        if not named.maskable:
+            return _of_feature_map(named.name, file)
+        backbone, _ = build_timm(named.name, None if file is None else str(file), None)
     except TeacherError as error:
         message = str(error)
         for of_teachers, of_students in _KEYS:
@@ -60,3 +66,18 @@ def _public_weights(student: str, file: Path | None) -> dict[str, Tensor]:
         for (part, dot, name), value in parts
         if part != "attn_pool"
     }
+
+
+def _of_feature_map(name: str, file: Path | None) -> dict[str, Tensor]:
+    """A network's tensors without its classifier."""
+    if file is None:
+        with fetching(f"timm:{name}", "its file"):
+            state: dict[str, Tensor] = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    else:
+        with meta_device():
+            expected = timm.create_model(name, num_classes=0).state_dict()
+        classifier = timm.get_pretrained_cfg_value(name, "classifier")
+        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+        found = read_state(file).items()
+        state = {key: value for key, value in found if key in expected or not key.startswith(heads)}
+    return {f"model.{key}": value for key, value in state.items()}

@@ -19,7 +19,7 @@ from pipeline.models import (
     build_student,
     load_weights,
 )
-from pipeline.models.timm_names import is_timm
+from pipeline.models.timm_names import is_maskable, is_timm
 from pipeline.pixels import normalise
 from pipeline.training.checkpoint import recorded_start
 from pipeline.weights import state_digest
@@ -125,7 +125,7 @@ def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | 
         strict = True
         model = build_classifier(num_classes=len(state["head.weight"]), pool="mean", **_of_encoder(arguments))
     else:
-        model = build_student(**arguments, objective="mae")
+        model = build_student(**arguments, objective="mae" if is_maskable(arguments["name"]) else "distil")
     if state is not None:
         log.info("init: %s", load_weights(model, state, strict=strict))
     return model

@@ -1,4 +1,4 @@
-"""Students of timm by name, `timm:NAME`: what timm says of a model before it is built."""
+"""Students of timm by name, `timm:NAME`: what timm says of a model before it is built, and its pixels."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,11 +8,11 @@ import timm
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, suggest
 from pipeline.meta import meta_device
-from pipeline.pixels import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.pixels import IMAGENET_MEAN, IMAGENET_STD, to_other_pixels
 
 PREFIX = "timm:"
 
@@ -41,15 +41,36 @@ class TimmModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    @property
-    def has_our_pixels(self) -> bool:
-        """Whether its pixels are normalised as those of all students."""
-        return (self.mean, self.std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+class OwnPixels(nn.Module):
+    """From images as all students take them, [B, 3, H, W], to those by whose mean and deviation a model was trained."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, named: TimmModel) -> None:
+        super().__init__()
+        scale, shift = to_other_pixels(named.mean, named.std)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+        self.is_needed = (named.mean, named.std) != (IMAGENET_MEAN, IMAGENET_STD)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale + self.shift if self.is_needed else images
 
 
 def is_timm(name: str) -> bool:
     """Whether a student's name is one of timm's."""
     return name.startswith(PREFIX)
+
+
+def is_maskable(student: str) -> bool:
+    """Whether the student of this name can be trained under a mask.
+
+    Raises:
+        ConfigError: as `timm_model`.
+    """
+    return not is_timm(student) or timm_model(student).maskable
 
 
 @cache

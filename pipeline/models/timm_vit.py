@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from pipeline.models.masking import gather_tokens
 from pipeline.models.patches import conv_in_cells, patchify
 from pipeline.models.sizes import Size
-from pipeline.models.timm_names import TimmModel
+from pipeline.models.timm_names import OwnPixels, TimmModel
 from pipeline.models.vit import PlainViT, run_blocks
-from pipeline.pixels import to_other_pixels
 
 
 class TimmViT(PlainViT):
@@ -30,9 +29,6 @@ class TimmViT(PlainViT):
         size: with what differs from it.
         drop_path, taps, final_norm, gradient_checkpointing: as for `pipeline.models.vit.ViT`.
     """
-
-    pixel_scale: Tensor
-    pixel_shift: Tensor
 
     def __init__(
         self,
@@ -61,14 +57,12 @@ class TimmViT(PlainViT):
         )  # of models that norm their mean
         self.norm = norm if final_norm else nn.Identity()
         self._pooled_norm = [norm]  # in a list, which registers no module
-        scale, shift = to_other_pixels(named.mean, named.std)
-        self.register_buffer("pixel_scale", scale, persistent=False)
-        self.register_buffer("pixel_shift", shift, persistent=False)
-        self.changes_pixels = not named.has_our_pixels
+        self.to_own = OwnPixels(named)
 
     def own_pixels(self, images: Tensor) -> Tensor:
         """See `PlainViT.own_pixels`."""
-        return images * self.pixel_scale + self.pixel_shift if self.changes_pixels else images
+        own: Tensor = self.to_own(images)
+        return own
 
     def pooled_norm(self) -> nn.Module:
         """A norm of the model's own kind, for the mean of its tokens."""
