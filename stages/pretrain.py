@@ -238,6 +238,10 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
             )
         if len(knowledge.dims) > 1 and processes().is_main_process:
             log.info("masks are drawn by the attention of %s", knowledge.attended)
+    if config.mask.masks_per_sample > 1 and not student.objective.masks:
+        raise ConfigError(
+            f"mask.masks_per_sample={config.mask.masks_per_sample}, but objective=distil masks nothing: leave it out"
+        )
     patches = student.grid[0] * student.grid[1]
     keep = visible_count(patches, config.mask.mask_ratio) if student.objective.masks else patches
     masks = MaskSampler(

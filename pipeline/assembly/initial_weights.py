@@ -1,18 +1,21 @@
 """What `init` names: a run, a checkpoint or a weights file; or `timm:NAME`, the public weights of a model of timm."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.configs.models import StudentConfig
 from pipeline.errors import CheckpointError, TeacherError
 from pipeline.meta import meta_device
 from pipeline.models import read_weights
 from pipeline.models.timm_names import is_timm, timm_model
-from pipeline.teachers.timm_vit import build_timm
+from pipeline.teachers.conversion import to_timm
+from pipeline.teachers.timm_vit import build_timm, known_config
 from pipeline.teachers.weights import fetching
+from pipeline.teachers.weights import read_weights as read_weights_of_release
 from pipeline.training.checkpoint import resolve_checkpoint
 from pipeline.weights import read_state
 
@@ -49,23 +52,28 @@ def _public_weights(student: str, file: Path | None) -> dict[str, Tensor]:
     """By the names that the student has, positions on the grid that the weights were trained on."""
     named = timm_model(student)
     try:
-        if not named.maskable:
-            return _of_feature_map(named.name, file)
-        backbone, _ = build_timm(named.name, None if file is None else str(file), None)
+        return _of_vit(named.name, file) if named.maskable else _of_feature_map(named.name, file)
     except TeacherError as error:
         message = str(error)
         for of_teachers, of_students in _KEYS:
             message = message.replace(of_teachers, of_students)
         raise CheckpointError(message) from error
-    model: Any = backbone.model
-    # A student has one norm after its blocks. Models that norm the mean of their tokens call it fc_norm.
-    final = "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
-    parts = ((name.partition("."), value) for name, value in model.state_dict().items())
-    return {
-        ("norm" if part == final else part) + dot + name: value
-        for (part, dot, name), value in parts
-        if part != "attn_pool"
-    }
+
+
+def _of_vit(name: str, file: Path | None) -> dict[str, Tensor]:
+    """A plain ViT's tensors up to its final norm."""
+    if file is None:
+        state = dict(build_timm(name, None, None)[0].model.state_dict())
+    else:
+        known_config(name)
+        with meta_device():
+            model: Any = timm.create_model(name, num_classes=0)
+        model.pos_embed = None  # those of the file keep their grid
+        state = to_timm(read_weights_of_release(file), model, name, str(file)).state
+    state = {key: value for key, value in state.items() if not key.startswith("attn_pool.")}
+    if any(key.startswith("norm.") for key in state):
+        return state
+    return {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in state.items()}  # a norm after the mean
 
 
 def _of_feature_map(name: str, file: Path | None) -> dict[str, Tensor]:

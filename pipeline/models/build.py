@@ -25,7 +25,7 @@ from pipeline.models.mr_mae import OBJECTIVES, Encoder, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
 from pipeline.models.summary import SummaryHead
 from pipeline.models.timm_names import is_timm, timm_model
-from pipeline.models.timm_vit import TimmViT
+from pipeline.models.timm_vit import TimmViT, size_changes
 from pipeline.models.vit import ViT
 
 _DECODERS = {"full": Decoder, "cross": CrossDecoder}
@@ -218,6 +218,8 @@ def _encoder(name: str, size: Size, *, masked: bool, sparse: bool = True, **opti
             f"student.name={name} ({named.kind}) is no plain ViT, and its patches can't be masked: set "
             "mimic.objective=distil, which shows it whole views, or choose a vit_*, deit_* or eva_* model"
         )
+    if size_changes(named, size):
+        raise ConfigError(f"student.name={name} has sizes of its own: leave out dim, depth, num_heads and patch_size")
     for_features = {key: value for key, value in options.items() if key in ("drop_path", "gradient_checkpointing")}
     return FeatureMap(named, size, **for_features)
 

@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.models.convvit import ConvViT
 from pipeline.models.feature_map import FeatureMap
 from pipeline.models.flat import flatten_parts
-from pipeline.models.vit import PlainViT
+from pipeline.models.mr_mae import Encoder
 
 
 class Classifier(nn.Module):
@@ -23,9 +22,7 @@ class Classifier(nn.Module):
         spec: the keyword arguments that rebuild this model.
     """
 
-    def __init__(
-        self, encoder: PlainViT | ConvViT | FeatureMap, num_classes: int, *, pool: str, spec: dict[str, Any]
-    ) -> None:
+    def __init__(self, encoder: Encoder, num_classes: int, *, pool: str, spec: dict[str, Any]) -> None:
         super().__init__()
         self.encoder, self.pool, self.spec = encoder, pool, spec
         # What a `mrmae:` teacher is asked for, beside `blocks` and `forward_tokens`.

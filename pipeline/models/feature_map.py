@@ -49,8 +49,8 @@ class FeatureMap(nn.Module):
 
     def own_pixels(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] as students take them, normalised as the weights were trained."""
-        own: Tensor = self.to_own(images)
-        return own
+        pixels: Tensor = self.to_own(images)
+        return pixels
 
     def pooled_norm(self) -> nn.Module:
         """None: a classifier reads the mean of the map as it is, as CNNs do."""

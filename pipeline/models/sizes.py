@@ -97,8 +97,8 @@ def _named_size(name: str) -> Size:
         check_choice("student", name, (*SIZES, f"{PREFIX}NAME"))
         return SIZES[name]
     model = timm_model(name)
-    ours = next(size for size in SIZES.values() if size.dim[-1] >= min(model.dim, _WIDEST_DECODED))
-    return replace(ours, dim=(model.dim,), depth=(model.depth,), num_heads=model.num_heads, patch_size=model.patch_size)
+    like = next(size for size in SIZES.values() if size.dim[-1] >= min(model.dim, _WIDEST_DECODED))
+    return replace(like, dim=(model.dim,), depth=(model.depth,), num_heads=model.num_heads, patch_size=model.patch_size)
 
 
 def patch_for_grid(name: str, image_size: int, grid: tuple[int, int]) -> int | None:

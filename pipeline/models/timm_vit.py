@@ -52,17 +52,16 @@ class TimmViT(PlainViT):
         self.cls_token, self.reg_token, self.pos_embed = model.cls_token, model.reg_token, model.pos_embed
         self.rope = getattr(model, "rope", None)
         self.blocks = nn.ModuleList(model.blocks)
-        norm: nn.Module = (
-            model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-        )  # of models that norm their mean
+        # Models that norm the mean of their tokens call their norm fc_norm.
+        norm: nn.Module = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
         self.norm = norm if final_norm else nn.Identity()
         self._pooled_norm = [norm]  # in a list, which registers no module
         self.to_own = OwnPixels(named)
 
     def own_pixels(self, images: Tensor) -> Tensor:
         """See `PlainViT.own_pixels`."""
-        own: Tensor = self.to_own(images)
-        return own
+        pixels: Tensor = self.to_own(images)
+        return pixels
 
     def pooled_norm(self) -> nn.Module:
         """A norm of the model's own kind, for the mean of its tokens."""
@@ -107,9 +106,11 @@ class TimmViT(PlainViT):
 
 
 def size_changes(named: TimmModel, size: Size) -> dict[str, Any]:
-    """The arguments by which timm builds a plain ViT of this size; empty if only the image's size differs."""
-    wanted = {"patch_size": size.patch_size, "embed_dim": size.dim[-1], "depth": size.depth[-1]}
-    wanted["num_heads"] = size.num_heads
-    usual = {"patch_size": named.patch_size, "embed_dim": named.dim, "depth": named.depth}
-    usual["num_heads"] = named.num_heads
-    return {key: value for key, value in wanted.items() if value != usual[key]}
+    """The arguments by which timm builds a model of this size; empty if only the image's size differs."""
+    sizes = {
+        "patch_size": (size.patch_size, named.patch_size),
+        "embed_dim": (size.dim[-1], named.dim),
+        "depth": (size.depth[-1], named.depth),
+        "num_heads": (size.num_heads, named.num_heads),
+    }
+    return {argument: wanted for argument, (wanted, usual) in sizes.items() if wanted != usual}

@@ -66,10 +66,10 @@ class MrmaeBackbone(nn.Module):
         self.depth = len(module.blocks)
         self.num_prefix: int = module.num_prefix_tokens
         attn = getattr(module.blocks[-1], "attn", None)
-        known: tuple[type, ...] = (Attention,)
+        readable: tuple[type, ...] = (Attention,)
         if module.attention_query == "cls":
-            known = (Attention, EvaAttention, AttentionRope)
-        self.has_attention = module.attention_query != "none" and isinstance(attn, known)
+            readable = (Attention, EvaAttention, AttentionRope)
+        self.has_attention = module.attention_query != "none" and isinstance(attn, readable)
         self.num_heads: int = getattr(attn, "num_heads", 0)
         self.has_summary = module.attention_query == "cls"
         # Under a classifier lies an encoder, whose norm its class token passes.

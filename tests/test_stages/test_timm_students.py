@@ -17,7 +17,7 @@ from pipeline.assembly.teachers import load_teacher
 from pipeline.configs.models import StudentConfig
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.errors import CheckpointError, ConfigError, TeacherError
-from pipeline.models import Classifier, build_classifier, save_weights
+from pipeline.models import build_classifier, save_weights
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.timm_vit import TimmBackbone
 from stages import finetune, knn, linear_probe, pretrain
@@ -91,8 +91,13 @@ def test_a_trained_student_goes_back_to_timm(tmp_path: Path, name: str, kind: st
     assert facts["cosine"] >= 0.99999
     again: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert tuple(again.pretrained_cfg["mean"]) == model.encoder.named.mean
-    if isinstance(model, Classifier):
-        images = torch.randn(2, 3, size, size)
+    images = torch.randn(2, 3, size, size)
+    if kind == "student":  # and it starts other stages, as a lone file
+        student = StudentConfig.model_validate({"name": name, "image_size": size, **SMALL, **DECODER})
+        loaded = load_encoder(tmp_path / "out/model.safetensors", student).eval().encoder
+        with torch.inference_mode():
+            assert torch.equal(loaded.forward_tokens(images), model.eval().encoder.forward_tokens(images))
+    else:
         with torch.inference_mode():
             torch.testing.assert_close(again(model.encoder.own_pixels(images)), model.eval()(images))
 
@@ -148,9 +153,11 @@ def test_weights_from_timms_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_of_another_model_is_named(tmp_path: Path) -> None:
     public_file(tmp_path / "file.safetensors", "test_vit")
-    with pytest.raises(CheckpointError, match=r"^init=.*file.safetensors doesn't fit.*choose the student"):
-        read_init(tmp_path / "file.safetensors", "timm:vit_tiny_patch16_224")
-    assert load_file(tmp_path / "file.safetensors")
+    name = "timm:vit_tiny_patch16_224"
+    with pytest.raises(CheckpointError, match=r"don't fit this model .*check the student's name and sizes"):
+        load_encoder(tmp_path / "file.safetensors", StudentConfig.model_validate({"name": name, "depth": 1}))
+    with pytest.raises(CheckpointError, match=r"^init=.*file.safetensors has 16-pixel patches .*choose the student"):
+        read_init(tmp_path / "file.safetensors", "timm:vit_base_patch32_224")
 
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "timm:mobilenetv3_small_050"])
@@ -174,6 +181,9 @@ def test_a_cnn_learns_from_a_cache(
         pretrain.run(pretrain_config(tmp_path / "resumed", **keys))
         again = load_file(tmp_path / "resumed/checkpoints" / last.name / "model.safetensors")
         assert all(torch.equal(trained[key], again[key]) for key in trained)
+    else:
+        with pytest.raises(ConfigError, match="masks_per_sample=2, but objective=distil masks nothing"):
+            pretrain.run(pretrain_config(tmp_path / "no", **keys, mask={"masks_per_sample": 2}))
     subject = {"init": str(tmp_path / "run"), **sets(colours)}
     assert knn.run(KnnConfig.model_validate({**subject, "k": 3}))["top1"] > 0.5
     probe = {**subject, "epochs": 10, "batch_size": 8, "blrs": [1.0, 10.0, 100.0]}

@@ -88,7 +88,9 @@ def test_the_spec_rebuilds_it_through_json() -> None:
     assert "grid" not in student(RESNET).spec
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.searchsorted")  # timm's resizing of tables of relative positions
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
 def test_windows_fit_the_size_of_the_images() -> None:
     encoder = student(SWIN).encoder
     assert isinstance(encoder, FeatureMap)
@@ -103,5 +105,7 @@ def test_a_classifier_reads_the_mean_of_the_map_and_its_layers_are_the_stages() 
     assert ids["head.weight"] == last == max(ids.values())
     assert ids["encoder.model.conv1.0.weight"] == 0
     assert ids["encoder.model.layer1.0.conv1.weight"] < ids["encoder.model.layer2.0.conv1.weight"] < last
+    with pytest.raises(ConfigError, match="has sizes of its own: leave out dim"):
+        build_classifier(RESNET, 3, image_size=64, dim=48)
     with pytest.raises(ConfigError, match="has no CLS token"):
         build_classifier(RESNET, 3, image_size=64, pool="cls")

@@ -186,9 +186,9 @@ def test_weights_that_were_trained_with_quickgelu_are_refused_under_a_name_with_
     assert len(refused) >= 17
     for name in refused:
         with pytest.raises(TeacherError, match="QuickGELU"):
-            timm_vit._known_config(name)
+            timm_vit.known_config(name)
     assert open_clip.get_pretrained_cfg("ViT-B-16", "dfn2b")["quick_gelu"]  # the same file, without a twin in timm
     with pytest.raises(TeacherError, match="choose open_clip:ViT-B-16-quickgelu:dfn2b"):
-        timm_vit._known_config("vit_base_patch16_clip_224.dfn2b")
+        timm_vit.known_config("vit_base_patch16_clip_224.dfn2b")
     for name in ("vit_base_patch16_clip_224.laion2b", "vit_base_patch16_clip_224.openai_ft_in1k", right[5:]):
-        timm_vit._known_config(name)
+        timm_vit.known_config(name)
