@@ -10,10 +10,10 @@ COPY pyproject.toml constraints.txt README.md LICENSE cli.py ./
 COPY pipeline ./pipeline
 COPY stages ./stages
 COPY benchmarks ./benchmarks
-RUN python -m pip install --no-cache-dir --constraint constraints.txt . && rm -rf /src
+RUN python -m pip install --no-cache-dir --constraint constraints.txt '.[remote]' && rm -rf /src
 
 # The configs of the README, where the commands are started.
-WORKDIR /work
+WORKDIR /project
 COPY configs ./configs
 
 # Weights and kept lists: mount a disk here, or each container fetches and lists anew.

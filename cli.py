@@ -2,7 +2,8 @@
 
 `STAGES` and `BENCHMARKS` list the commands. The help of a command is the docstring of its module. It is read without an
 import, so that `mrmae --help` answers at once; heavy libraries are imported when a command runs. This is the only place
-that prints errors and sets exit codes: 0 well, 1 the command found damage, 2 it could not run, 130 it was interrupted.
+that prints errors and sets exit codes: 0 well, 1 a cache is damaged or unfinished, 2 it could not run, 130 it was
+interrupted.
 """
 
 import errno
@@ -135,9 +136,8 @@ class Command(NamedTuple):
         return self.config is not None and not any(isinstance(param, click.Argument) for param in self.params)
 
     def load_class(self, evaluate: bool = False) -> Any:
-        """The config class; that of a stage with keys without importing the stage, which takes seconds."""
-        light = self.has_keys and self.package == "stages"
-        module = import_module(self.module.replace("stages.", "stages.configs.") if light else self.module)
+        """The config class; that of a command with keys without importing the command, which takes seconds."""
+        module = import_module(self.module.replace(".", ".configs.") if self.has_keys else self.module)
         return getattr(module, (self.evaluation if evaluate else None) or self.config or "")
 
 

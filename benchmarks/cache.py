@@ -27,51 +27,31 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
 from awscrt.checksums import crc32c
 from numpy.typing import NDArray
-from pydantic import Field, Strict
 
 from benchmarks import bare_cache
+from benchmarks.configs.cache import BenchmarkCacheConfig
 from benchmarks.harness import Bench, by_turns, open_bench
 from benchmarks.random_cache import random_header, random_shard, write_random_cache
 from benchmarks.sparse_cache import create_sparse_cache, filled_rows
 from pipeline.cache import (
     CacheHeader,
     CacheReader,
-    QuantiserName,
     create_cache,
     open_cache,
     open_writer,
     read_commit,
     verify,
 )
-from pipeline.config import Config, PathField
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError
 
 Job = Callable[[], object]
-
-
-class BenchmarkCacheConfig(Config):
-    """What is measured. The defaults take about two minutes and 5 GB of disk."""
-
-    path: PathField | None = None  # an existing cache; a synthetic one of each store when left out
-    folder: PathField | None = None  # where synthetic caches go; the system's temporary folder when left out
-    samples: int = Field(default=8192, ge=16)  # of a synthetic cache; of a given one, how many are read
-    samples_per_shard: int = Field(default=1024, ge=8)
-    grid: int = Field(default=14, ge=1)
-    dim: int = Field(default=768, ge=1)
-    quantiser: QuantiserName = "int8"
-    image_bytes: int = Field(default=25_000, ge=1)
-    visible: float = Field(default=0.25, gt=0, le=1)  # share of the rows that are taken
-    repeats: int = Field(default=11, ge=1)  # pairs; the median counts
-    shards: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] = (100, 600, 1252)  # ascending
-    shard_records: int = Field(default=4096, ge=1)  # read from that many shards
-    seed: int = 0
 
 
 def run(config: BenchmarkCacheConfig) -> dict[str, Any]:

@@ -20,24 +20,14 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from benchmarks.configs.decode import BenchmarkDecodeConfig
 from benchmarks.harness import by_turns, open_bench
-from pipeline.config import Config
-from pipeline.configs.data import DataConfig
 from pipeline.data.decoding import decode, open_image
 from pipeline.data.images import open_images
 
 Pixels = NDArray[np.uint8]
-
-
-class BenchmarkDecodeConfig(Config):
-    """What is measured. The defaults take about half a minute."""
-
-    data: DataConfig
-    images: int = Field(256, ge=1)  # evenly spread over the dataset
-    rounds: int = Field(9, ge=1)  # medians over the rounds' own ratios
 
 
 def run(config: BenchmarkDecodeConfig) -> dict[str, Any]:

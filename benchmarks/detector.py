@@ -3,7 +3,7 @@
 Gives seconds, multiply-adds and, on a GPU, memory:
 
     mrmae benchmark detector image_size=512
-    mrmae benchmark detector students=[mrmae_vit_base_patch16] image_size=1024 batch_size=4
+    mrmae benchmark detector 'students=[mrmae_vit_base_patch16]' image_size=1024 batch_size=4
 
 A step is forward, backward and AdamW, on noise with `objects` objects an image, as many as COCO has on average. Noise
 costs what images cost, because the number of proposals is fixed. GMACs are of the forward pass, counted by torch.
@@ -11,33 +11,17 @@ costs what images cost, because the number of proposals is fixed. GMACs are of t
 Reads and writes nothing. Costs minutes on a CPU.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from benchmarks.configs.detector import BenchmarkDetectorConfig
 from benchmarks.harness import Bench, by_turns, count_gmacs, median_and_range, open_bench
 from pipeline.assembly.detectors import build_detector
-from pipeline.config import Config
-from pipeline.detection import DetectorConfig, Encoder
+from pipeline.detection import Encoder
 
 _CATEGORIES = [(number, str(number)) for number in range(1, 81)]  # as many as COCO has
-
-
-class BenchmarkDetectorConfig(Config):
-    """What to time, and how often."""
-
-    students: list[str] = Field(default=["mrmae_vit_base_patch16", "mrmae_convvit_base_patch16"], min_length=1)
-    image_size: int = Field(default=1024, ge=32)
-    batch_size: int = Field(default=1, gt=0)
-    objects: int = Field(default=7, gt=0)  # in an image
-    detector: DetectorConfig = DetectorConfig()
-    gradient_checkpointing: bool = False
-    rounds: int = Field(default=3, ge=0)  # after one that warms up; 0 counts multiply-adds and times nothing
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # bf16 on CUDA, fp32 on a CPU
-    threads: int | None = Field(default=None, gt=0)  # CPU threads; torch's choice unless given
-    seed: int = 0
 
 
 def run(config: BenchmarkDetectorConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.configs.extract import FREE_SHARDS
 from benchmarks.harness import Bench
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.filling import PendingTargets
@@ -17,8 +18,6 @@ from pipeline.cache import CacheHeader, QuantiserName, create_cache, open_writer
 from pipeline.configs.data import ViewConfig
 from pipeline.data.rendering import RenderedViews
 from pipeline.teachers import Teacher
-
-FREE_SHARDS = 8  # only the first two or three are written from fresh memory
 
 
 def bare_forward(teacher: Teacher, views: Tensor, total: int, bench: Bench) -> Callable[[], None]:

@@ -30,44 +30,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
+from benchmarks.configs.pretrain import BenchmarkPretrainConfig
 from benchmarks.extraction_lanes import write_caches
 from benchmarks.harness import Bench, by_turns, open_bench, open_or_draw
-from benchmarks.training_lane import LaneConfig, TrainingLane
+from benchmarks.training_lane import TrainingLane
 from pipeline.assembly.extraction import Extractor
 from pipeline.assembly.knowledge import CachedKnowledge, LiveKnowledge
 from pipeline.assembly.teachers import load_teacher
-from pipeline.cache import QuantiserName, StoreName, open_cache
-from pipeline.config import PathField, Precision
-from pipeline.configs.data import DataConfig, ViewConfig
-from pipeline.configs.teachers import TeacherConfig
+from pipeline.cache import open_cache
+from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode_pixels
 from pipeline.data.images import ImageSource
 from pipeline.data.workers import PREFETCH
 from pipeline.ownership import stage
 from pipeline.teachers import Teacher
 from pipeline.training.flops import peak_tflops
-
-
-class BenchmarkPretrainConfig(LaneConfig):
-    """What is measured. The defaults take about ten minutes of two cores."""
-
-    data: DataConfig | None = None  # images; drawn ones of 224 x 224 when left out
-    images: int = Field(128, ge=16)  # of the dataset; they come round again
-    teachers: list[TeacherConfig] = Field(
-        default=[
-            TeacherConfig(spec="timm:vit_tiny_patch16_224", weights="random"),
-            TeacherConfig(spec="timm:vit_base_patch16_224", weights="random"),
-        ],
-        min_length=1,
-    )
-    store: StoreName = "zarr"
-    quantiser: QuantiserName = "int8"
-    precision: Precision = "auto"
-    rounds: int = Field(21, ge=3)  # after one that warms up; medians over the rounds' own ratios
-    threads: int | None = Field(default=None, gt=0)  # CPU threads; torch's choice unless given
-    folder: PathField | None = None  # where the caches go; the system's temporary folder when left out
 
 
 @stage

@@ -1,7 +1,7 @@
 """Training steps of students; ConvViT sparse against dense.
 
     mrmae benchmark student threads=2
-    mrmae benchmark student students=[mrmae_vit_base_patch16,mrmae_convvit_base_patch16] batch_size=256
+    mrmae benchmark student 'students=[mrmae_vit_base_patch16,mrmae_convvit_base_patch16]' batch_size=256
 
 `encoder` is the encoder alone, `step` the whole model with its decoder and losses; each forward and backward, on noise,
 without optimiser and data loading. ConvViT has two lanes: `sparse` computes visible cells alone, `dense` whole maps.
@@ -17,36 +17,19 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from benchmarks.configs.student import BenchmarkStudentConfig
 from benchmarks.harness import Bench, by_turns, open_bench
-from pipeline.config import Config
 from pipeline.data.masks import visible_count
 from pipeline.models import ConvViT, build_student
 
 TEACHER = "teacher"
 
 log = logging.getLogger(__name__)
-
-
-class BenchmarkStudentConfig(Config):
-    """What to time, and how often."""
-
-    students: list[str] = Field(default=["mrmae_convvit_base_patch16"], min_length=1)
-    batch_size: int = Field(default=8, gt=0)
-    image_size: int = Field(default=224, gt=0)
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    teacher_dim: int = Field(default=768, gt=0)  # channels of the mimicked tokens
-    rounds: int = Field(default=5, gt=0)  # after one that warms up
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # bf16 on CUDA, fp32 on a CPU
-    threads: int | None = Field(default=None, gt=0)  # CPU threads; torch's choice unless given
-    compile: bool = False  # time torch.compile as well
-    peak_memory: bool = True  # on a CPU each path then runs once more, in a process of its own
-    seed: int = 0
 
 
 def run(config: BenchmarkStudentConfig) -> dict[str, Any]:

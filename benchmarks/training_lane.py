@@ -4,14 +4,12 @@ import time
 from collections.abc import Generator
 
 import torch
-from pydantic import Field
 
+from benchmarks.configs.pretrain import LaneConfig
 from benchmarks.harness import Bench, count_gmacs
 from pipeline.assembly.knowledge import Knowledge
 from pipeline.assembly.samples import PretrainBatch
-from pipeline.config import Config
 from pipeline.configs.data import Focus
-from pipeline.configs.models import StudentConfig
 from pipeline.configs.training import OptimConfig
 from pipeline.data.loader import Samples
 from pipeline.data.masks import MaskSampler, predicted_count, visible_count
@@ -22,18 +20,6 @@ from pipeline.steps import StepPlan
 from pipeline.training.optim import build_adamw, parameter_groups
 
 _FOREVER = 2**40  # steps
-
-
-class LaneConfig(Config):
-    """What the lanes of a comparison have in common."""
-
-    student: StudentConfig = StudentConfig(name="mrmae_vit_tiny_patch16")
-    batch_size: int = Field(32, ge=2)
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    compile: bool = False  # torch.compile students and teachers
-    workers: int = Field(0, ge=0)  # decoding processes a lane; 0 puts a lane's loading into its own time
-    steps: int = Field(1, ge=1)  # of each lane in a round
-    seed: int = 0
 
 
 class TrainingLane:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 LoadClass = Callable[[], Any]  # () → the config class of a command
 
@@ -69,6 +69,34 @@ def _keys_argument(load_class: LoadClass) -> click.Argument:
         return [CompletionItem(word, help=meaning) for word, meaning in completions(load_class(), begun)]
 
     return click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete)
+
+
+class _BashCompletion(BashComplete):
+    """click's, for words that hold `=`: no blank behind `key=`, and values are completed behind it.
+
+    bash takes the text before `=`, the `=` and the text behind it as three words, and replaces the last one alone.
+    """
+
+    _before = ""  # `key=`, where bash replaces what stands behind it
+
+    def source(self) -> str:
+        return f"{super().source()}complete -o nosort -o nospace -F {self.func_name} {self.prog_name}\n"
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        args, begun = super().get_completion_args()
+        if begun == "=":  # nothing stands behind it yet
+            args, begun = [*args, begun], ""
+        if len(args) > 1 and args[-1] == "=":
+            self._before = f"{args[-2]}="
+            args = args[:-2]
+        return args, self._before + begun
+
+    def format_completion(self, item: CompletionItem) -> str:
+        blank = "" if item.value.endswith("=") else " "
+        return f"{item.type},{item.value.removeprefix(self._before)}{blank}"
+
+
+add_completion_class(_BashCompletion)
 
 
 def read_help(module: str) -> str:

@@ -22,7 +22,7 @@ from pipeline.config_errors import explain
 from pipeline.errors import ConfigError
 from pipeline.files import write_text
 from pipeline.keys import main_key, section_of
-from pipeline.locations import check_url, is_url
+from pipeline.locations import check_url, is_text, is_url
 from pipeline.overrides import read_overrides
 
 
@@ -40,6 +40,9 @@ class Config(BaseModel):
         values = _spread(cls, values)
         if not isinstance(values, dict):
             return values
+        for name, value in values.items():
+            if isinstance(value, str | Path) and not is_text(str(value)):
+                raise ValueError(f"{name}={str(value)!a} is no valid Unicode text: give it another name")
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         filled = {
             name: _fill(defaults[name].model_dump(), given)
@@ -172,7 +175,7 @@ def _read_yaml(file: Path) -> DictConfig:
         raise ConfigError(
             f"--config {file}{line} is not readable YAML ({error.problem}): quote texts that hold *, {{, [, # or :"
         ) from error
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"--config {file} is not readable YAML: {_first_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"--config {file}: expected keys and values at the top")

@@ -1,9 +1,17 @@
-"""Where a cache lies: in a local folder, or behind a URL."""
+"""Where things lie: in a local folder, or behind a URL."""
 
 import re
 
 SCHEMES = ("s3", "gs", "hf", "https", "http")  # that caches are read from
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written down: one that is no UTF-8 on the disk arrives with lone surrogates."""
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def is_url(text: str) -> bool:

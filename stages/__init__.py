@@ -1,1 +1,1 @@
-"""One file per command: a config class and run(config), reading top to bottom like the README's paragraph about it."""
+"""One file per command: a config class and run(config), reading top to bottom like its help."""

@@ -8,72 +8,57 @@ of their own, with keys that anybody could type:
     mrmae pretrain --config FILE cache.path=... output=... seed=... (and the variant's keys)
     mrmae knn --config FILE init=... seed=... output=... (linear-probe and finetune alike)
 
-Caches that differ (views, quantiser) are extracted first, each once. Writes caches, runs with their commands.log, and
-table.md, table.csv, bars.png to ablate.output. Costs a pre-training and its measures for each variant and seed. Started
-again, it skips what is done and goes on where a run stopped.
+Caches that differ (views, quantiser) are extracted first, each once. jobs=N runs N variants at once, on the GPUs in
+turn. minutes=M bounds the time: a few steps of every variant are timed, and then all train for as many steps as fit,
+equal for all. Where the section `pretrain` measures k-NN on the way (pretrain.knn), variants are ranked at equal steps
+and at equal seconds.
+
+Writes caches, runs with their commands.log, and table.md, table.csv, bars.png, curves.png to ablate.output, anew when a
+run ends. Costs a pre-training and its measures for each variant and seed. Started again, it skips what is done and goes
+on where a run stopped, also on another machine that was given the folder.
 """
 
-import csv
-import io
+import json
+import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
-
+from pipeline.assembly.ablation import Curve, Row, read_curve, step_seconds, write_tables
 from pipeline.assembly.chain import Chain
-from pipeline.figures import save_figure
+from pipeline.assembly.jobs import Environment, run_jobs
+from pipeline.errors import ConfigError
 from pipeline.files import write_text
 from pipeline.locks import lock_folder
-from stages.configs.ablate import AblateConfig, VariantConfig
+from stages.configs.ablate import AblateConfig
 
-matplotlib.use("Agg")
+_TIMED_STEPS = 20  # of each variant, to learn what a step costs
+_MARGIN = 0.95  # of the time that is left: the last jobs don't end together
 
 
-@dataclass
-class Row:
-    """A variant's figures: measure → one value a seed, and the wall time of each seed's commands in seconds."""
+class Found(NamedTuple):
+    """What one variant and seed reached: measure → top-1, the seconds of all commands, and its k-NN curve."""
 
-    group: str
-    figures: dict[str, list[float]] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-
-    def summary(self, measure: str) -> tuple[float, float | None] | None:
-        """Mean, and sample standard deviation, which one value doesn't have."""
-        values = self.figures.get(measure)
-        if not values:
-            return None
-        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+    top1: dict[str, float]
+    seconds: float
+    curve: Curve | None
 
 
 def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda line: None) -> str:
     """Run everything that isn't done; returns the table.
 
     Raises:
-        ConfigError: the file lacks a section that will be needed; another process writes the folder.
+        ConfigError: the file lacks a section that will be needed; another process writes the folder; too few minutes.
         PipelineError: a command failed; its log is named. Interrupted: it was stopped.
     """
     chain = Chain(file, say)
     chain.check(_sections(config))
-    with lock_folder(config.output):
-        return _run_all(config, chain)
-
-
-def _run_all(config: AblateConfig, chain: Chain) -> str:
-    for name in dict.fromkeys(variant.cache for variant in config.chosen.values() if variant.cache is not None):
-        folder = config.output / "caches"
-        keys = [*config.caches[name], f"cache.path={folder / name}"]
-        chain.run("extract-teacher-features", keys, folder / "logs" / name, f"cache {name}")
-    rows: dict[str, Row] = {name: Row(variant.group) for name, variant in config.chosen.items()}
-    for seed in config.seeds:  # seed by seed: a whole table comes early, its spread later
-        for name in config.chosen:
-            figures, seconds = _run_one(config, chain, name, seed)
-            for measure, value in figures.items():
-                rows[name].figures.setdefault(measure, []).append(value)
-            rows[name].seconds.append(seconds)
-    return _write(config, rows)
+    with lock_folder(config.output), chain:
+        return _Ablation(config, chain).run()
 
 
 def _sections(config: AblateConfig) -> Iterator[str]:
@@ -85,84 +70,114 @@ def _sections(config: AblateConfig) -> Iterator[str]:
         yield "extract-teacher-features"
 
 
-def _run_one(config: AblateConfig, chain: Chain, name: str, seed: int) -> tuple[dict[str, float], float]:
-    """The commands of one variant and seed; figures by measure, and the seconds of all its commands together."""
-    folder = config.output / "runs" / name / f"seed{seed}"
-    figures, seconds = dict[str, float](), 0.0
-    for step, keys, output in _steps(config, config.variants[name], folder, seed):
-        done = chain.run(step, keys, folder, f"{name}, seed {seed}", output)
-        seconds += done.seconds
-        if done.top1 is not None:
-            figures[step] = done.top1
-    return figures, seconds
+@dataclass(frozen=True)
+class _Ablation:
+    config: AblateConfig
+    chain: Chain
+
+    def run(self) -> str:
+        config, began = self.config, time.monotonic()
+        for name in dict.fromkeys(variant.cache for variant in config.chosen.values() if variant.cache is not None):
+            folder = config.output / "caches"
+            keys = [*config.caches[name], f"cache.path={folder / name}"]
+            self.chain.run("extract-teacher-features", keys, folder / "logs" / name, f"cache {name}")
+        length = [] if config.minutes is None else _length(self._steps_in(config.minutes, began))
+        rows = {name: Row(variant.group) for name, variant in config.chosen.items()}
+        # Seed by seed: a whole table comes early, its spread later.
+        runs = [(name, seed) for seed in config.seeds for name in config.chosen]
+        tasks = [
+            partial(self._run_one, name, seed, config.output / "runs" / name / f"seed{seed}", length)
+            for name, seed in runs
+        ]
+        table = ""
+        for number, found in run_jobs(tasks, config.jobs):
+            name, seed = runs[number]
+            rows[name].seconds[seed] = found.seconds
+            for measure, top1 in found.top1.items():
+                rows[name].figures.setdefault(measure, {})[seed] = top1
+            if found.curve is not None:
+                rows[name].curves[seed] = found.curve
+            table = write_tables(config.output, rows, config.seeds, config.measures)
+        return table
+
+    def _steps_in(self, minutes: float, began: float) -> int:
+        """The equal steps of every pre-training; decided once and kept, so a folder that goes on has them too.
+
+        Raises:
+            ConfigError: too few minutes, or others than those that were kept.
+        """
+        kept = self.config.output / "steps.json"
+        if kept.exists():
+            decided = json.loads(kept.read_text(encoding="utf-8"))
+            if decided["minutes"] != minutes:
+                raise ConfigError(
+                    f"{self.config.output} holds runs for minutes={decided['minutes']:g}: give that, or another output"
+                )
+            return int(decided["steps"])
+        steps = self._fitting_steps(minutes * 60, began)
+        write_text(kept, json.dumps({"minutes": minutes, "steps": steps}) + "\n")
+        return steps
+
+    def _fitting_steps(self, budget: float, began: float) -> int:
+        """Time some steps of each variant and what comes with them (starts, measures), and divide what is left.
+
+        The section's own max_steps stays the most.
+        """
+        config = self.config
+        names = [name for name, variant in config.chosen.items() if variant.pretrain is not None]
+        folders = [config.output / "timed" / name for name in names]
+        tasks = [
+            partial(self._run_one, name, config.seeds[0], folder, _length(_TIMED_STEPS))
+            for name, folder in zip(names, folders, strict=True)
+        ]
+        if not tasks:
+            raise ConfigError("minutes bounds pre-trainings, and no variant has one: leave it out")
+        step, beside = list[float](), list[float]()  # seconds, by variant
+        for number, found in run_jobs(tasks, config.jobs):
+            step.append(step_seconds(folders[number] / "pretrained"))
+            beside.append(found.seconds - _TIMED_STEPS * step[-1])
+        turns = math.ceil(len(config.chosen) * len(config.seeds) / config.jobs)  # runs that follow each other
+        left = (budget - (time.monotonic() - began)) * _MARGIN / turns - statistics.mean(beside)
+        steps = int(left / statistics.mean(step))
+        if steps < _TIMED_STEPS:
+            lacking = (_TIMED_STEPS * statistics.mean(step) - left) * turns / _MARGIN
+            raise ConfigError(
+                f"minutes={budget / 60:g} leaves no time to train, for starts and measures take most of it: give "
+                f"{math.ceil((budget + lacking) / 60)} or more, or fewer variants, seeds or measures"
+            )
+        return min(steps, self.chain.section("pretrain").get("max_steps") or steps)
+
+    def _run_one(self, name: str, seed: int, folder: Path, length: list[str], environment: Environment) -> Found:
+        """The commands of one variant and seed, in one folder."""
+        top1, seconds = dict[str, float](), 0.0
+        for step, keys, output in _steps(self.config, name, seed, folder, length):
+            done = self.chain.run(step, keys, folder, f"{name}, seed {seed}", output, environment)
+            seconds += done.seconds
+            if done.top1 is not None:
+                top1[step] = done.top1
+        trained = self.config.variants[name].pretrain is not None
+        return Found(top1, seconds, read_curve(folder / "pretrained") if trained else None)
+
+
+def _length(steps: int) -> list[str]:
+    """Keys of a pre-training of so many steps; an epoch has one at least."""
+    return [f"epochs={steps}", f"max_steps={steps}"]
 
 
 Step = tuple[str, list[str], Path | None]  # a command, its keys, where a measure leaves its top-1
 
 
-def _steps(config: AblateConfig, variant: VariantConfig, folder: Path, seed: int) -> Iterator[Step]:
+def _steps(config: AblateConfig, name: str, seed: int, folder: Path, length: list[str]) -> Iterator[Step]:
     """The commands of one variant and seed, in order."""
+    variant = config.variants[name]
     start = [f"init={folder / 'pretrained'}"]
     if variant.pretrain is None:
         start = ["init=null", *variant.student]
     else:
         cache = "cache=null" if variant.cache is None else f"cache.path={config.output / 'caches' / variant.cache}"
-        yield "pretrain", [cache, f"output={folder / 'pretrained'}", f"seed={seed}", *variant.pretrain], None
+        named = {key.partition("=")[0] for key in length}
+        changes = [*(key for key in variant.pretrain if key.partition("=")[0] not in named), *length]
+        yield "pretrain", [cache, f"output={folder / 'pretrained'}", f"seed={seed}", *changes], None
     for measure in config.measures:
         output = folder / "finetuned" if measure == "finetune" else folder
         yield measure, [*start, f"seed={seed}", f"output={output}"], output
-
-
-def _write(config: AblateConfig, rows: Mapping[str, Row]) -> str:
-    measures = [str(measure) for measure in config.measures]
-    lines = [f"| | {' | '.join(measures)} | minutes a seed |", "|---|" + "---|" * (len(measures) + 1)]
-    group = None
-    for name, row in rows.items():
-        if row.group != group and row.group:
-            lines.append(f"| *{row.group}* |" + " |" * (len(measures) + 1))
-        group = row.group
-        cells = [_cell(row.summary(measure)) for measure in measures]
-        lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(row.seconds) / 60:.1f} |")
-    seeds = len(config.seeds)
-    what = f"mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else "one seed: no spread was measured"
-    text = f"Top-1, {what}.\n\n" + "\n".join(lines) + "\n"
-    write_text(config.output / "table.md", text)
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["group", "variant", "seed", *measures, "seconds"])
-    for name, row in rows.items():
-        for place, seed in enumerate(config.seeds):
-            figures = [row.figures[m][place] if m in row.figures else "" for m in measures]
-            writer.writerow([row.group, name, seed, *figures, round(row.seconds[place], 1)])
-    write_text(config.output / "table.csv", stream.getvalue())
-    _draw(config.output / "bars.png", rows, measures)
-    return text
-
-
-def _cell(summary: tuple[float, float | None] | None) -> str:
-    if summary is None:
-        return "–"
-    mean, spread = summary
-    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
-
-
-def _draw(path: Path, rows: Mapping[str, Row], measures: list[str]) -> None:
-    """A panel for each measure, a bar for each variant, its spread as a line and each seed as a dot."""
-    figure = Figure(figsize=(4.4 * len(measures), 0.9 + 0.32 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
-    names = list(rows)
-    groups = list(dict.fromkeys(row.group for row in rows.values()))
-    for axis, measure in zip(axes, measures, strict=True):
-        for place, name in enumerate(names):
-            summary = rows[name].summary(measure)
-            if summary is None:
-                continue
-            colour = f"C{groups.index(rows[name].group) % 10}"
-            axis.barh(place, summary[0], xerr=summary[1], color=colour, alpha=0.7, capsize=3)
-            values = rows[name].figures[measure]
-            axis.plot(values, [place] * len(values), "k.", markersize=4)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.set_title(f"{measure}, top-1", fontsize=10)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
-    save_figure(figure, path, dpi=130)

@@ -64,7 +64,7 @@ def run(config: BootstrapConfig, file: Path, say: Callable[[str], None] = lambda
     chain.check([*([_EXTRACT] if extracts else []), "pretrain", *config.measures])
     if extracts and chain.section(_EXTRACT).get("teachers"):
         raise ConfigError(f"--config {file}, section '{_EXTRACT}': stages have one teacher; give teacher.spec instead")
-    with lock_folder(config.output):
+    with lock_folder(config.output), chain:
         return _run_all(config, chain)
 
 

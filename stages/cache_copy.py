@@ -1,13 +1,13 @@
 """Copy a cache between a local folder and a remote place.
 
-Either side may be a URL; s3:// and gs:// are also written. What is committed at SRC is copied, shard by shard:
+One side may be a URL; s3:// and gs:// are also written. What is committed at SRC is copied, shard by shard:
 
     mrmae cache-copy /data/clip s3://bucket/clip
     mrmae cache-copy s3://bucket/clip /scratch/clip --shards 0:100
 
-Reads SRC and compares every file with its commit record. Writes DST: a shard's files, then its commit record, and at
-the end README.md, a card that the Hugging Face hub reads; one that is there stays. What went to a remote place is read
-back and compared. Costs one reading of SRC, and one of DST where that is remote.
+Reads SRC and compares every file with its commit record. Writes DST: a shard's files, then its commit record, and,
+once all shards are there, README.md, a card that the Hugging Face hub reads; one that is there stays. What went to a
+remote place is read back and compared. Costs one reading of SRC, and one of DST where that is remote.
 
 Run it again after a stop: files that DST has in their length are kept; with --full they are read, and replaced where
 they are damaged. Damaged shards of SRC are left out and named. To the hub: copy to a local folder, then

@@ -7,10 +7,10 @@ Trains a masked autoencoder that mimics the cached teacher on visible patches (M
 
 Reads images (data.path) and a cache (cache.path). mimic.objective=mae is plain MAE and needs no cache. With
 teacher.spec in place of cache.path the teacher runs in every step, on the same views and with the same masks. Writes to
-output: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. Costs what plain MAE costs, because no step runs a
-teacher.
+output: config.yaml, metrics.jsonl, train.log, starts.jsonl, tensorboard/, checkpoints/. Costs what plain MAE costs,
+because no step runs a teacher.
 
-Ctrl-C and SIGTERM stop it after a checkpoint. The same command goes on from the newest sound checkpoint.
+Ctrl-C, SIGTERM and SIGHUP stop it after a checkpoint. The same command goes on from the newest sound checkpoint.
 """
 
 import logging
@@ -41,7 +41,12 @@ from pipeline.pixels import normalise
 from pipeline.processes import processes
 from pipeline.steps import StepPlan
 from pipeline.teachers import Teacher
-from pipeline.training.checkpoint import newest_checkpoint, recorded_identity, recorded_start
+from pipeline.training.checkpoint import (
+    newest_checkpoint,
+    recorded_config,
+    recorded_identity,
+    recorded_start,
+)
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
 from pipeline.training.journal import command
@@ -51,6 +56,8 @@ from pipeline.weights import state_digest
 from stages.configs.pretrain import PretrainConfig
 
 log = logging.getLogger(__name__)
+
+_BATCH = 1024  # with batch_size=auto smaller batches learn at the rate of this one
 
 LOSSES = ("mimic_loss", "pixel_loss", "summary_loss")  # whose pull at the encoder is measured
 
@@ -146,7 +153,10 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
     Raises:
         ConfigError: the student is given another size than the views have.
     """
-    config = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
+    settled = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
+    if config.batch_size == "auto":
+        settled = _settle_rate(settled)
+    config = settled
     student, size = named_by_init(config.init, config.student), knowledge.views.image_size
     assert student is not None  # it has defaults
     if student.image_size not in (None, size):
@@ -161,6 +171,16 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
         if patch and processes().is_main_process:
             log.info("student.patch_size=%d: with it the student has the teacher's grid", patch)
     return config.model_copy(update={"student": student})
+
+
+def _settle_rate(config: PretrainConfig) -> PretrainConfig:
+    """The config with the rate that small batches chosen by `auto` learn at; a run that goes on keeps its own."""
+    assert config.batch_size != "auto"
+    recorded = recorded_config(config.output)
+    if config.optim.lr is not None or config.batch_size >= _BATCH or (recorded and recorded.optim.lr is None):
+        return config
+    optim = config.optim.model_copy(update={"lr": config.optim.peak_lr(_BATCH)})
+    return config.model_copy(update={"optim": optim})
 
 
 def _check_summaries(config: PretrainConfig, knowledge: Knowledge) -> None:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pipeline.config import Config, PathField
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.page import Listing, Page, Picture, Table, embed_curve, embed_png, render_page
 from pipeline.evaluation.records import read_records
 from pipeline.files import write_text
@@ -46,9 +46,11 @@ def run(config: ReportConfig) -> dict[str, Any]:
     """Write the page; returns where it lies and what is on it.
 
     Raises:
-        CheckpointError: the folder holds no run.
+        CheckpointError: the folder holds no run. ConfigError: `output` is a folder.
     """
     root = config.path
+    if config.output is not None and config.output.is_dir():
+        raise ConfigError(f"--output {config.output} is a folder: give the page a name in it")
     if not root.is_dir():
         raise CheckpointError(f"{root} does not exist: give the output folder of pretrain, finetune or demo")
     runs = {name: _rows(folder) for name, folder in _run_folders(root).items()}

@@ -2,7 +2,7 @@
 
     mrmae visualize init=runs/photos data.path=/data/photos cache.path=/data/photos_dino
     mrmae visualize init=runs/both data.path=/data/photos caches.a.path=/data/dino caches.b.path=/data/clip
-    mrmae visualize init=runs/photos images=[cat.jpg,dog.jpg] teacher.spec=dino_vitb16 output=pictures.png
+    mrmae visualize init=runs/photos 'images=[cat.jpg,dog.jpg]' teacher.spec=dino_vitb16 output=pictures.png
 
 Reads a checkpoint (init), images (images=[FILE,...] or data.path), and for the teachers caches (cache.path, or
 caches.NAME.path for several) or a live one (teacher.spec). Writes one PNG: output, by default visualize.png in the run

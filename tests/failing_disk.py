@@ -1,4 +1,4 @@
-"""A disk that fails at its k-th operation: no space, an I/O error, or the process killed there.
+"""A disk that fails at its k-th operation: no space, an I/O error, or the process killed or stopped there.
 
     environment = failing(folder, at=7, how="ENOSPC")
     forked.run([sys.executable, "-c", PROGRAM, *words], env=environment)
@@ -15,6 +15,7 @@ import io
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,11 @@ from typing import Any
 
 KINDS = ("ENOSPC", "EIO", "kill")
 PROGRAM = "from tests.failing_disk import install; install(); import cli; cli.main()"
+# The processes that the command starts are forked; the disk fails in the command itself alone.
+PROGRAM_WITH_CHILDREN = (
+    "from tests.failing_disk import Child, install; install();"
+    "import cli, subprocess; subprocess.Popen = Child; cli.main()"
+)
 _SETTINGS = "MRMAE_FAILING_DISK"
 
 
@@ -64,6 +70,9 @@ class FailingDisk:
             half()
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
         number = getattr(errno, self.how)
         raise OSError(number, os.strerror(number), os.fsdecode(path) if path else None)
 
@@ -154,3 +163,29 @@ def install() -> None:
             f"Error while serializing: I/O error: {failure.strerror} (os error {failure.errno})"
         ),
     )  # fmt: skip
+
+
+class Child:
+    """In the place of subprocess.Popen: a command line of this program, run by a fork of this process."""
+
+    def __init__(self, command: list[str], stdout: Any, stderr: int) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        import cli
+
+        for number in (1, 2):
+            os.dup2(stdout.fileno(), number)
+        sys.argv, status = command[1:], 1
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
+        self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode

@@ -169,6 +169,7 @@ def serve(channel: socket.socket) -> str | None:
     import_module("cli")
     gc.collect()
     gc.freeze()  # a collection in a forked process neither walks nor copies what is imported
+    gc.unfreeze = lambda: None  # nor does one after a training, which thaws what it froze
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for those that were forked
     while True:
         message, descriptors, _, _ = socket.recv_fds(channel, LARGEST, 3)

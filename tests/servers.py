@@ -1,6 +1,5 @@
 """Servers on the loopback that tests start: an S3 server, and a web server that fails in every way it is asked to."""
 
-import os
 import re
 import threading
 import time
@@ -9,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import pytest
 
 Fault = str | None
 """`cut`: half of the body, then the end. `stall`: half, then silence. `truncate`: half, as if that were all. `flip`:
@@ -100,31 +101,32 @@ class FilesServer:
 @contextmanager
 def s3_server() -> Iterator[str]:
     """An S3 server with the bucket `bucket`; yields its URL. The environment leads boto's libraries to it."""
+    import fsspec
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    former = dict(os.environ)
-    os.environ.update(
-        AWS_ENDPOINT_URL=f"http://{host}:{port}",
-        AWS_ACCESS_KEY_ID="test",
-        AWS_SECRET_ACCESS_KEY="secret-of-the-test",
-        AWS_DEFAULT_REGION="us-east-1",
-    )
-    try:
-        import fsspec
-
-        fsspec.filesystem("s3").clear_instance_cache()  # one that knows no such server, of an earlier test
-        with urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")):
-            pass  # what an earlier server of this process holds
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield f"http://{host}:{port}"
-    finally:
-        fsspec.filesystem("s3").clear_instance_cache()
-        os.environ.clear()
-        os.environ.update(former)
-        server.stop()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "NO_PROXY": host,  # a proxy of this machine can't reach its loopback
+    }
+    system = fsspec.filesystem("s3")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            system.clear_instance_cache()  # one that knows no such server, of an earlier test
+            with urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")):
+                pass  # what an earlier server of this process holds
+            fsspec.filesystem("s3").mkdir("bucket")
+            yield f"http://{host}:{port}"
+        finally:
+            system.clear_instance_cache()
+            server.stop()
 
 
 def upload(folder: Path, url: str) -> None:

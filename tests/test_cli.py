@@ -92,6 +92,7 @@ def test_the_first_process_alone_prints_facts(
         (["pretrain", "output=/tmp/x", "batchsize=3"], "did you mean 'batch_size'"),
         (["pretrain", "output=/tmp/x", "epochs=many"], "epochs='many'"),
         (["pretrain", "output=/tmp/x", "mask.mask_ratio=1.5"], "mask.mask_ratio=1.5: must be less than 1"),
+        (["pretrain", "output=/tmp/x", "optim.betas=[0.9,1]"], "optim.betas.1=1: must be less than 1"),
         (["extract-teacher-features", "data.path=/absent", "teacher.spec=dino_vits16", "cache.path=/tmp/c"], "/absent"),
         (["pretrain", "output=/tmp/x", "lr=1e-3"], "unknown key 'lr' (did you mean 'optim.lr'?)"),
         (

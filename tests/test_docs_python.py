@@ -1,6 +1,10 @@
 """Every Python block of the documents is run: it imports what is there, and says the right shapes in its comments."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +17,13 @@ from tests.test_docs import DOCUMENTS, ROOT, code_blocks
 
 # Blocks that other tests run, or that are a piece of a file.
 ELSEWHERE = {"cache-format.md": "tests/test_pipeline/cache/test_format.py::test_the_documented_example_runs"}
+SMALL, DIM = registry.Entry("timm:test_vit", 224, "small"), 64
 FRAGMENT = '"dinov3_vitb16": Entry('
 
 
 def test_every_block_is_run() -> None:
     named = {file.name for file in DOCUMENTS if code_blocks(file, "python")}
-    assert named == {*ELSEWHERE, "students.md", "teachers.md"}
+    assert named == {*ELSEWHERE, "python.md", "students.md", "teachers.md"}
     for test in ELSEWHERE.values():
         file, _, name = test.partition("::")
         assert f"def {name}(" in (ROOT / file).read_text()
@@ -56,6 +61,46 @@ def test_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(names["outputs"]) == 2
     alone = names["teachers"][1](names["views"])
     torch.testing.assert_close(names["outputs"][1][0], alone[0], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_from_python(image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(registry.TEACHERS, "dino_vits16", SMALL)
+    monkeypatch.setitem(registry.TEACHERS, "my_dino", SMALL)  # goes again
+    (tmp_path / "photos").symlink_to(image_tree)
+    names: dict[str, Any] = {}
+    for block in blocks("python.md"):
+        block = block.replace('"teacher.spec=dino_vits16"', '"teacher.spec=dino_vits16", "teacher.weights=random"')
+        exec(block.replace("384", str(DIM)), names)
+    assert names["metrics"]["loss"] > 0
+    assert names["tokens"].shape == (2, 196, 192)
+    assert names["record"].tokens.shape == (196, DIM)
+    assert names["features"].shape == (2, 192)
+    assert names["model"].weight.grad is not None
+    assert registry.TEACHERS["my_dino"].image_size == 224
+
+
+@pytest.mark.slow
+def test_a_script_of_a_user_is_checked_strictly(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from pipeline.cache import open_cache\n"
+        "from pipeline.config import load_config\n"
+        "from pipeline.models import build_student\n"
+        "from stages import pretrain\n"
+        "from stages.configs.pretrain import PretrainConfig\n\n"
+        "metrics = pretrain.run(load_config(PretrainConfig, Path('chain.yaml'), ['seed=1'], section='pretrain'))\n"
+        "count: int = len(open_cache('cache'))\n"
+        "dim: int = build_student('mrmae_vit_tiny_patch16', objective='mae').encoder.dim\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, str(script)]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert checked.stdout.strip() == "Success: no issues found in 1 source file", checked.stdout
+    script.write_text(script.read_text() + "wrong: str = dim\n")
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "Incompatible types in assignment" in checked.stdout  # the types are really read
 
 
 def test_the_entry_of_a_new_teacher() -> None:

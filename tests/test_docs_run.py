@@ -106,9 +106,13 @@ ELSEWHERE = {
         "a cluster's own; the scripts that they start are blocks of the same document",
         "tests/test_docs_run.py::test_shown_commands_run",
     ),
-    r"mrmae ablate --config configs/(ablation|two_teachers)_imagenette\.yaml.*": (
+    r"mrmae ablate --config configs/ablation_imagenette\.yaml.*": (
         "many variants, each in processes of its own; a tiny twin is run",
         "tests/test_configs.py::test_the_tiny_ablation",
+    ),
+    r"mrmae ablate --config configs/two_teachers_imagenette\.yaml.*": (
+        "many variants, each in processes of its own; a tiny twin is run",
+        "tests/test_configs.py::test_the_tiny_pair_of_teachers",
     ),
     r"mrmae bootstrap --config configs/ablation_imagenette\.yaml.*": (
         "pre-trainings in processes of their own; small ones are run",
@@ -180,9 +184,9 @@ class Call(NamedTuple):
 
 @pytest.mark.parametrize("document", WITH_CALLS, ids=lambda file: file.name)
 def test_shown_commands_run(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The name of a base-sized teacher, for a network of nine blocks that is built in no time; test_timm_vit.py builds
-    # the real one.
-    monkeypatch.setitem(TEACHERS, "dino_vitb16", Entry("timm:test_vit3", 224, "small"))
+    # The names of teachers, for small networks that are built in no time; test_timm_vit.py builds the real ones.
+    for name, small in (("dino_vitb16", "test_vit3"), ("dino_vits16", "test_vit"), ("clip_vitb16", "test_vit")):
+        monkeypatch.setitem(TEACHERS, name, Entry(f"timm:{small}", 224, "small"))
     text = "\n".join([BEFORE.get(document.name, ""), *map(as_script, code_blocks(document, "sh"))])
     calls = called(text, folder)
     monkeypatch.chdir(folder)

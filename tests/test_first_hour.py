@@ -33,13 +33,17 @@ def cut(tars: list[Path], folder: Path, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_hour_takes_ten_minutes(real_data: Path, tmp_path: Path) -> None:
+def test_the_first_hour_takes_ten_minutes(real_data: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The teacher is a local one here. Prints wall and CPU seconds of each command: -s shows them."""
     cut(sorted((real_data / "imagenette224").glob("train-*.tar")), tmp_path / "photos", 300)
     weights = real_data / "teachers/vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
     local = f"teacher.spec=timm:vit_tiny_patch16_224 teacher.weights={weights}"
     (shell,) = code_blocks(ROOT / "docs/first-hour.md", "sh")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert "teacher.spec=dino_vits16" in shell
+    cores = os.sched_getaffinity(0)
+    request.addfinalizer(lambda: os.sched_setaffinity(0, cores))
+    os.sched_setaffinity(0, sorted(cores)[:2])
     seconds = 0.0
     for line in calls_in(shell):
         call = line.replace("mrmae ", f"{sys.executable} -m cli ", 1).replace("teacher.spec=dino_vits16", local)

@@ -2,19 +2,22 @@
 
     chain = Chain(file, say=print)
     chain.check(["pretrain", "knn"])
-    done = chain.run("pretrain", ["output=runs/a/pretrained"], folder=Path("runs/a"), title="a")
+    with chain:
+        done = chain.run("pretrain", ["output=runs/a/pretrained"], folder=Path("runs/a"), title="a")
 
-A folder's done.json holds for each step what was asked (a digest of the resolved section), its seconds, and the top-1
-of a measure; its commands.log what the commands printed.
+A folder's done.json holds for each step what was asked (a digest of its section), its seconds, and the top-1 of a
+measure; its commands.log what the commands printed. Several threads may run steps of different folders at once.
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import xxhash
 from omegaconf import DictConfig, OmegaConf
@@ -24,8 +27,10 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import write_text
 from pipeline.training.interruption import Interrupted, Interruption
 
-_STOPPING = "stopping as soon as the command in hand has saved; ctrl-C again ends it at once"
+_STOPPING = "stopping as soon as the commands in hand have saved; ctrl-C again ends them at once"
 _INTERRUPTED = 130  # exit code of a command that was stopped and has saved
+# A setting of this machine, such as where its data lies. The digest has its name: a folder may go on elsewhere.
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)[^{}]*\}")
 _CLI = Path(__file__).parents[2] / "cli.py"  # by its path: `-m cli` would run a cli.py of the working folder
 
 
@@ -37,7 +42,9 @@ class Done(NamedTuple):
 
 
 class Chain:
-    """The sections of a file, each of which a command of that name reads.
+    """The sections of a file, each of which a command of that name reads; a context manager, within which they run.
+
+    Stopped within it (ctrl-C, SIGTERM), the commands in hand may save.
 
     Args:
         say: gets a line when a command starts.
@@ -46,6 +53,14 @@ class Chain:
     def __init__(self, file: Path, say: Callable[[str], None] = lambda line: None) -> None:
         self.file, self._say = file, say
         self._root = cast(DictConfig, OmegaConf.load(file))
+        self._interruption = Interruption(_STOPPING)
+
+    def __enter__(self) -> Self:
+        self._interruption.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._interruption.__exit__(*exception)
 
     def check(self, steps: Iterable[str]) -> None:
         """Before hours of work: each step has a section, and all of it resolves.
@@ -69,35 +84,54 @@ class Chain:
         except OmegaConfBaseException as error:
             raise ConfigError(f"--config {self.file}, section '{step}': {str(error).splitlines()[0]}") from error
 
-    def run(self, step: str, keys: Sequence[str], folder: Path, title: str, output: Path | None = None) -> Done:
+    def run(
+        self,
+        step: str,
+        keys: Sequence[str],
+        folder: Path,
+        title: str,
+        output: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Done:
         """Run `mrmae STEP --config FILE KEYS`, unless it is done.
 
         Args:
             folder: of done.json and commands.log.
             title: what the step is for, in the line that announces it.
             output: folder where a measure leaves its top-1; None for a step that is no measure.
+            env: variables of the command's environment that differ from this process's.
 
         Raises:
             ConfigError: the step was done with other keys.
             PipelineError: the command failed. Interrupted: it was stopped, and has saved.
         """
-        digest, record = self._digest(step, keys), folder / "done.json"
+        record = folder / "done.json"
         done = _read(record)
-        if step in done and done[step]["what"] != digest:
+        if step in done and done[step]["what"] not in self._digests(step, keys):
             raise ConfigError(
                 f"{folder} holds {step} with other keys than now: choose another output, or remove that folder"
             )
         if step not in done:
+            if self._interruption.requested:
+                raise Interrupted(f"stopped before {step}; the same command goes on from there")
             self._say(f"{title}: {step}")
-            seconds = _command([step, "--config", str(self.file), *keys], folder / "commands.log")
+            arguments = [step, "--config", str(self.file), *keys]
+            seconds = _command(arguments, folder / "commands.log", self._interruption, env or {})
             top1 = None if output is None else _top1(step, output)
-            done[step] = {"what": digest, "seconds": seconds, "top1": top1}
+            done[step] = {"what": self._digests(step, keys)[0], "seconds": seconds, "top1": top1}
             write_text(record, json.dumps(done, indent=1) + "\n")
         return Done(done[step]["seconds"], done[step].get("top1"))
 
-    def _digest(self, step: str, keys: Sequence[str]) -> str:
-        """What a command is asked, resolved: it tells whether an edited file asks for something else."""
-        root = cast(DictConfig, OmegaConf.load(self.file))
+    def _digests(self, step: str, keys: Sequence[str]) -> tuple[str, str]:
+        """What a command is asked: it tells whether an edited file asks for something else.
+
+        The second digest has the values of environment variables, as records had before folders could change machines.
+        """
+        text = self.file.read_text(encoding="utf-8")
+        return self._digest(_ENVIRONMENT.sub(r"<\1>", text), step, keys), self._digest(text, step, keys)
+
+    def _digest(self, text: str, step: str, keys: Sequence[str]) -> str:
+        root = cast(DictConfig, OmegaConf.create(text))
         root[step] = OmegaConf.merge(root[step], OmegaConf.from_dotlist(list(keys)))
         return xxhash.xxh3_128_hexdigest(OmegaConf.to_yaml(root[step], resolve=True).encode())
 
@@ -110,18 +144,19 @@ def _read(record: Path) -> dict[str, Any]:
         raise PipelineError(f"{record} is damaged ({error}): remove it, and what it stood for runs again") from error
 
 
-def _command(arguments: list[str], log: Path) -> float:
+def _command(arguments: list[str], log: Path, interruption: Interruption, env: Mapping[str, str]) -> float:
     """Run one command in a process of its own; seconds. Its output goes to the log, after the command itself.
 
     Stopped, it waits until the command has saved: ctrl-C reaches both, a SIGTERM is passed on.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with log.open("a", encoding="utf-8") as stream, Interruption(_STOPPING) as interruption:
+    with log.open("a", encoding="utf-8") as stream:
         stream.write("$ mrmae " + " ".join(arguments) + "\n")
         stream.flush()
         command = [sys.executable, str(_CLI), *arguments]
-        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
+        environment = os.environ | dict(env)
+        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)  # noqa: S603 - ours
         passed_on = False
         while child.poll() is None:
             time.sleep(0.1)

@@ -14,6 +14,7 @@ from pipeline.cache.format.records import Seal, ShardData, Store
 from pipeline.cache.stores import store_of
 from pipeline.errors import CacheError
 from pipeline.files import PARTIAL, remove_dead_partials, sync
+from pipeline.locations import is_text
 
 
 def create_cache(path: Path, header: CacheHeader) -> bool:
@@ -29,6 +30,7 @@ def create_cache(path: Path, header: CacheHeader) -> bool:
         name = header.quantiser.name
         raise CacheError(f"the {name} quantiser has no channel statistics: calibrate it before the cache is created")
     with one_line(f"{path}: the cache can't be created"):
+        remove_dead_partials(path / FILE)
         if (path / FILE).is_file():
             match_header(path, read_header(path), header)
             return False
@@ -155,19 +157,11 @@ def _check(header: CacheHeader, shard: int, data: ShardData, stores_images: bool
     if len(data.keys) != n or any(index not in span for index in data.tombstones):
         raise CacheError(f"shard {shard}: {len(data.keys)} keys or a tombstone don't fit its {n} samples")
     for index, key in zip(span, data.keys, strict=True):
-        if not _is_text(key):
+        if not is_text(key):
             raise CacheError(f"sample {index}: the key {key!a} is not valid Unicode; rename the file")
         images = data.images[index - span.start] if data.images is not None else None
         if stores_images and index not in data.tombstones and (images is None or len(images) != V):
             raise CacheError(f"sample {index}: this cache stores {V} images a sample, {len(images or [])} were given")
-
-
-def _is_text(key: str) -> bool:
-    """File names that are no UTF-8 arrive with lone surrogates."""
-    try:
-        return b"\0" not in key.encode()
-    except UnicodeEncodeError:
-        return False
 
 
 def _clear_tombstones(span: range, data: ShardData) -> None:

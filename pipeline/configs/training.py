@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, Strict
 
-from pipeline.config import Config, Pair, PathField, Precision
+from pipeline.config import Config, PathField, Precision
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RunConfig(Config):
@@ -36,7 +38,7 @@ class OptimConfig(Config):
     min_lr: float = Field(0.0, ge=0)  # learning rate at the end
     warmup_epochs: float | None = Field(None, ge=0)  # null: a tenth of the run, as 40 of 400 epochs in the paper
     weight_decay: float = Field(0.05, ge=0)  # of weight matrices; biases, norms and positions have none
-    betas: Pair = (0.9, 0.95)  # of AdamW
+    betas: Annotated[tuple[_Beta, _Beta], Strict(False)] = (0.9, 0.95)  # of AdamW
     layer_decay: float = Field(1.0, gt=0, le=1)  # rate of layer i × layer_decay^(depth + 1 - i), fine-tuning only
     clip_grad: float | None = Field(None, gt=0)  # maximal gradient norm
 

@@ -30,6 +30,7 @@ from pipeline.data.tar_content import check_names, read_content
 from pipeline.errors import DataError
 from pipeline.progress import Progress
 
+_DOT = ord(".")
 _THREADS = 32  # that wait for a disk
 _PATIENCE = 0.2  # seconds of one thread before more are thought of
 
@@ -201,10 +202,13 @@ def _scan(root: bytes, prefix: bytes) -> _Folder:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(b".") or (name in SYSTEM_FOLDERS and entry.is_dir()):
+                if name[0] == _DOT:
                     passed[HIDDEN] += 1
                     continue
                 if entry.is_dir():
+                    if name in SYSTEM_FOLDERS:
+                        passed[HIDDEN] += 1
+                        continue
                     if entry.is_symlink():
                         _check_way_out(path, entry.path)
                     folders.append(prefix + name + b"/")
@@ -213,9 +217,9 @@ def _scan(root: bytes, prefix: bytes) -> _Folder:
                 if not stem or ending.lower() not in IMAGE_ENDINGS:
                     passed[describe_ending(ending.lower() if stem else b"")] += 1
                     continue
-                names.append(prefix + name)
+                names.append(name)
                 if b"." in stem:
-                    dotted.append(prefix + name)
+                    dotted.append(name)
     except OSError as error:
         raise DataError(f"data.path: {os.fsdecode(path)}: {error.strerror or error}") from error
     if dotted:
@@ -224,7 +228,7 @@ def _scan(root: bytes, prefix: bytes) -> _Folder:
         names = [name for name in names if name not in companions]
         passed.update(map(companion, companions))
     names.sort()
-    return _Folder(prefix, mtime, _pack(names), folders, passed)
+    return _Folder(prefix, mtime, _pack([prefix + name for name in names]), folders, passed)
 
 
 def _check_way_out(path: bytes, link: bytes) -> None:
@@ -238,14 +242,18 @@ def _check_way_out(path: bytes, link: bytes) -> None:
 
 def _lengths(root: bytes, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
     blocks = np.split(keys, range(1024, len(keys), 1024))
-    return np.concatenate(spread(functools.partial(_block_lengths, root), blocks, "1,024 files"))
+    folder = os.open(root, os.O_RDONLY)  # a path from here is shorter than one from the root of the disk
+    try:
+        return np.concatenate(spread(functools.partial(_block_lengths, folder), blocks, "1,024 files"))
+    finally:
+        os.close(folder)
 
 
-def _block_lengths(root: bytes, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
+def _block_lengths(folder: int, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
     lengths = np.zeros(len(keys), np.int64)
     for place, key in enumerate(keys.tolist()):
         try:
-            facts = os.stat(root + b"/" + key)
+            facts = os.stat(key, dir_fd=folder)
             lengths[place] = facts.st_size
             if not stat.S_ISREG(facts.st_mode):
                 raise DataError(f"data.path: {os.fsdecode(key)} is a pipe, socket or device, no file: take it away")
@@ -258,10 +266,12 @@ def _block_lengths(root: bytes, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
 
 def _list_tar(tar: str) -> _Tar:
     content = read_content(tar)
-    rows, shard = list(content.rows()), os.fsencode(os.path.basename(tar)) + b"/"
+    images, labels = content.images(), content.labels()
+    shard = os.fsencode(os.path.basename(tar)) + b"/"
+    numbers = [image.size for image in images], labels, [image.offset for image in images]
     return _Tar(
-        _pack([shard + image.name for image, _ in rows]),
-        np.array([(image.size, label, image.offset) for image, label in rows], dtype=np.int64).reshape(-1, 3),
+        _pack([shard + image.name for image in images]),
+        np.array(numbers, dtype=np.int64).T,
         content.text_class,
         content.stamp,
         content.passed_over,

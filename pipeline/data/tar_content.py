@@ -7,7 +7,7 @@ two ways is refused by name.
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -71,14 +71,16 @@ class TarContent:
         self._dotted: list[bytes] = []  # paths such as a.seg.png
         self._labels: dict[bytes, int] = {}  # by the paths of .cls files without the ending
 
-    def rows(self) -> Iterator[tuple[Member, int]]:
-        """Each image and its class, -1 without one: that of KEY.cls or, of a.v2.jpg, of a.v2.cls."""
-        dotted, labels = set(self._dotted), self._labels
-        for path, image in self._images.items():
-            if path in dotted:
-                yield image, labels.get(path.rpartition(b".")[0], labels.get(key_of(path), -1))
-            else:
-                yield image, labels.get(path, -1)
+    def images(self) -> list[Member]:
+        return list(self._images.values())
+
+    def labels(self) -> list[int]:
+        """The class of each image, -1 without one: that of KEY.cls or, of a.v2.jpg, of a.v2.cls."""
+        found = {path: self._labels.get(path, -1) for path in self._images}
+        for path in self._dotted:
+            if path in found:
+                found[path] = self._labels.get(path.rpartition(b".")[0], self._labels.get(key_of(path), -1))
+        return list(found.values())
 
     def gather(self) -> None:
         """Sort every member into images, classes and the rest."""
@@ -87,17 +89,21 @@ class TarContent:
             folder, slash, base = member.name.rpartition(b"/")
             if folder != last_folder:
                 last_folder, prefix, in_hidden = folder, without_dot(folder + slash), is_hidden_path(folder)
-            if in_hidden or base.startswith(b"."):
-                self.passed_over[HIDDEN] += 1
-                continue
             stem, _, ending = base.rpartition(b".")
-            ending = ending.lower() if stem else b""
-            if ending in IMAGE_ENDINGS:
-                self._add_image(member, prefix + (base if b"." in stem else stem), b"." in stem)
+            ending = ending.lower()
+            if in_hidden or base[:1] == b".":
+                self.passed_over[HIDDEN] += 1
+            elif not stem:
+                self.passed_over[describe_ending(b"")] += 1
             elif ending == b"cls":
                 self._add_label(member, prefix + stem)
-            else:
+            elif ending not in IMAGE_ENDINGS:
                 self.passed_over[describe_ending(ending)] += 1
+            elif b"." in stem:
+                self._dotted.append(prefix + base)
+                self._add_image(member, prefix + base)
+            else:
+                self._add_image(member, prefix + stem)
 
     def leave_companions(self) -> None:
         """Pass over images such as KEY.seg.png beside KEY.jpg. Where the latter is absent, the former is the image."""
@@ -110,13 +116,11 @@ class TarContent:
             elif alone.setdefault(key, path) is not path:
                 self._refuse_two(alone[key], path)
 
-    def _add_image(self, member: Member | Link, path: bytes, is_dotted: bool) -> None:
+    def _add_image(self, member: Member | Link, path: bytes) -> None:
         former = self._images.get(path)
         if former is not None:
             self._refuse_two(former.name, member.name)
         self._images[path] = member if isinstance(member, Member) else self._follow(member)
-        if is_dotted:
-            self._dotted.append(path)
 
     def _add_label(self, member: Member | Link, stem: bytes) -> None:
         if stem in self._labels:

@@ -211,12 +211,15 @@ def _compressed(header: bytes, at: int) -> str | None:
 
 def _number(field: bytes, at: int) -> int:
     """Octal digits up to a zero byte, or GNU tar's base 256 for what is too large for them."""
+    digits = field.partition(b"\0")[0]
     try:
+        return int(digits, 8)
+    except ValueError:
         if field[0] == 0o200:
             return int.from_bytes(field[1:])
-        return int(field.partition(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        raise _Damage(_NO_HEADER % at) from None
+        if digits.strip():
+            raise _Damage(_NO_HEADER % at) from None
+        return 0
 
 
 def _name(header: bytes) -> bytes:

@@ -14,6 +14,7 @@
 sound folder is never written again, and `best` is a link because replacing a link is one rename: no kill loses either.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -22,11 +23,11 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import xxhash
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -137,12 +138,22 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def recorded_identity(output: Path) -> dict[str, Any]:
     """What the newest checkpoint of the run in `output` says must not change; empty where there is none."""
+    newest = _newest_described(output)
+    return newest.identity if newest else {}
+
+
+def recorded_config(output: Path) -> DictConfig | None:
+    """The config of the newest checkpoint of the run in `output`; None where there is none."""
+    newest = _newest_described(output, only=("config.yaml",))
+    return cast(DictConfig, OmegaConf.load(newest.path / "config.yaml")) if newest else None
+
+
+def _newest_described(output: Path, only: tuple[str, ...] = ()) -> Checkpoint | None:
+    """The newest checkpoint whose description, and whose files `only`, are sound."""
     for path in reversed(step_folders(output / "checkpoints")):
-        try:
-            return load_checkpoint(path, only=()).identity
-        except CheckpointError:
-            continue  # `newest_checkpoint` says so
-    return {}
+        with contextlib.suppress(CheckpointError):  # `newest_checkpoint` says so
+            return load_checkpoint(path, only=only)
+    return None
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -28,6 +28,8 @@ class AblateConfig(Config):
     )  # commands that measure each run
     caches: dict[str, list[str]]  # name → keys for `extract-teacher-features`
     variants: dict[str, VariantConfig]
+    jobs: int = Field(1, ge=1, le=1024)  # variants that run at once, on the GPUs in turn and an even share of the cores
+    minutes: float | None = Field(None, gt=0)  # for all runs together, at equal steps; null: as long as `pretrain` says
     groups: list[str] = Field(default_factory=list)  # run the variants of these groups alone; default: all
 
     @property

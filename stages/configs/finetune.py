@@ -1,5 +1,6 @@
 """The keys of `finetune`."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
@@ -8,6 +9,9 @@ from pipeline.config import Config, PathField
 from pipeline.configs.data import DataConfig, ValConfig
 from pipeline.configs.models import StudentConfig
 from pipeline.configs.training import EmaConfig, OptimConfig, RunConfig
+
+# What timm's rand_augment_transform reads. Other sections it ignores without a word, or fails on.
+_POLICY = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3a|3aw))*")
 
 
 class AugmentConfig(Config):
@@ -25,6 +29,11 @@ class AugmentConfig(Config):
     def _can_be_drawn(self) -> "AugmentConfig":
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"augment.scale={list(self.scale)}: needs 0 < low <= high <= 1")
+        if self.rand_augment is not None and not _POLICY.fullmatch(self.rand_augment):
+            raise ValueError(
+                f"augment.rand_augment={self.rand_augment!r} is no policy of timm's: write for instance "
+                "rand-m9-mstd0.5-inc1, or null"
+            )
         return self
 
 

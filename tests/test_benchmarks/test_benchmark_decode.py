@@ -1,6 +1,7 @@
 from pathlib import Path
 
-from benchmarks.decode import BenchmarkDecodeConfig, run
+from benchmarks.configs.decode import BenchmarkDecodeConfig
+from benchmarks.decode import run
 
 
 def test_every_decoder_is_timed_and_compared(image_tree: Path) -> None:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.detector import BenchmarkDetectorConfig, run
+from benchmarks.configs.detector import BenchmarkDetectorConfig
+from benchmarks.detector import run
 from pipeline.errors import ConfigError
 
 SMALL = {"channels": 16, "rois": 16}

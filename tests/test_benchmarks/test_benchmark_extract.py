@@ -1,4 +1,5 @@
-from benchmarks.extract import BenchmarkExtractConfig, run
+from benchmarks.configs.extract import BenchmarkExtractConfig
+from benchmarks.extract import run
 from pipeline.config import load_config
 from tests.test_benchmarks.conftest import VIT_TI
 

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks import gpu as benchmark_gpu
-from benchmarks.gpu import BenchmarkGpuConfig, run
+from benchmarks.configs.gpu import BenchmarkGpuConfig
+from benchmarks.gpu import run
 from benchmarks.harness import Bench
 from benchmarks.parts import Part
 from tests.test_benchmarks.conftest import VIT_TI
@@ -25,12 +26,7 @@ CONVVIT = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**changes: Any) -> BenchmarkGpuConfig:

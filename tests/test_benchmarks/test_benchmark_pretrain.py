@@ -1,6 +1,7 @@
 import pytest
 
-from benchmarks.pretrain import BenchmarkPretrainConfig, run
+from benchmarks.configs.pretrain import BenchmarkPretrainConfig
+from benchmarks.pretrain import run
 from tests.test_benchmarks.conftest import VIT_TI
 from tests.test_stages.conftest import MICRO
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.student import BenchmarkStudentConfig, run
+from benchmarks.configs.student import BenchmarkStudentConfig
+from benchmarks.student import run
 from pipeline.errors import ConfigError
 
 

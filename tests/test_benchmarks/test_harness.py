@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks import harness
-from benchmarks.decode import BenchmarkDecodeConfig
+from benchmarks.configs.decode import BenchmarkDecodeConfig
 from benchmarks.harness import Bench, by_turns, count_gmacs, median_and_range, open_bench, open_or_draw
 from pipeline.configs.data import DataConfig
 from pipeline.errors import ConfigError

@@ -56,7 +56,7 @@ def test_errors_name_the_key(overrides: list[str], message: str) -> None:
         load_config(Outer, None, overrides)
 
 
-@pytest.mark.parametrize("content", [b"a: [", b"- 1\n- 2\n", b"\xff\xfe\x00", b"a: ${"])
+@pytest.mark.parametrize("content", [b"a: [", b"- 1\n- 2\n", b"\xff\xfe\x00", b"a: ${", b"a: " + 999 * b"["])
 def test_files_that_are_no_config(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "config.yaml"
     file.write_bytes(content)

@@ -1,14 +1,15 @@
 """Lines about wrong configs: they name keys and say what is wanted, in the project's own words."""
 
+import json
 import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field
 
 import cli
-from pipeline.config import Config, Pair, PathField, load_config
+from pipeline.config import Config, Pair, PathField, load_config, validate
 from pipeline.errors import ConfigError
 from pipeline.keys import keys_of
 
@@ -92,11 +93,21 @@ def test_text_in_a_file_wants_quotes(tmp_path: Path) -> None:
         load_config(Training, file)
 
 
+@pytest.mark.parametrize("text", ["photos\0", "photos\udcff"])
+@pytest.mark.parametrize("values", [{"data": {"path": ""}}, {"data": "", "val": {"images": "", "annotations": "x"}}])
+def test_text_that_can_not_be_written_down(text: str, values: dict[str, Any]) -> None:
+    """A name on the disk that is no UTF-8, and what only a YAML file can hold."""
+    values = json.loads(json.dumps(values).replace('""', json.dumps(text)))
+    with pytest.raises(ConfigError, match=r"=.photos.* is no valid Unicode text: give it another name"):
+        validate(Training, values)
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_no_line_speaks_of_the_library(command: cli.Command) -> None:
     """Every key of every command, given values of every wrong kind."""
     config = command.load_class()
-    for key in keys_of(config):
+    keys, lines = list(keys_of(config)), []
+    for key in keys:
         for value in ("''", "-1", "1e99", ".nan", "[]", "[[x]]", "[1,2,3,4,5,6,7]", "{a: 1}", "true", "x:y"):
             try:
                 load_config(config, None, [f"{key.name}={value}"])
@@ -105,3 +116,5 @@ def test_no_line_speaks_of_the_library(command: cli.Command) -> None:
                 assert "\n" not in line
                 assert not FOREIGN.search(re.sub(r"'[^']*'", "", line)), line
                 assert "can't be taken" not in line, line
+                lines.append(line)
+    assert len(lines) >= len(keys)

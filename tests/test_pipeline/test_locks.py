@@ -72,8 +72,10 @@ def test_a_forked_worker_neither_keeps_nor_removes_the_lock(tmp_path: Path) -> N
     lock = FileLock(tmp_path / "lock")
     pid = os.fork()
     if not pid:
-        lock.close()
-        os._exit(0)
+        try:
+            lock.close()
+        finally:
+            os._exit(0)
     os.waitpid(pid, 0)
     assert (tmp_path / "lock").exists()
     code = "import sys; from pathlib import Path; from pipeline.locks import FileLock; FileLock(Path(sys.argv[1]))"
@@ -81,11 +83,16 @@ def test_a_forked_worker_neither_keeps_nor_removes_the_lock(tmp_path: Path) -> N
     assert b"LockedError" in subprocess.run(other, cwd=ROOT, capture_output=True).stderr
     worker = os.fork()
     if not worker:
-        time.sleep(600)
-    lock.close()
-    assert subprocess.run(other, cwd=ROOT, capture_output=True).returncode == 0
-    os.kill(worker, signal.SIGKILL)
-    os.waitpid(worker, 0)
+        try:
+            time.sleep(600)
+        finally:
+            os._exit(0)
+    try:
+        lock.close()
+        assert subprocess.run(other, cwd=ROOT, capture_output=True).returncode == 0
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 @pytest.mark.parametrize(("host", "pid", "free"), [("elsewhere", 1, False), ("", 2**22 + 1, True), ("", 1, False)])

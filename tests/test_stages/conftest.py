@@ -1,5 +1,7 @@
 """Small caches and configs that the stages' tests share."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,21 +53,44 @@ def pretrain_config(output: Path, **changes: Any) -> PretrainConfig:
     return PretrainConfig.model_validate({**keys, **changes})
 
 
+@pytest.fixture(scope="session")
+def extracted(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A finished cache of `image_tree` with some keys changed, extracted once a session: copy it before you write."""
+    paths: dict[str, Path] = {}
+
+    def extract(**changes: Any) -> Path:
+        keys = json.dumps(changes, sort_keys=True)
+        if keys not in paths:
+            path = tmp_path_factory.mktemp("extracted") / "cache"
+            extract_teacher_features.run(extract_config(image_tree, path, **changes))
+            paths[keys] = path
+        return paths[keys]
+
+    return extract
+
+
 @pytest.fixture(scope="session", params=["zarr", "webdataset"])
-def cache(request: pytest.FixtureRequest, image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(
+    request: pytest.FixtureRequest, extracted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A finished cache of `image_tree`, in each store."""
     path = tmp_path_factory.mktemp("cache") / str(request.param)
-    extract_teacher_features.run(extract_config(image_tree, path, cache__store=request.param))
-    return path
+    return Path(shutil.copytree(extracted(cache__store=request.param), path))
 
 
 @pytest.fixture
-def make_cache(image_tree: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Extract a cache with some keys changed (`views__count=1`)."""
+def make_cache(image_tree: Path, tmp_path: Path, extracted: Callable[..., Path]) -> Callable[..., Path]:
+    """A cache with some keys changed (`views__count=1`): a copy of its own for each test.
+
+    That of `image_tree` is extracted once a session, so make it before you patch what extraction uses.
+    """
 
     def make(name: str = "cache", images: Path = image_tree, **changes: Any) -> Path:
-        extract_teacher_features.run(extract_config(images, tmp_path / name, **changes))
-        return tmp_path / name
+        path = tmp_path / name
+        if images == image_tree:
+            return Path(shutil.copytree(extracted(**changes), path))
+        extract_teacher_features.run(extract_config(images, path, **changes))
+        return path
 
     return make
 

@@ -7,15 +7,19 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
+import xxhash
 from omegaconf import OmegaConf
 
 from pipeline.assembly import chain as chain_of_commands
+from pipeline.assembly.jobs import environments, run_jobs
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.training.interruption import Interrupted
+from pipeline.training.interruption import Interrupted, Interruption
 from stages import ablate
 from stages.ablate import AblateConfig
 from tests.test_stages.conftest import MICRO, PLAIN, TEACHER
@@ -50,6 +54,11 @@ def write_config(folder: Path, images: Path, **changes: object) -> Path:
     file = folder / "chain.yaml"
     OmegaConf.save(OmegaConf.create(chain), file)
     return file
+
+
+def run_command(arguments: list[str], log: Path) -> float:
+    with Interruption() as interruption:
+        return chain_of_commands._command(arguments, log, interruption, {})
 
 
 @pytest.mark.usefixtures("forked_commands")
@@ -114,7 +123,7 @@ def test_a_command_that_is_stopped_may_save_first(tmp_path: Path, monkeypatch: p
 
     threading.Thread(target=stop).start()
     with pytest.raises(Interrupted, match="pretrain was stopped"):
-        chain_of_commands._command(["pretrain"], tmp_path / "log")
+        run_command(["pretrain"], tmp_path / "log")
     assert (tmp_path / "saved").exists()
 
 
@@ -124,7 +133,7 @@ def test_a_cli_of_the_working_folder_is_not_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     with pytest.raises(PipelineError, match=r"knn failed: error: .*missing\.yaml"):
-        chain_of_commands._command(["knn", "--config", "missing.yaml"], tmp_path / "log")
+        run_command(["knn", "--config", "missing.yaml"], tmp_path / "log")
     assert not (tmp_path / "started").exists()
 
 
@@ -166,3 +175,105 @@ def test_a_section_that_is_missing_is_said_before_anything_runs(
     OmegaConf.save(chain, file)
     with pytest.raises(ConfigError, match=f"section '{lost}': .*NOT_SET_ANYWHERE"):
         ablate.run(config, file)
+
+
+@pytest.mark.usefixtures("forked_commands")
+def test_jobs_share_the_machine_and_leave_equal_runs(
+    image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side as one after the other; k-NN on the way gives the curves and the ranking."""
+    labelled = {"path": str(image_tree), "workers": 0}
+    file = write_config(tmp_path, image_tree)
+    knn = {"data": labelled, "val": labelled, "crop": 1.0, "k": 3, "every": 0.5}
+    keys = {"knn": knn, "max_steps": 4, "log_every": 1}
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), {"pretrain": keys}), file)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # another number gives other last bits
+    tables, weights = list[list[str]](), list[bytes]()
+    for jobs in (1, 3):
+        config = load_config(AblateConfig, file, [f"output={tmp_path}/jobs{jobs}", f"jobs={jobs}"], section="ablate")
+        lines = ablate.run(config, file).splitlines()
+        tables.append([line.split(" | ")[1] for line in lines if line.startswith(("| untrained", "| mr_mae"))])
+        run = tmp_path / f"jobs{jobs}/runs/mr_mae/seed1/pretrained"
+        weights.append((run / "checkpoints/step-00000004/model.safetensors").read_bytes())
+        assert (tmp_path / f"jobs{jobs}/curves.png").stat().st_size > 5000
+        assert "| 1. mr_mae |" in (tmp_path / f"jobs{jobs}/table.md").read_text()
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 2
+    assert weights[0] == weights[1]
+
+
+def test_gpus_take_jobs_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5e")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments(3)] == ["4", "GPU-5e", "4"]
+    assert "OMP_NUM_THREADS" not in environments(3)[0]  # asked for by hand
+    assert environments(1) == [{}]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert environments(3)[2]["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 3))
+
+
+def test_after_a_failure_no_job_begins() -> None:
+    begun = list[int]()
+
+    def task(number: int, _env: Mapping[str, str]) -> int:
+        begun.append(number)
+        if number == 1:
+            raise PipelineError("the second fails")
+        return number
+
+    results = list[tuple[int, int]]()
+    with pytest.raises(PipelineError, match="the second fails"):
+        results.extend(run_jobs([partial(task, number) for number in range(50)], jobs=1))
+    assert begun == [0, 1]
+    assert results in ([(0, 0)], [])
+
+
+@pytest.mark.usefixtures("forked_commands")
+def test_a_budget_gives_every_variant_the_same_steps(image_tree: Path, tmp_path: Path) -> None:
+    variants = {
+        "mr_mae": {"cache": "one", "pretrain": []},
+        "other": {"cache": "one", "pretrain": ["mimic.mimic_weight=2", "max_steps=1"]},
+    }
+    file = write_config(tmp_path, image_tree, variants=variants, seeds=[0])
+    with pytest.raises(ConfigError, match=r"minutes=0\.01 leaves no time to train.*: give \d+ or more"):
+        ablate.run(load_config(AblateConfig, file, ["minutes=0.01"], section="ablate"), file)
+    config = load_config(AblateConfig, file, ["minutes=1"], section="ablate")
+    ablate.run(config, file)
+    out = tmp_path / "ablation"
+    steps = json.loads((out / "steps.json").read_text())["steps"]
+    for name in variants:
+        (checkpoint,) = (out / f"runs/{name}/seed0/pretrained/checkpoints").glob("step-*")
+        assert int(checkpoint.name.split("-")[1]) == steps
+    with pytest.raises(ConfigError, match="holds runs for minutes=1: give that, or another output"):
+        ablate.run(load_config(AblateConfig, file, ["minutes=2"], section="ablate"), file)
+
+
+def test_a_folder_goes_on_where_the_data_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that was copied to another machine: what is done is done, though the environment differs."""
+    file = tmp_path / "chain.yaml"
+    file.write_text("root: ${oc.env:SOME_ROOT,/data}\nknn: {data: {path: '${root}/train'}, k: 3}\n")
+    (tmp_path / "metrics.json").write_text('{"knn": {"top1": 0.5}}')
+    calls = list[list[str]]()
+    monkeypatch.setattr(chain_of_commands, "_command", lambda arguments, *_: calls.append(arguments) or 1.0)
+
+    def run() -> float | None:
+        with chain_of_commands.Chain(file) as chain:
+            return chain.run("knn", ["seed=1"], tmp_path, "k-NN", tmp_path).top1
+
+    assert (run(), len(calls)) == (0.5, 1)
+    monkeypatch.setenv("SOME_ROOT", "/elsewhere")
+    assert (run(), len(calls)) == (0.5, 1)
+    file.write_text(file.read_text().replace("k: 3", "k: 4"))
+    with pytest.raises(ConfigError, match="holds knn with other keys than now"):
+        run()
+
+
+def test_records_of_before_count_on_their_machine(tmp_path: Path) -> None:
+    """Digests of done.json held the environment's values once."""
+    file = tmp_path / "chain.yaml"
+    file.write_text("root: ${oc.env:SOME_ROOT,/data}\nknn: {data: {path: '${root}/train'}}\n")
+    former = xxhash.xxh3_128_hexdigest(b"data:\n  path: /data/train\nseed: 1\n")
+    (tmp_path / "done.json").write_text(json.dumps({"knn": {"what": former, "seconds": 2.0, "top1": 0.25}}))
+    with chain_of_commands.Chain(file) as chain:
+        assert chain.run("knn", ["seed=1"], tmp_path, "k-NN", tmp_path) == (2.0, 0.25)

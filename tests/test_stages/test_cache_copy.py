@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -59,37 +59,43 @@ def large(cache: Path, shard: int) -> Path:
 
 @pytest.mark.parametrize("moments", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_run_again_it_gives_the_same_tree(moments: int, cache: Path, tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    for number in range(moments):
+    reads: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying.Folder, "blocks", _halves(lambda: reads.append(1)))
+        copy(cache, tmp_path / "whole")
+    for number, moment in enumerate(np.linspace(len(reads) / 4, len(reads) - 1, moments)):
         target = tmp_path / f"copy{number}"
-        if _killed_at(int(random.integers(1, 60)), cache, target):
-            assert len(list(target.glob("commits/*.json"))) < 3
+        assert _exit_code_of_copy(int(moment), cache, target) == 9
+        assert len(list(target.glob("commits/*.json"))) < 3
         copy(cache, target)
         assert content(target) == content(cache)
 
 
-def _killed_at(moment: int, cache: Path, target: Path) -> bool:
-    """Copy in a process that ends at its n-th write, without any handler; returns whether it did."""
+def _halves(before: Callable[[], None]) -> Callable[[copying.Folder, str, int], Iterator[bytes]]:
+    """Reads of a file in two blocks; `before` is called before each."""
+
+    def blocks(self: copying.Folder, name: str, size: int) -> Iterator[bytes]:
+        data = (self.root / name).read_bytes()
+        for half in (data[: size // 2], data[size // 2 :]):
+            before()
+            yield half
+
+    return blocks
+
+
+def _exit_code_of_copy(moment: int, cache: Path, target: Path) -> int:
+    """Copy in a process that ends with code 9 before its read number `moment`, without any handler."""
     pid = os.fork()
     if not pid:
         try:
             count = iter(range(1, moment))
-
-            def blocks(self: copying.Folder, name: str, size: int) -> Iterator[bytes]:
-                data = (self.root / name).read_bytes()
-                for half in (data[: size // 2], data[size // 2 :]):
-                    if next(count, None) is None:
-                        os._exit(9)
-                    yield half
-
-            copying.Folder.blocks = blocks  # type: ignore[method-assign,assignment]
+            end = _halves(lambda: None if next(count, None) else os._exit(9))
+            copying.Folder.blocks = end  # type: ignore[method-assign,assignment]
             copy(cache, target)
             os._exit(0)
         finally:
             os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, 9)
-    return code == 9
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_to_a_bucket_and_back_gives_the_same_tree(cache: Path, s3: str, tmp_path: Path) -> None:

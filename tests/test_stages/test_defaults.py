@@ -4,7 +4,6 @@ Only what decides the size is given: paths, a micro model, a small batch and few
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +25,11 @@ from stages.finetune import _augment, _Losses
 from tests.coco import write_coco
 from tests.test_stages.conftest import ENCODER, MICRO
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 32
 REQUESTS = [(epoch, index) for epoch in range(100) for index in range(20)]  # two thousand, each another view
 STUDENT = [f"student.{key}={value}" for key, value in MICRO.items()]
 ALONE = [f"student.{key}={value}" for key, value in ENCODER.items()]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Micro models are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

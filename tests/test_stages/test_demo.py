@@ -13,7 +13,7 @@ from stages import demo
 
 def test_the_demo_leaves_a_table_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = load_digits()
-    few = Bunch(images=digits.images[:200], target=digits.target[:200])  # 20 or so of each digit
+    few = Bunch(images=digits.images[:100], target=digits.target[:100])  # 10 or so of each digit
     monkeypatch.setattr(demo, "load_digits", lambda: few)
     said: list[str] = []
     config = demo.DemoConfig(output=tmp_path, max_steps=4, teacher_steps=4, finetune_steps=2)

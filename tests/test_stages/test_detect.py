@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,10 @@ from tests.coco import scene_annotations, write_coco
 from tests.test_stages.conftest import pretrain_config
 from tests.test_stages.test_processes import forked_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = Path(__file__).parents[2] / "configs/coco_tiny.yaml"
 STUDENT = {"name": "mrmae_vit_tiny_patch16", "patch_size": 8, "dim": 48, "depth": 2, "num_heads": 3}
 DETECTOR = {"window": 4, "channels": 16, "anchors": [8, 16, 24, 32, 48], "rois": 16, "score_threshold": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Micro models are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

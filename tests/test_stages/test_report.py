@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.records import write_record
 from stages import finetune, report
 from stages.report import ReportConfig
@@ -96,6 +96,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         report.run(ReportConfig(path=tmp_path / "absent"))
     with pytest.raises(CheckpointError, match="holds no run"):
         report.run(ReportConfig(path=tmp_path))
+    with pytest.raises(ConfigError, match=r"--output \. is a folder: give the page a name in it"):
+        report.run(ReportConfig(path=tmp_path, output=Path()))
     (tmp_path / "metrics.jsonl").write_text("{torn\n")
     with pytest.raises(CheckpointError, match="is damaged"):
         report.run(ReportConfig(path=tmp_path))

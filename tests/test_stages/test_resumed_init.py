@@ -1,7 +1,7 @@
 """Runs that go on after their `init` has changed or gone: a run's own checkpoint says what it started from."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,10 @@ from stages import detect, finetune, pretrain
 from tests.coco import write_coco
 from tests.test_stages.conftest import ENCODER, MICRO, PLAIN, pretrain_config, sets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Again = Callable[..., dict[str, Any]]  # run the stage with some keys changed
 SIZES = {**MICRO, "patch_size": 8}
 DETECTOR = {"window": 4, "channels": 16, "anchors": [8, 16, 24, 32, 48], "rois": 16}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Micro models are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def student(folder: Path, seed: int = 0) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import cli
+from pipeline.configs.training import OptimConfig
 from pipeline.errors import TrainingError
 from pipeline.evaluation.probe import fitting_lrs
 from pipeline.training.checkpoint import newest_checkpoint
@@ -29,17 +30,22 @@ def pretrained(output: Path) -> tuple[int, int]:
 
 def test_the_batch_fits_the_images(image_tree: Path, cache: Path, tmp_path: Path) -> None:
     data = {"path": str(image_tree), "workers": 0}
-    config = pretrain_config(tmp_path / "run", data=data, cache={"path": str(cache)}, batch_size="auto")
+    config = pretrain_config(tmp_path / "run", data=data, cache={"path": str(cache)}, batch_size="auto", optim={})
     pretrain.run(config)
     assert pretrained(tmp_path / "run") == (2, 6)  # 24 images: 12 steps an epoch
-    assert OmegaConf.load(tmp_path / "run/config.yaml").batch_size == 2
+    settled = OmegaConf.load(tmp_path / "run/config.yaml")
+    assert settled.batch_size == 2
+    assert settled.optim.lr == 6e-4 == OptimConfig().peak_lr(1024)
 
 
 def test_a_run_that_goes_on_keeps_its_batch(image_tree: Path, cache: Path, tmp_path: Path) -> None:
     keys = {"data": {"path": str(image_tree), "workers": 0}, "cache": {"path": str(cache)}}
-    pretrain.run(pretrain_config(tmp_path / "run", **keys, batch_size=8, max_steps=2))
-    pretrain.run(pretrain_config(tmp_path / "run", **keys, batch_size="auto", max_steps=4))
-    assert pretrained(tmp_path / "run") == (8, 4)
+    pretrain.run(pretrain_config(tmp_path / "run", **keys, batch_size=8, max_steps=2, optim={}))
+    pretrain.run(pretrain_config(tmp_path / "run", **keys, batch_size="auto", max_steps=3, optim={}))
+    assert pretrained(tmp_path / "run") == (8, 3)
+    assert OmegaConf.load(tmp_path / "run/config.yaml").optim.lr is None  # a run from before auto set the rate, too
+    pretrain.run(pretrain_config(tmp_path / "run", **keys, batch_size="auto", max_steps=4, optim={"lr": 1e-3}))
+    assert OmegaConf.load(tmp_path / "run/config.yaml").optim.lr == 1e-3  # a given rate stays
 
 
 def test_one_image_more_does_not_end_a_fine_tuning(colours: Path, tmp_path: Path) -> None:

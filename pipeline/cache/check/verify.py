@@ -8,6 +8,7 @@
 The teacher and the images are handed in; this wing imports neither.
 """
 
+import errno
 import os
 import re
 import stat
@@ -34,6 +35,7 @@ from pipeline.files import PARTIAL, hash_source
 Level = Literal["quick", "full", "deep"]
 _COUNTS = ("committed", "records", "bytes", "tombstones")  # added up over shards
 CARDS = ("README.md", ".gitattributes")  # what lies beside a cache that is handed on
+_NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})  # the last one is a link to itself
 _NAMED = 10  # damaged samples of one view that get a finding of their own
 
 
@@ -200,6 +202,9 @@ class _Verifier:
                 else:
                     problem = f"has {found.st_size} bytes instead of {commit.files[file].bytes}"
             except OSError as error:
+                if error.errno not in _NO_FILE:
+                    problem = f"{self._path}/{file} can't be looked at: {error.strerror}"
+                    raise StorageError(f"{problem}; mend that, then run again") from error
                 gone = isinstance(error, FileNotFoundError)
                 problem = "is missing" if gone else f"can't be looked at: {error.strerror}"
             broken.add(file)

@@ -30,7 +30,7 @@ from pipeline.cache.tar.view import (
     within,
 )
 from pipeline.errors import CacheDamage
-from pipeline.files import sync
+from pipeline.files import remove_dead_partials, sync
 
 # A member's header without its name, size and checksum: mtime 0, uid 0, no owner's name, nothing of the machine.
 _BLANK_HEADER = TarInfo("").tobuf(USTAR_FORMAT)
@@ -119,6 +119,7 @@ class WebdatasetStore:
         shard, view = (int(part) for part in file.removeprefix("index/").removesuffix(".index").split("-"))
         with one_line(f"{file_of(self._root, file)}: can't be written"):
             tar = Descriptor(file_of(self._root, tar_name(shard, view)))
+            remove_dead_partials(file_of(self._root, file))
             self._write_index(shard, view, index_of(tar, self._header.shard_range(shard)))
             sync(self._root / "index")
 

@@ -32,7 +32,7 @@ from pipeline.cache.zarr.view import (
     table_sizes,
 )
 from pipeline.errors import CacheDamage, CacheError
-from pipeline.files import sync
+from pipeline.files import remove_dead_partials, sync
 
 _LONGEST_KEY = 4096  # bytes, as a path: what a shard's keys have on average at most
 _ADDED = ("attributes", "consolidated_metadata")  # entries of a zarr.json that anyone may add; nothing here reads them
@@ -78,6 +78,7 @@ class ZarrStore:
     def create(self) -> None:
         for file, content in self._metadata.items():
             path = file_of(self._root, file)
+            remove_dead_partials(path)
             try:
                 write_file(path, [content], exclusive=True)
             except FileExistsError as error:
@@ -163,6 +164,7 @@ class ZarrStore:
     def rebuild(self, file: str) -> None:
         path = file_of(self._root, file)
         with one_line(f"{path}: can't be written"):
+            remove_dead_partials(path)
             write_file(path, [self._metadata[file]])
             sync(path.parent)
 

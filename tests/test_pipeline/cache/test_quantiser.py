@@ -62,10 +62,11 @@ def test_arrays_and_tensors_agree_and_json_is_exact(name: str) -> None:
     np.testing.assert_array_equal(arrays, quantiser.dequantise(stored, scale).numpy())
 
 
-def test_zero_and_tiny_tokens_survive() -> None:
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_zero_and_tiny_tokens_survive(name: str) -> None:
     """Without a floor, a zero token divides by zero and a tiny one falls among float16's subnormals."""
     values = tokens(0)
-    quantiser = Quantiser.calibrate("int8", values)
+    quantiser = Quantiser.calibrate(name, values)
     still = torch.from_numpy(quantiser.mean) + torch.tensor([[0.0], [1e-7]])
     stored, scale = quantiser.quantise(still)
     assert scale is not None

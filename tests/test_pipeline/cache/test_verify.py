@@ -201,6 +201,22 @@ def test_a_disk_that_fails_is_no_damage(cache: Path, monkeypatch: pytest.MonkeyP
     mend(cache, verify(cache, "full"))
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_file_that_can_not_be_looked_at_is_no_damage(
+    cache: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, look = target_of(cache, "tokens", 1, 1), os.stat
+
+    def stat(path: object, **keys: bool) -> os.stat_result:
+        if str(path) == str(file):
+            raise OSError(number, os.strerror(number), str(path))
+        return look(path, **keys)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(StorageError, match=rf"^{file} can't be looked at: {os.strerror(number)}"):
+        verify(cache, "quick")
+
+
 @pytest.mark.parametrize("file", ["cache.json", "commits/000000.json", "zarr.json", "tokens/zarr.json"])
 def test_every_bit_of_the_metadata_counts(tmp_path: Path, file: str) -> None:
     path = make_cache(tmp_path / "cache", make_header("zarr", dim=2, grid=[1, 2]))
@@ -500,21 +516,24 @@ def test_deep_needs_a_teacher(cache: Path) -> None:
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("field", "place", "value", "message"),
     [
-        ("scale", 0, "scales"),
-        ("scale", np.inf, "scales"),
-        ("attention", 0.5, "sum to 1"),
-        ("attention", np.nan, "sum to 1"),
-        ("box", -1, "box"),
-        ("hflip", 7, "hflip"),
+        ("scale", (2, 1, 0), 0, "scales"),  # of the summary
+        ("scale", (2, 1, 3), 0, "scales"),
+        ("scale", (2, 1, 0), np.inf, "scales"),
+        ("scale", (2, 1, 3), np.inf, "scales"),
+        ("attention", (2, 1), 0.5, "sum to 1"),
+        ("attention", (2, 1), np.nan, "sum to 1"),
+        ("box", (2, 1), -1, "box"),
+        ("hflip", (2, 1), 7, "hflip"),
     ],
 )
-def test_values_that_cannot_be(tmp_path: Path, store: str, field: str, value: float, message: str) -> None:
+def test_values_that_cannot_be(
+    tmp_path: Path, store: str, field: str, place: tuple[int, ...], value: float, message: str
+) -> None:
     header = make_header(store, summary="class")
     path = make_cache(tmp_path / "cache", header)
     data = make_shard(header, 1)
-    place = (2, 1, 0) if field == "scale" else (2, 1)  # the scale of the summary alone
     getattr(data, field)[place] = value
     open_writer(path).write_shard(1, data)
     found = verify(path, "full").findings

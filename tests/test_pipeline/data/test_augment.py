@@ -12,6 +12,7 @@ from pipeline.configs.data import DataConfig, ViewConfig
 from pipeline.data.augment import rand_augment
 from pipeline.data.labelled import LabelledDataset, open_labelled
 from pipeline.errors import DataError
+from stages.configs.finetune import AugmentConfig
 
 DEFAULT = "rand-m9-mstd0.5-inc1"
 
@@ -24,7 +25,7 @@ def noise(seed: int = 0) -> Image.Image:
     "policy", [DEFAULT, "rand-m9-mstd0.5", "rand-m0", "rand-m30-mmax30-inc1", "rand-m9-t3aw", "rand-m9-tweights"]
 )
 def test_every_operation_takes_every_level(policy: str) -> None:
-    augment = rand_augment(policy, 16)
+    augment = rand_augment(str(AugmentConfig(rand_augment=policy).rand_augment), 16)
     for operation in augment.ops:
         operation.prob, operation.magnitude_std = 1.0, 0
         for magnitude in np.linspace(0, operation.magnitude_max or 10, 21).tolist():

@@ -1,6 +1,7 @@
 """Batches made in other processes: equal to those made here, in order, in memory that is used again."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,10 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from random import Random
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -18,9 +22,9 @@ import torch
 from torch import Tensor
 
 from pipeline.data import slots
-from pipeline.data.slots import Empty, Page, Slots, read_memory, unpack, write_memory
+from pipeline.data.slots import CAPACITY, Empty, Page, Slots, read_memory, unpack, write_memory
 from pipeline.data.workers import PREFETCH, Pool
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[3]
 
@@ -181,6 +185,19 @@ def test_close_ends_a_worker_that_hangs_in_a_batch() -> None:
     assert time.monotonic() - began < 5
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("capacity", [CAPACITY, 1 << 12], ids=["slots", "memory of its own"])
+def test_a_worker_that_is_killed_at_any_moment_is_said(capacity: int) -> None:
+    random = Random(0)
+    for _ in range(8):
+        pool = Pool(make, 2, capacity)
+        killing = Timer(random.uniform(0, 0.02), os.kill, (random.choice(pool._workers).pid, signal.SIGKILL))
+        killing.start()
+        with pytest.raises(ConfigError, match=r"^a process that loads data has ended \(SIGKILL\): where"):
+            deque(pool.batches(count()), maxlen=1)
+        killing.join()
+        pool.close()
 
 
 PROGRAM = """

@@ -10,7 +10,7 @@ import torch
 from pipeline.detection import CocoImages, Detector, DetectorConfig, open_coco
 from pipeline.models import Classifier, build_classifier
 from tests.coco import write_coco
-from tests.micro import NAMES, kind, one_thread  # noqa: F401 - fixtures
+from tests.micro import NAMES, kind, seeded  # noqa: F401 - fixtures
 
 SIZES = {"patch_size": 8, "dim": 48, "depth": 4, "num_heads": 3}
 OPTIONS = {"window": 4, "channels": 16, "anchors": [8, 16, 24, 32, 48], "rois": 16}

@@ -3,20 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from pipeline.evaluation import FeatureSets, knn, knn_classify
-
-
-@pytest.fixture(scope="module")
-def digits() -> FeatureSets:
-    x, y = load_digits(return_X_y=True)
-    features, labels = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.long)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1200], order[1200:]
-    return FeatureSets(features[train], labels[train], features[test], labels[test], 10)
 
 
 @pytest.mark.parametrize("k", [1, 10, 20])

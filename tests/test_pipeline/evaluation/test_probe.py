@@ -4,20 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.evaluation import FeatureSets, ProbeHeads, linear_probe
 from pipeline.evaluation.probe import TRUST, lr_factor
-
-
-@pytest.fixture(scope="module")
-def digits() -> FeatureSets:
-    x, y = load_digits(return_X_y=True)
-    features, labels = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.long)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1200], order[1200:]
-    return FeatureSets(features[train], labels[train], features[test], labels[test], 10)
 
 
 def test_two_steps_are_lars_on_autograds_gradients() -> None:

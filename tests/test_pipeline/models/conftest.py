@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models import Student, build_student
-from tests.micro import NAMES, kind, one_thread  # noqa: F401 - fixtures
+from tests.micro import NAMES, kind, seeded  # noqa: F401 - fixtures
 
 ENCODER = {"image_size": 32, "patch_size": 8, "dim": 48, "depth": 3, "num_heads": 3}  # 4 × 4 cells
 DECODER = {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 2}

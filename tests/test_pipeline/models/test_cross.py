@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import OBJECTIVES, Student, build_student, load_weights
 from pipeline.models.masking import complement, gather_tokens, visible_map
 from pipeline.models.patches import patchify
-from tests.micro import NAMES
+from tests.micro import NAMES, assert_overfits
 
 Build = Callable[..., Student]
 Draw = Callable[..., Any]
@@ -127,17 +127,7 @@ def test_cross_overfits_eight_images(micro: Build, batch: Draw, kind: str, objec
     depth: Any = 2 if kind == "vit" else (1, 1, 2)
     student = micro(kind, objective=objective, depth=depth, decoder="cross", decoder_depth=1, mimic_weight=1.0)
     _, *inputs = drawn(student, batch, size=8)
-    images = F.interpolate(torch.randn(8, 3, 6, 6), 32, mode="bicubic")  # smooth, as photographs are
-    optimiser = torch.optim.AdamW(student.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    losses = []
-    for _ in range(120):
-        result = student(images, *inputs)
-        optimiser.zero_grad()
-        result["loss"].backward()
-        optimiser.step()
-        losses.append({name: value.item() for name, value in result.items() if name != "pred"})
-    for name, first in losses[0].items():
-        assert losses[-1][name] < 0.4 * first, name
+    assert_overfits(student, *inputs)
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [True, False])

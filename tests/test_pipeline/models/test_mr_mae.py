@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import ConfigError
@@ -17,6 +16,7 @@ from pipeline.models.mae import pixel_loss
 from pipeline.models.masking import complement, gather_tokens, visible_map
 from pipeline.models.patches import patchify
 from pipeline.models.phi_s import mean_and_covariance
+from tests.micro import assert_overfits
 
 Build = Callable[..., Student]
 Draw = Callable[..., Any]
@@ -203,17 +203,7 @@ def test_each_objective_overfits_eight_images(micro: Build, batch: Draw, kind: s
     depth: Any = 2 if kind == "vit" else (1, 1, 2)
     student = micro(kind, objective=objective, depth=depth, decoder_depth=1, mimic_weight=1.0)
     _, ids_keep, targets = batch(student, size=8)
-    images = F.interpolate(torch.randn(8, 3, 6, 6), 32, mode="bicubic")  # smooth, as photographs are
-    optimiser = torch.optim.AdamW(student.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    losses = []
-    for _ in range(120):
-        result = student(images, ids_keep, targets)
-        optimiser.zero_grad()
-        result["loss"].backward()
-        optimiser.step()
-        losses.append({name: value.item() for name, value in result.items() if name != "pred"})
-    for name, first in losses[0].items():
-        assert losses[-1][name] < 0.4 * first, name
+    assert_overfits(student, ids_keep, targets)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

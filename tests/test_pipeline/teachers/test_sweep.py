@@ -113,7 +113,7 @@ def compare_with_timm(teacher: Teacher) -> tuple[str, str | None]:
         summary is not None and not torch.allclose(summary, features[:, :1], atol=1e-5, rtol=1e-5)
     ):
         return "no row", "its summary is not the class token"
-    if getattr(model, "cls_token", None) is not None:
+    if has_class:
         rows = maps[-1][:, :, 0]
         return "class row", row_fault(attention, rows, type(model.blocks[-1]).__name__)
     if getattr(model, "attn_pool", None) is not None:
@@ -135,7 +135,10 @@ def compare_with_open_clip(teacher: Teacher) -> tuple[str, str | None]:
     handle.remove()
     norm = visual.ln_post if visual.attn_pool is None else visual.attn_pool.ln_k
     expected = norm(blocks[0][:, 1:])
-    if summary is not None and not torch.allclose(summary, norm(blocks[0][:, :1]), atol=1e-5, rtol=1e-5):
+    has_class = visual.attn_pool is None and visual.pool_type == "tok"
+    if has_class != (summary is not None) or (
+        summary is not None and not torch.allclose(summary, norm(blocks[0][:, :1]), atol=1e-5, rtol=1e-5)
+    ):
         return "no row", "its summary is not the class token"
     if not torch.allclose(tokens, expected, atol=1e-5, rtol=1e-5):
         return "no row", f"tokens differ by {(tokens - expected).abs().max()}"
@@ -232,17 +235,22 @@ def vits_of_timm() -> list[str]:
     return [name for module in MODULES for name in timm.list_models(module=module)]
 
 
-def sweep(names: list[str], build: Callable[[str], Teacher], shake: Callable[..., Any]) -> None:
+def sweep(names: list[str], build: Callable[[str], Teacher], shake: Callable[..., Any]) -> Counter[str]:
+    """Show every network; returns how many became teachers, and by which rows they focus."""
     swept = Sweep()
     for name in names:
         swept.show(name, lambda name=name: build(name), shake)
     log.info("%s", dict(swept.counts))
     assert not swept.faults, "\n".join(swept.faults)
+    return swept.counts
 
 
 @pytest.mark.usefixtures("narrow")
 def test_one_network_of_each_structure_in_timm(shake: Callable[..., Any]) -> None:
-    sweep(one_of_each(vits_of_timm(), lambda name: timm.create_model(name, num_classes=0)), small_timm, shake)
+    names = one_of_each(vits_of_timm(), lambda name: timm.create_model(name, num_classes=0))
+    counts = sweep(names, small_timm, shake)
+    assert counts["teachers"] >= 60
+    assert counts["class row"] >= 40
 
 
 @pytest.mark.usefixtures("narrow")
@@ -251,7 +259,9 @@ def test_one_network_of_each_kind_in_open_clip(shake: Callable[..., Any]) -> Non
     kinds: dict[frozenset[str], str] = {}
     for name in open_clip.list_models():
         kinds.setdefault(frozenset(open_clip.get_model_config(name)["vision_cfg"]), name)
-    sweep(list(kinds.values()), small_open_clip, shake)
+    counts = sweep(list(kinds.values()), small_open_clip, shake)
+    assert counts["teachers"] >= 6
+    assert counts["class row"] >= 5
 
 
 @pytest.mark.slow

@@ -114,15 +114,33 @@ def same(one: Path, other: Path) -> bool:
     return True
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    path = tmp_path_factory.mktemp("whole")
+    Training(path)()
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that nothing stopped, evaluated every 4 steps, and what it returned."""
+    training = Training(tmp_path_factory.mktemp("evaluated"), evaluate_every=4)
+    facts = training()
+    assert training.evaluated == [4, 8, 12]
+    return training.output, timeless(facts)
+
+
 @pytest.mark.parametrize("moment", ["evaluating", "best", "row", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("step", [4, STEPS])
 def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, moment: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    evaluated: tuple[Path, dict[str, Any]],
+    step: int,
+    moment: str,
 ) -> None:
-    whole = Training(tmp_path / "whole", evaluate_every=4)
-    facts = whole()
-    assert whole.evaluated == [4, 8, 12]
-
+    whole, facts = evaluated
     stopped = Training(tmp_path / "stopped", evaluate_every=4)
     with monkeypatch.context() as patch:
         if moment == "evaluating":
@@ -149,33 +167,31 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(
         with pytest.raises((Killed, Interrupted)):
             stopped()
     resumed = Training(tmp_path / "stopped", evaluate_every=4)
-    assert timeless(resumed()) == timeless(facts)
+    assert timeless(resumed()) == facts
     assert resumed.evaluated == list(range(step, STEPS + 1, 4))
     assert resumed.trained == [number for number in range(step, STEPS) for _ in range(ACCUM)]
-    assert same(tmp_path / "whole", tmp_path / "stopped")
+    assert same(whole, tmp_path / "stopped")
     again = Training(tmp_path / "stopped", evaluate_every=4)
-    assert timeless(again()) == timeless(facts)
+    assert timeless(again()) == facts
     assert (again.evaluated, again.trained) == ([], [])
 
 
 @pytest.mark.parametrize("at", range(1, STEPS))
 @pytest.mark.parametrize("how", [kill, terminate])
 def test_rows_are_the_same_wherever_a_run_stopped(
-    tmp_path: Path, how: Callable[[int], Callable[[int], None]], at: int
+    tmp_path: Path, whole: Path, how: Callable[[int], Callable[[int], None]], at: int
 ) -> None:
     """Rows every 5 steps, checkpoints every 3: a resumed run goes on in the middle of a mean."""
-    Training(tmp_path / "whole")()
     with pytest.raises((Killed, Interrupted)) if at < STEPS - 1 or how is kill else nullcontext():
         Training(tmp_path / "stopped", at_step=how(at))()
     resumed = Training(tmp_path / "stopped")
     resumed()
     start = at // 3 * 3 if how is kill else at + 1
     assert resumed.trained == [step for step in range(start, STEPS) for _ in range(ACCUM)]
-    assert same(tmp_path / "whole", tmp_path / "stopped")
+    assert same(whole, tmp_path / "stopped")
 
 
-def test_a_kill_between_two_micro_batches_changes_nothing(tmp_path: Path) -> None:
-    Training(tmp_path / "whole")()
+def test_a_kill_between_two_micro_batches_changes_nothing(tmp_path: Path, whole: Path) -> None:
     calls: list[int] = []
 
     def second_half(step: int) -> None:
@@ -188,7 +204,7 @@ def test_a_kill_between_two_micro_batches_changes_nothing(tmp_path: Path) -> Non
     resumed = Training(tmp_path / "stopped")
     resumed()
     assert resumed.trained[0] == 6
-    assert same(tmp_path / "whole", tmp_path / "stopped")
+    assert same(whole, tmp_path / "stopped")
 
 
 def test_a_damaged_best_does_not_keep_a_run_from_going_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
