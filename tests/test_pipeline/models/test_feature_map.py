@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import build_classifier, build_student, layer_ids
 from pipeline.models.feature_map import FeatureMap
 from pipeline.models.patches import resize_map
-from tests.micro import NAMES, one_thread  # noqa: F401 - a fixture
+from tests.micro import NAMES
 
 RESNET, MOBILE, SWIN = "timm:test_resnet", "timm:mobilenetv3_small_050", "timm:swin_tiny_patch4_window7_224"
 

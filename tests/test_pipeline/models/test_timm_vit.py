@@ -13,7 +13,6 @@ from pipeline.models import Classifier, Student, build_classifier, build_student
 from pipeline.models.timm_vit import TimmViT
 from pipeline.pixels import normalise
 from pipeline.training.optim import parameter_groups
-from tests.micro import one_thread  # noqa: F401 - a fixture
 
 # Class token, learned positions, other pixels | registers, rotary positions of DINOv3 | SwiGLU, both kinds of
 # positions, a norm after the mean | registers without a class token | rotary positions for each head | a pooling head
