@@ -1,5 +1,7 @@
 """The students' pixels: uint8 images normalised by ImageNet's mean and deviation, as MAE does it, and back."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,13 @@ def normalise(images: Tensor) -> Tensor:
     # One number for every pixel of an image: three alone would make a CPU walk channels-last memory in steps of three.
     every = torch.empty_like(images[:1], dtype=torch.float32)
     return images.float().sub_(every.copy_(mean)).div_(every.copy_(std))
+
+
+def to_other_pixels(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Scale and shift [3, 1, 1], by which images that `normalise` made have another mean and deviation of 0..1."""
+    other_mean, other_std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return own_std / other_std, (own_mean - other_mean) / other_std
 
 
 def denormalise(images: Tensor) -> Tensor:

@@ -20,15 +20,20 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.assembly.students import load_encoder
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import whole_file, whole_folder
-from pipeline.models import Classifier, ConvViT, Student, ViT, build_classifier, build_student, load_weights
+from pipeline.models import Classifier, ConvViT, Student, build_classifier, build_student, load_weights
+from pipeline.models.feature_map import FeatureMap
+from pipeline.models.mr_mae import Encoder
+from pipeline.models.timm_vit import TimmViT
+from pipeline.models.vit import PlainViT
+from pipeline.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.tensor_files import save_tensors
 from stages.configs.export import ExportConfig
 
@@ -54,7 +59,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         raise ConfigError("onnx=true, but its exporter isn't installed: pip install -e '.[onnx]'")
     model = load_encoder(config.init, config.student).eval()
     with whole_folder(config.output) as partial:
-        write = _write_timm if isinstance(_encoder(model), ViT) else _write_own
+        write = next(write for kind, write in _WRITERS.items() if isinstance(_encoder(model), kind))
         facts = write(model, partial)
         if config.onnx:
             facts |= _write_onnx(model, partial / "model.onnx", config.opset)
@@ -64,44 +69,86 @@ def run(config: ExportConfig) -> dict[str, Any]:
 def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
     """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens.
 
-    timm's ViT has MAE's parameter names already. A student's copy ends in its final norm and pools the patch tokens by
-    the mean, which gives the features that k-NN and probes read; a classifier's copy pools as it was trained to.
+    timm's ViT has MAE's parameter names already, and a student of timm goes back to where it is from. A student's copy
+    ends in its final norm and pools the patch tokens by the mean, which gives the features that k-NN and probes read; a
+    classifier's copy pools as it was trained to.
     """
     encoder = _encoder(model)
-    assert isinstance(encoder, ViT)
-    classifier = isinstance(model, Classifier)
+    assert isinstance(encoder, PlainViT)
     pool = "token" if isinstance(model, Classifier) and model.pool == "cls" else "avg"
+    norms_mean = isinstance(model, Classifier) and pool == "avg"
     arguments: dict[str, Any] = {
         "img_size": list(encoder.image_size),
-        "patch_size": encoder.patch_size,
-        "embed_dim": encoder.dim,
-        "depth": len(encoder.blocks),
-        "num_heads": _heads(encoder),
         "global_pool": pool,
-        "fc_norm": classifier and pool == "avg",
         "num_classes": model.head.out_features if isinstance(model, Classifier) else 0,
     }
-    # timm's own entries of these names normalise pixels otherwise.
+    if isinstance(encoder, TimmViT):
+        name, mean, std = encoder.named.name, encoder.named.mean, encoder.named.std
+        arguments |= encoder.changes | {"use_fc_norm" if encoder.family is Eva else "fc_norm": norms_mean}
+    else:
+        name = _NEAREST.get(encoder.dim, _NEAREST[768])
+        mean, std = IMAGENET_MEAN, IMAGENET_STD  # timm's own entries of these names normalise pixels otherwise
+        arguments |= {
+            "patch_size": encoder.patch_size,
+            "embed_dim": encoder.dim,
+            "depth": len(encoder.blocks),
+            "num_heads": _heads(encoder),
+            "fc_norm": norms_mean,
+        }
     preprocessing = {
         "input_size": (3, *encoder.image_size),
         "interpolation": "bicubic",
         "crop_pct": 0.875,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+        "mean": mean,
+        "std": std,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "fixed_input_size": True,
     }
     state = _state(model)
-    twin = timm.create_model(_NEAREST.get(encoder.dim, _NEAREST[768]), pretrained_cfg=preprocessing, **arguments)
+    twin = timm.create_model(name, pretrained_cfg=preprocessing, **arguments)
     twin.load_state_dict(state, strict=True)
+    _save_timm(twin, folder, arguments)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+    def tokens(images: Tensor) -> Tensor:
+        return _timm_tokens(again, encoder.own_pixels(images))
+
+    cosine = _agreement(_tokens(model), tokens, encoder.image_size)
+    return {"format": "timm", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}
+
+
+def _write_feature_map(model: Student | Classifier, folder: Path) -> dict[str, Any]:
+    """The network as timm has it, without a head; a classifier's is `head.safetensors`, of the mean of the last map.
+
+    timm puts layers of its own between map and classifier in some networks, so the head has no place there.
+    """
+    encoder = _encoder(model)
+    assert isinstance(encoder, FeatureMap)
+    arguments: dict[str, Any] = {"num_classes": 0}
+    if hasattr(encoder.model, "set_input_size"):
+        arguments["img_size"] = list(encoder.image_size)
+    preprocessing = {"input_size": (3, *encoder.image_size), "mean": encoder.named.mean, "std": encoder.named.std}
+    twin = timm.create_model(encoder.named.name, pretrained_cfg=preprocessing, **arguments)
+    twin.load_state_dict(encoder.model.state_dict(), strict=True)
+    _save_timm(twin, folder, arguments)
+    if isinstance(model, Classifier):
+        save_tensors(dict(model.head.state_dict()), folder / "head.safetensors")
+    again: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+    def tokens(images: Tensor) -> Tensor:
+        (last,) = again.forward_intermediates(encoder.own_pixels(images), 1, output_fmt="NCHW", intermediates_only=True)
+        return last.flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+    cosine = _agreement(_tokens(model), tokens, encoder.image_size)
+    return {"format": "timm", "parameters": sum(value.numel() for value in twin.parameters()), "cosine": cosine}
+
+
+def _save_timm(model: Any, folder: Path, arguments: dict[str, Any]) -> None:
     weights = folder / "model.safetensors"
     with whole_file(weights) as partial:  # for its mode
-        save_for_hf(twin, str(folder), model_args=arguments, safe_serialization=True)
+        save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
         weights.rename(partial)
-    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    cosine = _agreement(_tokens(model), lambda images: _timm_tokens(again, images), encoder.image_size)
-    return {"format": "timm", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}
 
 
 def _timm_tokens(model: Any, images: Tensor) -> Tensor:
@@ -130,8 +177,8 @@ def _write_own(model: Student | Classifier, folder: Path) -> dict[str, Any]:
         else "blocks3's output without the stage-1/2 addition, then a LayerNorm without parameters (eps 1e-6)",
         "pixels": {
             "range": "RGB in 0..1, then (x - mean) / std",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
         },
     }
     text = json.dumps(description, indent=1)
@@ -152,6 +199,13 @@ def _rebuild(model: Student | Classifier, sizes: dict[str, Any], state: dict[str
         again = build_student(objective="mae", **sizes)
     load_weights(again, state, strict=False)
     return again.eval()
+
+
+_WRITERS: dict[type, Callable[[Student | Classifier, Path], dict[str, Any]]] = {
+    PlainViT: _write_timm,
+    FeatureMap: _write_feature_map,
+    ConvViT: _write_own,
+}
 
 
 class _Outputs(nn.Module):
@@ -193,11 +247,11 @@ def _write_onnx(model: Student | Classifier, file: Path, opset: int) -> dict[str
     return {"onnx": f"opset {opset}", "onnx_cosine": cosine}
 
 
-def _encoder(model: Student | Classifier) -> ViT | ConvViT:
+def _encoder(model: Student | Classifier) -> Encoder:
     return model.encoder
 
 
-def _heads(encoder: ViT | ConvViT) -> int:
+def _heads(encoder: PlainViT | ConvViT) -> int:
     attention: Any = encoder.blocks[0].attn
     return int(attention.num_heads)
 

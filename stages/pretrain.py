@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.assembly.caches import mirrors_of, place_of, require_local_room
 from pipeline.assembly.fetching import OrderedFetching
+from pipeline.assembly.initial_weights import named_by_init, read_init
 from pipeline.assembly.knn_callback import knn_callback
 from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, Targets, open_cached, open_live
 from pipeline.assembly.samples import PretrainBatch
@@ -33,7 +34,7 @@ from pipeline.data.loader import Samples
 from pipeline.data.masks import MaskSampler, predicted_count, visible_count
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError, ConfigError, TeacherError
-from pipeline.models import Student, build_student, load_weights, model_record, read_weights
+from pipeline.models import Student, build_student, load_weights, model_record
 from pipeline.models.sizes import patch_for_grid
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
@@ -45,7 +46,6 @@ from pipeline.training.checkpoint import (
     recorded_config,
     recorded_identity,
     recorded_start,
-    resolve_checkpoint,
 )
 from pipeline.training.engine import fit
 from pipeline.training.grad_norms import GradNorms
@@ -162,7 +162,8 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
     if config.batch_size == "auto":
         settled = _settle_rate(settled)
     config = settled
-    student, size = config.student, knowledge.views.image_size
+    student, size = named_by_init(config.init, config.student), knowledge.views.image_size
+    assert student is not None  # it has defaults
     if student.image_size not in (None, size):
         raise ConfigError(
             f"student.image_size={student.image_size}, but the views have {size} pixels: set student.image_size={size}"
@@ -209,6 +210,7 @@ def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
         **config.student.model_dump(exclude_none=True),
         **config.mimic.model_dump(exclude_none=True, exclude={"resize_targets"}),
         teachers=knowledge.dims if config.mimic.objective != "mae" else None,
+        grid=next(iter(knowledge.grids.values())) if config.mimic.objective == "distil" else None,
     )
     for name, (h, w) in knowledge.grids.items():
         if (h, w) != student.grid and config.mimic.resize_targets is None:
@@ -246,13 +248,13 @@ def _start_from(config: PretrainConfig, student: Student) -> str | None:
     recorded = recorded_start(config.output, config.init)
     if recorded:
         return recorded.identity
-    state, _ = read_weights(resolve_checkpoint(config.init))
+    state, _ = read_init(config.init, student.spec["name"])
     load_weights(student, state, strict=False)
     return state_digest(state)
 
 
 def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> MaskSampler:
-    focus = config.mask.focus if knowledge.dims else "random"
+    focus = config.mask.focus if knowledge.dims and student.objective.masks else "random"
     if focus != "random":
         if knowledge.attended is None:
             raise ConfigError(
@@ -261,8 +263,12 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
             )
         if len(knowledge.dims) > 1 and processes().is_main_process:
             log.info("masks are drawn by the attention of %s", knowledge.attended)
+    if config.mask.masks_per_sample > 1 and not student.objective.masks:
+        raise ConfigError(
+            f"mask.masks_per_sample={config.mask.masks_per_sample}, but objective=distil masks nothing: leave it out"
+        )
     patches = student.grid[0] * student.grid[1]
-    keep = visible_count(patches, config.mask.mask_ratio)
+    keep = visible_count(patches, config.mask.mask_ratio) if student.objective.masks else patches
     masks = MaskSampler(
         patches=patches,
         keep=keep,

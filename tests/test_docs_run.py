@@ -44,6 +44,11 @@ SMALL = [
     (r" extract-teacher-features .*--config configs/imagenet\.yaml", "teacher.weights=random"),
     (r" --shard-range ", "--shard-range 0:1"),
     (r" pretrain ", f"student.image_size=32 student.depth=4 {STUDENT} {DECODER}"),
+    (r" pretrain .*init=timm:", "init=null"),  # no hub
+    (
+        r" pretrain .*student\.name=timm:resnet18",
+        "student.name=timm:test_resnet student.depth=null student.dim=null student.num_heads=null",
+    ),
     (r"^mrmae pretrain ", "views.image_size=32"),
     (r"^mrmae (pretrain|finetune|detect) (?!.*--eval)", "batch_size=8 max_steps=2"),
     (r" (finetune|knn) .*student\.name=", f"student.image_size=32 student.depth=4 {STUDENT}"),
@@ -89,6 +94,7 @@ export IMAGENET=/data/imagenet
 mrmae extract-teacher-features --config configs/imagenet.yaml
 """,
     "detection.md": f"{_CONVVIT}\n",
+    "students.md": _CACHE.replace("photos_dino", "photos_cache"),
 }
 # Calls that are not run here: why, and the test that runs them.
 ELSEWHERE = {
@@ -152,6 +158,12 @@ LEFT = {
         "runs/report.html",
     ],
     "results.md": ["runs/imagenette/mae/metrics.jsonl", "runs/imagenette_128/mr_mae_finetuned_1/checkpoints/best"],
+    "students.md": [
+        "runs/photos_dinov3/checkpoints",
+        "exports/photos_dinov3/config.json",
+        "runs/flowers_resnet18/checkpoints/best",
+        "exports/photos_resnet18/model.safetensors",
+    ],
     "teachers.md": [
         "data/photos_caches/dino/cache.json",
         "data/photos_caches/clip/cache.json",

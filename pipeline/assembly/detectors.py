@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.detection import Detector
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models import build_classifier, layer_ids, load_weights, read_weights
+from pipeline.models.feature_map import FeatureMap
 from pipeline.training.checkpoint import resolve_checkpoint
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,11 @@ def build_detector(
         ConfigError: sizes that don't fit together. CheckpointError: the weights don't fit.
     """
     classifier = build_classifier(num_classes=1, **encoder)
+    if isinstance(classifier.encoder, FeatureMap) or getattr(classifier.encoder, "rope", None) is not None:
+        raise ConfigError(
+            f"student.name={encoder['name']} can't attend in windows: detect with a ViT without rotary positions, "
+            "or a ConvViT"
+        )
     if state is not None:
         log.info("init: %s", load_weights(classifier, state, strict=False))
     spec = {

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.assembly.initial_weights import named_by_init, read_init
 from pipeline.configs.models import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.models import (
@@ -17,10 +18,10 @@ from pipeline.models import (
     build_from_spec,
     build_student,
     load_weights,
-    read_weights,
 )
+from pipeline.models.timm_names import is_maskable, is_timm
 from pipeline.pixels import normalise
-from pipeline.training.checkpoint import recorded_start, resolve_checkpoint
+from pipeline.training.checkpoint import recorded_start
 from pipeline.weights import state_digest
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def read_start(init: Path | None, student: StudentConfig | None, output: Path) -
         ConfigError: as `student_arguments`. CheckpointError: the weights aren't there.
     """
     recorded = recorded_start(output, init)
-    state, spec = _read(init) if init and not recorded else (None, None)
+    student = named_by_init(init, student)
+    state, spec = _read(init, student) if init and not recorded else (None, None)
     identity = f"weights {state_digest(state)[:16]}" if state else None
     if recorded:
         spec, identity = recorded.spec.get("encoder", recorded.spec), recorded.identity  # a detector's is a part
@@ -89,10 +91,11 @@ def read_start(init: Path | None, student: StudentConfig | None, output: Path) -
     return Start(encoder, completed, state, identity)
 
 
-def _read(init: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _read(init: Path, student: StudentConfig | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Weights, and what they are of if they say it."""
-    state, spec = read_weights(resolve_checkpoint(init))
-    if spec is None:
+    name = student.name if student else None
+    state, spec = read_init(init, name)
+    if spec is None and not (name and is_timm(name)):
         log.warning(
             "init=%s doesn't say how pixels were normalised: taking ImageNet's mean and deviation, as MAE and ConvMAE "
             "do; timm's augreg weights want 0.5 instead and would give other features (teacher.spec=timm:NAME knows)",
@@ -110,7 +113,8 @@ def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | 
     Raises:
         ConfigError: as `student_arguments`. CheckpointError: the weights aren't there or don't fit.
     """
-    state, spec = _read(init) if init else (None, None)
+    student = named_by_init(init, student)
+    state, spec = _read(init, student) if init else (None, None)
     arguments = student_arguments(init, student, spec)
     strict = spec is not None and spec.get("name") == arguments["name"]
     model: Student | Classifier
@@ -121,7 +125,7 @@ def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | 
         strict = True
         model = build_classifier(num_classes=len(state["head.weight"]), pool="mean", **_of_encoder(arguments))
     else:
-        model = build_student(**arguments, objective="mae")
+        model = build_student(**arguments, objective="mae" if is_maskable(arguments["name"]) else "distil")
     if state is not None:
         log.info("init: %s", load_weights(model, state, strict=strict))
     return model

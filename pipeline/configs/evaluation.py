@@ -25,7 +25,7 @@ class FrozenConfig(Config):
 
     data: DataConfig  # labelled images that the classifier learns from, or a folder that holds train/ and val/
     val: ValConfig | None = None  # labelled images that it is measured on; default: val/ in data.path
-    init: PathField | None = None  # a run, a checkpoint or a public weights file
+    init: PathField | None = None  # a run, a checkpoint, a public weights file or timm:NAME
     student: StudentConfig | None = None  # for a lone weights file, or an untrained student
     teacher: TeacherConfig | None = None  # measure a teacher instead
     pixels: bool = False  # measure raw pixels instead

@@ -8,7 +8,7 @@ from pipeline.config import Config
 
 DecoderKind = Literal["full", "cross"]
 DropTeachers = bool | Literal["loss"]
-ObjectiveName = Literal["mr_mae", "mae", "feature_encoder", "feature_decoder", "joint_decoder"]
+ObjectiveName = Literal["mr_mae", "mae", "feature_encoder", "feature_decoder", "joint_decoder", "distil"]
 Fusion = Literal["fused", "each", "last"]
 TargetNorm = Literal["layernorm", "channel", "phi_s", "none"]
 MimicLoss = Literal["smooth_l1", "mse", "cosine"]
@@ -23,7 +23,7 @@ class StudentConfig(Config):
 
     main_key: ClassVar[str] = "name"
 
-    name: str = "mrmae_vit_base_patch16"  # architecture and size, see docs/students.md
+    name: str = "mrmae_vit_base_patch16"  # architecture and size, or timm:NAME: docs/students.md
     image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: in pretrain those of the views, else 224
     patch_size: int | None = Field(None, ge=1)  # pixels; default: 16, in pretrain what gives the teachers' grid
     dim: int | None = Field(None, ge=1)  # width of the encoder; default of this and the next ones: the published size
@@ -42,7 +42,8 @@ class StudentConfig(Config):
 class MimicConfig(Config):
     """The objective: MR-MAE's two losses and the variants that the ablation compares."""
 
-    # mr_mae: mimic the teacher and reconstruct pixels; mae: pixels alone; the others: see docs/students.md
+    # mr_mae: mimic the teacher and reconstruct pixels; mae: pixels alone; distil: mimic on whole views, any network;
+    # the others: see docs/students.md
     objective: ObjectiveName = "mr_mae"
     target: MimicTarget = "tokens"  # codes: classify each token's cluster, as a cache with cache.quantiser=codes has it
     norm_pix_loss: bool = True  # reconstruct each patch normalised by its own mean and deviation

@@ -19,11 +19,14 @@ from pipeline.errors import ConfigError
 from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
 from pipeline.models.cross import CrossDecoder
+from pipeline.models.feature_map import FeatureMap
 from pipeline.models.mae import Decoder
 from pipeline.models.mimic import CodeMimic, Mimic
-from pipeline.models.mr_mae import OBJECTIVES, Student, module_name
+from pipeline.models.mr_mae import OBJECTIVES, Encoder, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
 from pipeline.models.summary import SummaryHead
+from pipeline.models.timm_names import is_timm, timm_model
+from pipeline.models.timm_vit import TimmViT, size_changes
 from pipeline.models.vit import ViT
 
 _DECODERS = {"full": Decoder, "cross": CrossDecoder}
@@ -36,6 +39,7 @@ _LATER = {
     "summary_weight": 0.0,
     "summary_source": None,
     "conv_mlp_ratio": None,
+    "grid": None,
 }
 
 
@@ -62,18 +66,19 @@ def build_student(
     predict_share: float | None = None,
     gradient_checkpointing: bool = False,
     sparse: bool = True,
+    grid: Sequence[int] | None = None,
     **sizes: Unpack[StudentSizes],
 ) -> Student:
     """Build a student for pre-training.
 
     Args:
-        name: one of `sizes.SIZES`.
+        name: one of `sizes.SIZES`, or `timm:NAME`: a plain ViT of timm, for objective "distil" any of its networks.
         objective: see `pipeline.models.mr_mae`.
         target: "tokens" | "codes": what of the teacher is predicted; codes are learned by cross-entropy, which knows
             no `target_norm` and no `mimic_loss`.
         norm_pix_loss: standardise each patch of the pixel target.
         teachers: teacher -> channels of its tokens, or clusters of its codebook; needed unless the objective is "mae",
-            which takes none.
+            which takes none. "distil" without teachers is an encoder alone.
         teacher_weights: teacher -> positive weight, 1 unless given; only their ratios count.
         fusion: "fused" | "each" | "last": how encoder blocks mimic (objective "mr_mae" alone).
         fusion_blocks: 0-based transformer blocks for "fused" and "each"; four evenly spaced ones unless given.
@@ -92,6 +97,7 @@ def build_student(
             unless given. Who calls the model draws the cells: `pipeline.data.masks`.
         gradient_checkpointing: run every block again in the backward pass instead of keeping its activations.
         sparse: False computes ConvViT's first two levels on whole maps: the same numbers, slower.
+        grid: (h, w) of the teachers' tokens, for objective "distil" alone; the encoder's own unless given.
         sizes: what differs from the named sizes.
 
     Raises:
@@ -122,7 +128,12 @@ def build_student(
     at_encoder = goal.mimics == "encoder"
 
     encoder = _encoder(
-        size, taps=blocks if at_encoder else (), gradient_checkpointing=gradient_checkpointing, sparse=sparse
+        name,
+        size,
+        masked=goal.masks,
+        taps=blocks if at_encoder else (),
+        gradient_checkpointing=gradient_checkpointing,
+        sparse=sparse,
     )
     built_decoder = None
     if goal.decodes:
@@ -142,7 +153,7 @@ def build_student(
     mimics = {
         teacher: kind(
             teacher,
-            dim=encoder.dim if at_encoder else size.decoder_dim,
+            dim=size.decoder_dim if goal.mimics == "decoder" else encoder.dim,
             width=width,
             sources=len(blocks) if at_encoder else 1,
             fusion=fusion if at_encoder else "last",
@@ -168,6 +179,7 @@ def build_student(
         summary_source=_summary_source(name, encoder, summary_source),
         teacher_shares=shares,
         drop_teachers=drop_teachers,
+        grid=None if grid is None else (grid[0], grid[1]),
         spec=spec,
     )
 
@@ -195,28 +207,47 @@ def build_classifier(
     spec = _spec(locals(), EncoderSizes)
     size = resolve_size(name, **sizes)
     check_choice("pool", pool, ("mean", "cls"))
-    if pool == "cls" and size.is_conv:
-        raise ConfigError(f"{name} has no CLS token: use pool=mean")
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}: give 1 or more")
     if not 0 <= drop_path < 1:
         raise ConfigError(f"drop_path={drop_path}: give a rate from 0 to below 1")
     encoder = _encoder(
-        size, drop_path=drop_path, final_norm=pool == "cls", gradient_checkpointing=gradient_checkpointing
+        name,
+        size,
+        masked=False,
+        drop_path=drop_path,
+        final_norm=pool == "cls",
+        gradient_checkpointing=gradient_checkpointing,
     )
+    if pool == "cls" and encoder.attention_query != "cls":
+        raise ConfigError(f"{name} has no CLS token: use pool=mean")
     return Classifier(encoder, num_classes, pool=pool, spec=spec)
 
 
-def _encoder(size: Size, *, sparse: bool = True, **options: Any) -> ViT | ConvViT:
-    return ConvViT(size, sparse=sparse, **options) if size.is_conv else ViT(size, **options)
+def _encoder(name: str, size: Size, *, masked: bool, sparse: bool = True, **options: Any) -> Encoder:
+    if not is_timm(name):
+        return ConvViT(size, sparse=sparse, **options) if size.is_conv else ViT(size, **options)
+    named = timm_model(name)
+    if named.maskable:
+        return TimmViT(named, size, **options)
+    if masked:
+        raise ConfigError(
+            f"student.name={name} ({named.kind}) is no plain ViT, and its patches can't be masked: set "
+            "mimic.objective=distil, which shows it whole views, or choose a vit_*, deit_* or eva_* model"
+        )
+    if size_changes(named, size):
+        raise ConfigError(f"student.name={name} has sizes of its own: leave out dim, depth, num_heads and patch_size")
+    for_features = {key: value for key, value in options.items() if key in ("drop_path", "gradient_checkpointing")}
+    return FeatureMap(named, size, **for_features)
 
 
-def _summary_source(name: str, encoder: ViT | ConvViT, source: SummarySource | None) -> SummarySource:
+def _summary_source(name: str, encoder: Encoder, source: SummarySource | None) -> SummarySource:
     """Which vector of the student predicts summaries: its class token where it has one."""
+    has_class = encoder.attention_query == "cls"
     if source is None:
-        return "class" if encoder.num_prefix_tokens else "mean"
+        return "class" if has_class else "mean"
     check_choice("summary_source", source, get_args(SummarySource))
-    if source == "class" and not encoder.num_prefix_tokens:
+    if source == "class" and not has_class:
         raise ConfigError(f"{name} has no CLS token: use summary_source=mean")
     return source
 
@@ -234,7 +265,7 @@ def _teachers(
     objective: str, widths: Mapping[str, int], weights: Mapping[str, float]
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Checked widths, and each teacher's share of the mimic loss, adding up to 1."""
-    if OBJECTIVES[objective].mimics and not widths:
+    if OBJECTIVES[objective].mimics and not widths and objective != "distil":  # then it is an encoder alone
         raise ConfigError(f"objective={objective} mimics, but no teacher is given: name one, or use objective=mae")
     if widths and not OBJECTIVES[objective].mimics:
         raise ConfigError(f"objective={objective} reads no teacher: leave {', '.join(widths)} out, or use mr_mae")

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.models.convvit import ConvViT
+from pipeline.models.feature_map import FeatureMap
 from pipeline.models.flat import flatten_parts
-from pipeline.models.vit import LayerNorm, ViT
+from pipeline.models.mr_mae import Encoder
 
 
 class Classifier(nn.Module):
@@ -22,18 +22,19 @@ class Classifier(nn.Module):
         spec: the keyword arguments that rebuild this model.
     """
 
-    def __init__(self, encoder: ViT | ConvViT, num_classes: int, *, pool: str, spec: dict[str, Any]) -> None:
+    def __init__(self, encoder: Encoder, num_classes: int, *, pool: str, spec: dict[str, Any]) -> None:
         super().__init__()
         self.encoder, self.pool, self.spec = encoder, pool, spec
         # What a `mrmae:` teacher is asked for, beside `blocks` and `forward_tokens`.
         self.dim, self.grid, self.image_size = encoder.dim, encoder.grid, encoder.image_size
         self.num_prefix_tokens, self.attention_query = encoder.num_prefix_tokens, pool
         if pool == "mean":
-            self.fc_norm = LayerNorm(encoder.dim)
+            self.fc_norm = encoder.pooled_norm()
         self.head = nn.Linear(encoder.dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # the first predictions are uniform: MAE's fine-tuning
         nn.init.zeros_(self.head.bias)
-        encoder.pos_embed.requires_grad_(True)
+        if encoder.pos_embed is not None:
+            encoder.pos_embed.requires_grad_(True)
         flatten_parts(self, "encoder")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -62,7 +63,11 @@ def layer_ids(model: Classifier) -> tuple[dict[str, int], int]:
 
     As in BEiT, MAE and ConvMAE. Layer 0 is all that comes before the transformer blocks: embeddings, positions,
     ConvViT's convolution levels. Block i is layer i + 1. What follows the blocks is layer N = blocks + 1.
+    A network of timm that is no ViT has its stages as layers, as timm groups them.
     """
+    if isinstance(model.encoder, FeatureMap):
+        stages, last = model.encoder.layers()
+        return {name: stages.get(name.removeprefix("encoder."), last) for name, _ in model.named_parameters()}, last
     last = len(model.blocks) + 1
     block_of = {id(p): i + 1 for i, block in enumerate(model.blocks) for p in block.parameters()}
     after = {id(p) for name, p in model.named_parameters() if name.startswith(("head.", "fc_norm.", "encoder.norm."))}

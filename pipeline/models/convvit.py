@@ -84,6 +84,10 @@ class ConvViT(nn.Module):
         x, _ = self._levels(images, ids_keep, decode=False)
         return self._transformer(x, ids_keep)
 
+    def pooled_norm(self) -> nn.Module:
+        """A new norm for the mean of the tokens, which a classifier reads."""
+        return LayerNorm(self.dim)
+
     def forward_tokens(self, images: Tensor) -> Tensor:
         """Every patch token of unmasked images [B, 3, H, W], LayerNormed without parameters: [B, L, D]."""
         return F.layer_norm(self.forward_blocks(images)[0], (self.dim,), eps=1e-6)

@@ -14,6 +14,7 @@ and the pixels of the masked cells after the decoder. `objective` moves or remov
 | feature_encoder | –                      | the encoder's visible tokens; no decoder   | visible     |
 | feature_decoder | –                      | the decoder's tokens at masked cells       | masked      |
 | joint_decoder   | yes                    | the decoder's tokens at masked cells       | masked      |
+| distil          | –                      | the last map of whole views; no decoder    | all         |
 
 `predict_share` may draw some of the masked cells; then these are all that a decoder predicts, pixels and tokens alike.
 With `target` "codes" the clusters of the teacher's tokens are predicted in place of the tokens.
@@ -29,21 +30,29 @@ from torch import Tensor, nn
 from pipeline.configs.models import DropTeachers, SummarySource
 from pipeline.errors import ConfigError
 from pipeline.models.convvit import ConvViT
+from pipeline.models.feature_map import FeatureMap
 from pipeline.models.flat import flatten_parts
 from pipeline.models.mae import Decoder, pixel_loss
 from pipeline.models.masking import complement, gather_tokens
 from pipeline.models.mimic import CodeMimic, Mimic
-from pipeline.models.patches import patchify
+from pipeline.models.patches import as_map, patchify, resize_map
 from pipeline.models.summary import SummaryHead, student_summary
-from pipeline.models.vit import ViT
+from pipeline.models.vit import PlainViT
+
+Encoder = PlainViT | ConvViT | FeatureMap
 
 
 class Objective(NamedTuple):
-    """What is predicted, and from where. `mimics` is "encoder", "decoder" or "" for nothing."""
+    """What is predicted, and from where. `mimics` is "encoder", "decoder", "map" or "" for nothing."""
 
     pixels: bool
     mimics: str
     target_rows: str
+
+    @property
+    def masks(self) -> bool:
+        """Whether the encoder sees some cells alone. If not, all are visible."""
+        return self.mimics != "map"
 
     @property
     def decodes(self) -> bool:
@@ -57,6 +66,7 @@ OBJECTIVES: dict[str, Objective] = {
     "feature_encoder": Objective(pixels=False, mimics="encoder", target_rows="visible"),
     "feature_decoder": Objective(pixels=False, mimics="decoder", target_rows="masked"),
     "joint_decoder": Objective(pixels=True, mimics="decoder", target_rows="masked"),
+    "distil": Objective(pixels=False, mimics="map", target_rows="visible"),
 }
 # Parts of an encoder that only a decoder reads.
 FOR_DECODER = frozenset({"norm", "stage1_output_decode", "stage2_output_decode"})
@@ -65,7 +75,8 @@ FOR_DECODER = frozenset({"norm", "stage1_output_decode", "stage2_output_decode"}
 class Student(nn.Module):
     """Encoder, decoder and one `Mimic` for each teacher; built by `build_student`.
 
-    `grid` is (h, w) cells. `target_rows` says which cells' teacher tokens `forward` wants: "visible", "masked", "none".
+    `grid` is (h, w) cells of the targets. `target_rows` says which cells' teacher tokens `forward` wants: "visible",
+    "masked", "none".
 
     Args:
         decoder: None for the objective "feature_encoder"; what the encoder has for a decoder is then not trained.
@@ -78,6 +89,7 @@ class Student(nn.Module):
             by these shares. "loss": it mimics the one of its highest loss, and each other with probability 1/2 (UNIC's
             teacher dropping, arXiv 2408.05088). Dropped ones have weight zero, and the weights of a sample add up to 1
             on average. So every head takes part in every step, as DDP needs.
+        grid: (h, w) cells of the targets, to which objective "distil" resizes the encoder's map; None for its own.
         spec: the keyword arguments that rebuild this model.
     """
 
@@ -85,7 +97,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        encoder: ViT | ConvViT,
+        encoder: Encoder,
         decoder: Decoder | None,
         mimics: Mapping[str, Mimic | CodeMimic],
         summaries: Mapping[str, SummaryHead],
@@ -99,6 +111,7 @@ class Student(nn.Module):
         summary_source: SummarySource,
         teacher_shares: Mapping[str, float],
         drop_teachers: DropTeachers,
+        grid: tuple[int, int] | None,
         spec: dict[str, Any],
     ) -> None:
         super().__init__()
@@ -108,7 +121,7 @@ class Student(nn.Module):
         self.summary = nn.ModuleDict({module_name(teacher): head for teacher, head in summaries.items()})
         self.teachers = tuple(mimics)
         self.objective = OBJECTIVES[objective]
-        self.grid, self.target_rows = encoder.grid, self.objective.target_rows
+        self.grid, self.target_rows = grid or encoder.grid, self.objective.target_rows
         self.norm_pix_loss = norm_pix_loss
         self.mimic_weight, self.pixel_weight = mimic_weight, pixel_weight
         self.summary_weight, self.summary_source = summary_weight, summary_source
@@ -118,7 +131,8 @@ class Student(nn.Module):
         flatten_parts(self, "encoder", *(["decoder"] if decoder else []))
         if decoder is None:
             for name, part in encoder.named_children():
-                part.requires_grad_(name not in FOR_DECODER)
+                if name in FOR_DECODER:
+                    part.requires_grad_(False)
 
     def set_channel_stats(self, teacher: str, mean: Tensor, std: Tensor) -> None:
         """Give a teacher's channel means and deviations [width], which target_norm "channel" needs (and "none" when
@@ -158,7 +172,7 @@ class Student(nn.Module):
 
         Args:
             images: [B, 3, H, W] normalised float.
-            ids_keep: [B, K] int64, the visible cells; 0 < K < L.
+            ids_keep: [B, K] int64, the visible cells; 0 < K < L. With objective "distil" all of them, ascending.
             targets: teacher -> [B, R, D] raw teacher tokens (any float dtype), for the cells that `target_rows` names:
                 "visible": R = K, in `ids_keep` order; "masked": R = P, in the order of the predicted cells. With
                 target "codes" [B, R] int64, the cluster of each.
@@ -174,7 +188,11 @@ class Student(nn.Module):
             ConfigError: a teacher's targets are missing, of another shape, or lack the statistics they need.
         """
         result: dict[str, Tensor] = {}
-        if self.decoder is None:
+        if not self.objective.masks:
+            last, _ = self.encoder.forward_blocks(images)
+            resized = resize_map(as_map(last[:, self.encoder.num_prefix_tokens :], self.encoder.grid), self.grid)
+            tokens = [resized.flatten(2).transpose(1, 2)]  # [B, L, D]
+        elif self.decoder is None:
             last, tokens = self.encoder.forward_blocks(images, ids_keep)
         else:
             if ids_predict is None:

@@ -26,6 +26,15 @@ def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)
 
 
+def resize_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map [B, C, h, w] on another grid [B, C, H, W]: means of cells where it has as many or more, else bilinear."""
+    if tuple(x.shape[2:]) == grid:
+        return x
+    if x.shape[2] >= grid[0] and x.shape[3] >= grid[1]:
+        return F.adaptive_avg_pool2d(x, grid)
+    return F.interpolate(x, grid, mode="bilinear")
+
+
 def conv_in_cells(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Apply a convolution with equal stride and kernel to cells alone: none of its windows crosses a cell's border.
 

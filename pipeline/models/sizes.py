@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 from pipeline.errors import ConfigError, suggest
+from pipeline.models.timm_names import PREFIX, is_timm, timm_model
 
 
 class EncoderSizes(TypedDict, total=False):
@@ -79,6 +80,8 @@ SIZES = {
     "mrmae_convvit_huge_patch16": Size((768, 1024, 1280), (2, 2, 31), 16, 512, 8, 16),
 }
 
+_WIDEST_DECODED = 768  # encoders of this width and above have one decoder
+
 
 def resolve_size(name: str, **overrides: Unpack[StudentSizes]) -> Size:
     """The named size with the overrides that aren't None.
@@ -86,8 +89,7 @@ def resolve_size(name: str, **overrides: Unpack[StudentSizes]) -> Size:
     Raises:
         ConfigError: unknown name; numbers that don't fit together.
     """
-    check_choice("student", name, SIZES)
-    named = SIZES[name]
+    named = _named_size(name)
     given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
     if "image_size" in given:
         given["image_size"] = _pair(given["image_size"])
@@ -100,12 +102,26 @@ def resolve_size(name: str, **overrides: Unpack[StudentSizes]) -> Size:
     return size
 
 
+def _named_size(name: str) -> Size:
+    """The published size; of a model of timm with the decoder that ours of that width have."""
+    if not is_timm(name):
+        check_choice("student", name, (*SIZES, f"{PREFIX}NAME"))
+        return SIZES[name]
+    model = timm_model(name)
+    like = next(size for size in SIZES.values() if size.dim[-1] >= min(model.dim, _WIDEST_DECODED))
+    return replace(like, dim=(model.dim,), depth=(model.depth,), num_heads=model.num_heads, patch_size=model.patch_size)
+
+
 def patch_for_grid(name: str, image_size: int, grid: tuple[int, int]) -> int | None:
     """The patch size that gives the named encoder this grid (h, w); None where it is the named one, or there is none.
+
+    Models of timm keep theirs.
 
     Raises:
         ConfigError: unknown name.
     """
+    if is_timm(name):  # its patch is a part of what it is
+        return None
     named, patch = resolve_size(name), image_size // grid[0]
     fits = (patch * grid[0], patch * grid[1]) == (image_size, image_size) and not (named.is_conv and patch % 4)
     return patch if fits and patch != named.patch_size else None

@@ -3,7 +3,7 @@
 Parameter names are those of facebookresearch/mae, so its checkpoints load as they are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +28,51 @@ class EncoderOutput(NamedTuple):
     last: Tensor  # [B, prefix + K, D], the last block's output, not normed
 
 
-class ViT(nn.Module):
+class PlainViT(nn.Module):
+    """What every plain ViT offers on top of `forward_blocks`: one grid of patch tokens after its prefix tokens."""
+
+    num_prefix_tokens: int
+    attention_query: str
+    blocks: nn.ModuleList
+    norm: nn.Module
+
+    def __init__(self, size: Size, taps: tuple[int, ...], gradient_checkpointing: bool) -> None:
+        super().__init__()
+        self.image_size, self.patch_size, self.grid, self.dim = size.image_size, size.patch_size, size.grid, size.dim[0]
+        self.taps, self.gradient_checkpointing = taps, gradient_checkpointing
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
+        """Encode images [B, 3, H, W] normalised float, at the cells `ids_keep` [B, K] int64 or at all of them."""
+        x, hidden = self.forward_blocks(images, ids_keep)
+        return EncoderOutput(latent=self.norm(x), hidden=hidden, last=x)
+
+    def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The last block's output [B, prefix+K, D], not normed, and the tapped blocks' patch tokens."""
+        raise NotImplementedError
+
+    def own_pixels(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] as students take them, normalised as the weights were trained."""
+        return images
+
+    def pooled_norm(self) -> nn.Module:
+        """A new norm for the mean of the tokens, which a classifier reads."""
+        return LayerNorm(self.dim)
+
+    def forward_tokens(self, images: Tensor) -> Tensor:
+        """Every patch token of unmasked images [B, 3, H, W], through `norm`: [B, L, D]."""
+        return self.forward(images).latent[:, self.num_prefix_tokens :]
+
+    @property
+    def map_dims(self) -> tuple[int, ...]:
+        """Channels of each map of `forward_maps`."""
+        return (self.dim,)
+
+    def forward_maps(self, images: Tensor) -> list[Tensor]:
+        """The last block's output, not normed, of unmasked images [B, 3, H, W] as one map [B, D, h, w]."""
+        return [as_map(self.forward_blocks(images)[0][:, self.num_prefix_tokens :], self.grid)]
+
+
+class ViT(PlainViT):
     """MAE's encoder: linear patch embedding, CLS token, fixed 2-D sine-cosine positions, pre-norm blocks.
 
     Args:
@@ -48,9 +92,7 @@ class ViT(nn.Module):
         final_norm: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.image_size, self.patch_size, self.grid, self.dim = size.image_size, size.patch_size, size.grid, size.dim[0]
-        self.taps, self.gradient_checkpointing = taps, gradient_checkpointing
+        super().__init__(size, taps, gradient_checkpointing)
         dim = self.dim
         self.patch_embed = PatchEmbed(size.patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -61,13 +103,8 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # as if it were the linear map it is
 
-    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> EncoderOutput:
-        """Encode images [B, 3, H, W] normalised float, at the cells `ids_keep` [B, K] int64 or at all of them."""
-        x, hidden = self.forward_blocks(images, ids_keep)
-        return EncoderOutput(latent=self.norm(x), hidden=hidden, last=x)
-
     def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The last block's output [B, 1+K, D], not normed, and the tapped blocks' patch tokens."""
+        """See `PlainViT.forward_blocks`."""
         patches = patchify(images, self.patch_size)  # [B, L, p*p*3]
         positions = self.pos_embed[:, 1:]
         if ids_keep is not None:
@@ -78,19 +115,6 @@ class ViT(nn.Module):
         x = torch.cat([cls.to(x.dtype), x], dim=1)  # [B, 1+K, D]
         x, outputs = run_blocks(self.blocks, x, self.taps, self.gradient_checkpointing)
         return x, [output[:, 1:] for output in outputs]
-
-    def forward_tokens(self, images: Tensor) -> Tensor:
-        """Every patch token of unmasked images [B, 3, H, W], through `norm`: [B, L, D]."""
-        return self.forward(images).latent[:, 1:]
-
-    @property
-    def map_dims(self) -> tuple[int, ...]:
-        """Channels of each map of `forward_maps`."""
-        return (self.dim,)
-
-    def forward_maps(self, images: Tensor) -> list[Tensor]:
-        """The last block's output, not normed, of unmasked images [B, 3, H, W] as one map [B, D, h, w]."""
-        return [as_map(self.forward_blocks(images)[0][:, 1:], self.grid)]
 
 
 class PatchEmbed(nn.Module):
@@ -120,12 +144,19 @@ def transformer(dim: int, num_heads: int, drop_path: Iterable[float], mlp_ratio:
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, taps: tuple[int, ...] = (), checkpointing: bool = False
+    blocks: nn.ModuleList,
+    x: Tensor,
+    taps: tuple[int, ...] = (),
+    checkpointing: bool = False,
+    rotary: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Apply blocks in order; also return the outputs of those in `taps`, in the order of the blocks."""
+    """Apply blocks in order; also return the outputs of those in `taps`, in the order of the blocks.
+
+    `rotary` has the rotary positions that each block takes beside its tokens, if the blocks take any.
+    """
     tapped = []
     for index, block in enumerate(blocks):
-        x = apply(block, x, checkpointing=checkpointing)
+        x = apply(block, x, *([] if rotary is None else [rotary[index]]), checkpointing=checkpointing)
         if index in taps:
             tapped.append(x)
     return x, tapped

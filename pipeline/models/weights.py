@@ -19,6 +19,7 @@ from pipeline.models.build import build_classifier, build_student
 from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
 from pipeline.models.mr_mae import FOR_DECODER, Student
+from pipeline.models.timm_vit import TimmViT
 from pipeline.tensor_files import save_tensors
 from pipeline.weights import load_tensors, misfit, read_state
 
@@ -154,12 +155,14 @@ def _fit_positions(model: Student | Classifier, key: str, value: Tensor, expecte
     """Positions resampled to the model's grid if that is all that differs; any other tensor as it is."""
     if key not in ("pos_embed", "decoder_pos_embed") or key not in expected or value.ndim != 3:
         return value
-    prefix = model.encoder.num_prefix_tokens
+    grid = model.encoder.grid
+    prefix = expected[key].shape[1] - grid[0] * grid[1]  # some models have no positions for their prefix tokens
     cells = value.shape[1] - prefix
     side = isqrt(max(cells, 0))
     if value.shape == expected[key].shape or value.shape[2] != expected[key].shape[2] or not cells == side**2 > 0:
         return value
-    resampled: Tensor = resample_abs_pos_embed(value, list(model.encoder.grid), [side, side], prefix, antialias=False)
+    antialias = isinstance(model.encoder, TimmViT)  # as timm itself resamples them, MAE does without
+    resampled: Tensor = resample_abs_pos_embed(value, list(grid), [side, side], prefix, antialias=antialias)
     return resampled
 
 

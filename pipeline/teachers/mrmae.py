@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +24,8 @@ from pipeline.teachers.teacher import Trace
 class PatchEncoder(Protocol):
     """What a module must offer to be a teacher; the project's encoders do."""
 
-    blocks: Sequence[nn.Module]  # transformer blocks over the patch tokens; the last one's `.attn` is timm's Attention
+    # Transformer blocks over the patch tokens; the last one's `.attn` is timm's, with a class token also a rotary one.
+    blocks: Sequence[nn.Module]
     num_prefix_tokens: int
     # The query whose attention row is the focus: the class token, the mean over the patches, or none.
     attention_query: Literal["cls", "mean", "none"]
@@ -53,6 +55,8 @@ class MrmaeBackbone(nn.Module):
 
     def __init__(self, module: Any, name: str, image_size: int | None) -> None:
         super().__init__()
+        if not module.blocks:
+            raise TeacherError(f"teacher '{name}' is no transformer, and gives no tokens to mimic: choose a ViT")
         self.model = module
         self.image_size = _side(module.image_size, name)
         if image_size not in (None, self.image_size):
@@ -62,7 +66,10 @@ class MrmaeBackbone(nn.Module):
         self.depth = len(module.blocks)
         self.num_prefix: int = module.num_prefix_tokens
         attn = getattr(module.blocks[-1], "attn", None)
-        self.has_attention = module.attention_query != "none" and isinstance(attn, Attention)
+        readable: tuple[type, ...] = (Attention,)
+        if module.attention_query == "cls":
+            readable = (Attention, EvaAttention, AttentionRope)
+        self.has_attention = module.attention_query != "none" and isinstance(attn, readable)
         self.num_heads: int = getattr(attn, "num_heads", 0)
         self.has_summary = module.attention_query == "cls"
         # Under a classifier lies an encoder, whose norm its class token passes.
@@ -76,9 +83,9 @@ class MrmaeBackbone(nn.Module):
         rows = None
         final_class = None if self.class_norm is None else self.class_norm(outputs[-1][:, :1])
         if self.has_attention and self.model.attention_query == "cls":
-            rows = class_row(last.attn, attention_inputs[0])
+            rows = class_row(last.attn, *attention_inputs[0])
         elif self.has_attention:
-            rows = mean_row(last.attn, attention_inputs[0], self.num_prefix)
+            rows = mean_row(last.attn, attention_inputs[0][0], self.num_prefix)
         return Trace(tuple(outputs), rows, final, final_class)
 
     def macs(self) -> int:
@@ -105,13 +112,19 @@ def _side(image_size: int | Sequence[int], name: str) -> int:
 
 
 @contextmanager
-def _capture(blocks: Sequence[nn.Module], last: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Collect the outputs of `blocks`, in order, and what enters the last block's attention."""
+def _capture(
+    blocks: Sequence[nn.Module], last: Any
+) -> Iterator[tuple[list[Tensor], list[tuple[Tensor, Tensor | None]]]]:
+    """Collect the outputs of `blocks`, in order, and what enters the last block's attention: tokens, rotary angles."""
     outputs: list[Tensor] = []
-    inputs: list[Tensor] = []
+    inputs: list[tuple[Tensor, Tensor | None]] = []
+
+    def enter(_module: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        inputs.append((args[0], options.get("rope")))
+
     handles = [block.register_forward_hook(lambda _module, _args, output: outputs.append(output)) for block in blocks]
     if hasattr(last, "attn"):
-        handles.append(last.attn.register_forward_pre_hook(lambda _module, args: inputs.append(args[0])))
+        handles.append(last.attn.register_forward_pre_hook(enter, with_kwargs=True))
     try:
         yield outputs, inputs
     finally:

@@ -1,18 +1,17 @@
 """Every teacher by name. A new one is one entry of `TEACHERS`; anything else goes by a prefix. See docs/teachers.md."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from pipeline.configs.teachers import TokenChoice
 from pipeline.errors import PipelineError, TeacherError, suggest
+from pipeline.meta import meta_device
 from pipeline.teachers.clip import build_open_clip
 from pipeline.teachers.mrmae import build_mrmae
 from pipeline.teachers.teacher import Backbone, Teacher
@@ -163,24 +162,6 @@ def build_teacher(
     if module is not None:
         _dry_run(name, lambda: teacher)
     return teacher.to(device)
-
-
-class _SkipDraws(TorchFunctionMode):
-    """On the meta device initial values change nothing, and drawing them takes most of a build's time: skip it."""
-
-    DRAWS = frozenset({"uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_"})
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.DRAWS and args and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def meta_device() -> Iterator[None]:
-    """Networks built here have shapes and no values."""
-    with torch.device("meta"), _SkipDraws():
-        yield
 
 
 def _dry_run(name: str, build: Callable[[], Teacher]) -> None:

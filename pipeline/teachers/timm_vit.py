@@ -108,7 +108,7 @@ def build_timm(name: str, weights: str | None, image_size: int | None) -> tuple[
     Raises:
         TeacherError: unknown name, no plain ViT, weights that can't be had or don't fit.
     """
-    config = _known_config(name)
+    config = known_config(name)
     native: dict[str, Tensor] = {}
     if weights is None:
         hub = config.hf_hub_id or config.url
@@ -155,7 +155,7 @@ def final_norm(model: Any) -> nn.Module:
 WITHOUT_TWIN = {"vit_base_patch16_clip_224.dfn2b": "open_clip:ViT-B-16-quickgelu:dfn2b"}
 
 
-def _known_config(name: str) -> Any:
+def known_config(name: str) -> Any:
     """timm's entry for `name`: the address of its weights and the normalisation of its pixels."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture) or (tag and name not in timm.list_pretrained(f"{architecture}.*")):

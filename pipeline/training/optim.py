@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.configs.training import OptimConfig
 
 # Beside biases and norms (one dimension), these are never decayed: they are positions in space, not weights.
-_UNDECAYED = ("pos_embed", "cls_token", "mask_token")
+_UNDECAYED = ("pos_embed", "cls_token", "reg_token", "mask_token", "freqs")
 
 
 @dataclass(frozen=True)

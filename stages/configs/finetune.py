@@ -43,7 +43,7 @@ class FinetuneConfig(ShardedRunConfig):
     epochs: int = Field(100, ge=1)
     data: DataConfig  # labelled training images, or a folder that holds train/ and val/
     val: ValConfig | None = None  # labelled validation images; default: val/ in data.path
-    init: PathField | None = None  # a pre-training run, a checkpoint or a public weights file
+    init: PathField | None = None  # a pre-training run, a checkpoint, a public weights file or timm:NAME
     student: StudentConfig | None = None  # needed from scratch and for a lone weights file
     image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: the student's. Positions are resampled
     crop: float = Field(0.875, gt=0, le=1)  # central share of validation images; 1 for images cut already

@@ -59,7 +59,7 @@ class PretrainConfig(ShardedRunConfig):
     mask: MaskConfig = MaskConfig()
     order: OrderConfig = OrderConfig()
     optim: OptimConfig = OptimConfig()
-    init: PathField | None = None  # start from these weights: a run, a checkpoint or a public file
+    init: PathField | None = None  # start from these weights: a run, a checkpoint, a public file or timm:NAME
     knn: KnnCallbackConfig | None = None  # classify by nearest neighbours every few epochs; the best checkpoint is kept
     check_records: int = Field(32, ge=0)  # random records held against the live images before the first step
     grad_norms_every: int = Field(500, ge=0)  # steps between measurements of each loss's pull; 0: never

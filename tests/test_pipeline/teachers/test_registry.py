@@ -9,6 +9,7 @@ import torch
 from timm.models.eva import Eva
 
 from pipeline.errors import TeacherError
+from pipeline.meta import meta_device
 from pipeline.teachers import (
     TEACHERS,
     Entry,
@@ -39,7 +40,7 @@ def test_the_table_needs_no_weights() -> None:
 def test_each_named_teacher_runs(name: str) -> None:
     """On the meta device, three blocks deep. The exceptions have neither class token nor pooling head."""
     shapes = []
-    with registry.meta_device():
+    with meta_device():
         registry._dry_run(name, lambda: shapes.append(build_bare(name)) or shapes[0])
     assert shapes[0].grid == (14, 14)
     assert shapes[0].has_attention != name.startswith(("aimv2", "pe_spatial_vitg14"))
@@ -195,9 +196,9 @@ def test_weights_that_were_trained_with_quickgelu_are_refused_under_a_name_with_
     assert len(refused) >= 17
     for name in refused:
         with pytest.raises(TeacherError, match="QuickGELU"):
-            timm_vit._known_config(name)
+            timm_vit.known_config(name)
     assert open_clip.get_pretrained_cfg("ViT-B-16", "dfn2b")["quick_gelu"]  # the same file, without a twin in timm
     with pytest.raises(TeacherError, match="choose open_clip:ViT-B-16-quickgelu:dfn2b"):
-        timm_vit._known_config("vit_base_patch16_clip_224.dfn2b")
+        timm_vit.known_config("vit_base_patch16_clip_224.dfn2b")
     for name in ("vit_base_patch16_clip_224.laion2b", "vit_base_patch16_clip_224.openai_ft_in1k", right[5:]):
-        timm_vit._known_config(name)
+        timm_vit.known_config(name)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import TeacherError
+from pipeline.meta import meta_device
 from pipeline.teachers import Teacher, build_teacher
-from pipeline.teachers.registry import meta_device
 from pipeline.teachers.timm_vit import TimmBackbone, final_norm
 
 log = logging.getLogger(__name__)

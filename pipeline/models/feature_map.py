@@ -1,0 +1,95 @@
+"""Networks of timm that give a map of features, and whose inputs can't be masked: CNNs, Swin, ConvNeXt.
+
+They learn from whole views (objective "distil"), and are measured, fine-tuned and exported as other students are.
+"""
+
+from typing import Any
+
+import timm
+import torch
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from pipeline.models.sizes import Size
+from pipeline.models.timm_names import OwnPixels, TimmModel
+
+
+class FeatureMap(nn.Module):
+    """A model of timm without its head; its last map's cells are its tokens. Parameters have timm's names in `model`.
+
+    Batch norms work as usual: statistics of the batch in training, kept ones elsewhere. What the last map doesn't
+    depend on (layers between it and the classifier) isn't trained.
+
+    Args:
+        named: what timm has under the student's name.
+        size: of the images; all else is the model's.
+        drop_path: stochastic depth, for models that know it.
+        gradient_checkpointing: as timm does it for the model.
+    """
+
+    num_prefix_tokens = 0
+    attention_query = "none"
+    pos_embed = None
+
+    def __init__(
+        self, named: TimmModel, size: Size, *, drop_path: float = 0.0, gradient_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.named, self.image_size, self.patch_size = named, size.image_size, size.patch_size
+        options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        model: Any = timm.create_model(named.name, num_classes=0, **options)
+        if hasattr(model, "set_input_size"):  # windows and positions fit one size
+            model.set_input_size(size.image_size)
+        if gradient_checkpointing:
+            model.set_grad_checkpointing(True)
+        self.model = model
+        self.blocks, self.norm = nn.ModuleList(), nn.Identity()  # as other encoders have them
+        self.to_own = OwnPixels(named)
+        self.dim, self.grid = self._probe()
+
+    def own_pixels(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] as students take them, normalised as the weights were trained."""
+        pixels: Tensor = self.to_own(images)
+        return pixels
+
+    def pooled_norm(self) -> nn.Module:
+        """None: a classifier reads the mean of the map as it is, as CNNs do."""
+        return nn.Identity()
+
+    def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The last map of whole images as tokens [B, h*w, C]."""
+        assert ids_keep is None
+        return self.forward_maps(images)[0].flatten(2).transpose(1, 2), []
+
+    def forward_tokens(self, images: Tensor) -> Tensor:
+        """The last map of images [B, 3, H, W] as tokens [B, h*w, C]."""
+        return self.forward_blocks(images)[0]
+
+    @property
+    def map_dims(self) -> tuple[int, ...]:
+        """Channels of each map of `forward_maps`."""
+        return (self.dim,)
+
+    def forward_maps(self, images: Tensor) -> list[Tensor]:
+        """The last map [B, C, h, w]."""
+        maps: list[Tensor] = self.model.forward_intermediates(
+            self.own_pixels(images), 1, output_fmt="NCHW", intermediates_only=True
+        )
+        return maps[-1:]
+
+    def layers(self) -> tuple[dict[str, int], int]:
+        """The stage of every parameter, the stem's is 0, and the number of stages."""
+        groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
+        return {f"model.{name}": stage for name, stage in groups.items()}, max(groups.values()) + 1
+
+    def _probe(self) -> tuple[int, tuple[int, int]]:
+        """Channels and cells of the last map of one black image; freezes the parameters that it doesn't depend on."""
+        training = self.training
+        self.eval()
+        (last,) = self.forward_maps(torch.zeros(1, 3, *self.image_size))
+        parameters = list(self.model.parameters())
+        used = torch.autograd.grad(last.sum(), parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, used, strict=True):
+            parameter.requires_grad_(grad is not None)
+        self.train(training)
+        return last.shape[1], (last.shape[2], last.shape[3])
