@@ -36,6 +36,9 @@ class FilesServer:
             def do_GET(self) -> None:
                 self.server_files.answer(self)
 
+            def do_HEAD(self) -> None:
+                self.server_files.look(self)
+
             def log_message(self, *_: object) -> None:
                 pass
 
@@ -71,6 +74,15 @@ class FilesServer:
         with self.lock:
             self.requests[place] = (path, start, len(body))
         self._send(request, status, body, fault)
+
+    def look(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer how long a file is. It isn't counted; of the faults, it knows `404` alone."""
+        path = request.path.lstrip("/")
+        file = self.root / path
+        there = file.is_file() and self.fault(path, 0) != "404"
+        request.send_response(200 if there else 404)
+        request.send_header("Content-Length", str(file.stat().st_size if there else 0))
+        request.end_headers()
 
     def _send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, fault: Fault = None) -> None:
         request.send_response(status)

@@ -29,7 +29,7 @@ def place_of(cache: CacheInput) -> Path | RemoteCache:
     """What `open_cache` takes."""
     if isinstance(cache.path, Path):
         return cache.path
-    return RemoteCache(cache.path, LocalFolder(cache.local, cache.local_limit))
+    return RemoteCache(cache.path, LocalFolder(cache.local, cache.local_limit), cache.read == "range")
 
 
 def open_caches(paths: Mapping[str, Path | RemoteCache]) -> dict[str, CacheReader]:

@@ -120,7 +120,12 @@ def test_cache_info_reads_a_url(cache: Path, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["verify-cache", "s3://bucket/cache"], "path: s3://bucket/cache is no local path"),
+        (
+            ["verify-cache", "s3://bucket/cache", "--repair"],
+            "--repair needs a local folder: `mrmae cache-copy s3://bucket/cache FOLDER`, then `mrmae verify-cache "
+            "FOLDER --repair`, then `mrmae cache-copy FOLDER s3://bucket/cache --full`",
+        ),
+        (["verify-cache", "s3://bucket/cache", "--level", "deep"], "--level deep needs a local folder: `mrmae cache-c"),
         (["cache-info", "ftp://host/cache"], "path: ftp:// is not read: give a local folder, s3://"),
         (["cache-info", "s3://key:secret@host/cache"], "a URL with a user, a password or a query is refused"),
         (["cache-info", "https://host/cache?X-Amz-Signature=secret"], "a user, a password or a query is refused"),
@@ -128,8 +133,8 @@ def test_cache_info_reads_a_url(cache: Path, tmp_path: Path, monkeypatch: pytest
         (["pretrain", "cache.path=ftp://b/c", "output=x"], "cache.path: ftp:// is not read"),
         (["pretrain", "cache.path=s3://b/c", "output=s3://b/run"], "output: s3://b/run is no local path"),
         (
-            ["extract-teacher-features", "data.path=x", "teacher.spec=clip_vitb16", "cache.path=s3://b/c"],
-            "cache.path: s3://b/c is no local path, which this needs: `mrmae cache-copy` copies a cache to one",
+            ["extract-teacher-features", "data.path=x", "teacher.spec=clip_vitb16", "cache.path=ftp://b/c"],
+            "cache.path: ftp:// is not read",
         ),
         (
             ["extract-teacher-features", "data.path=s3://b/c", "teacher.spec=clip_vitb16", "cache.path=x"],

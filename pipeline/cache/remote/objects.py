@@ -95,6 +95,14 @@ class Objects:
             return int(self._retry(name, lambda: self._system.size(f"{self.url}/{name}")))
         return None
 
+    def names(self, folder: str) -> list[str]:
+        """The names of the files in a folder below the URL; only where `takes_files`."""
+        with contextlib.suppress(FileNotFoundError):
+            self._forget(f"{folder}/")
+            paths = self._retry(folder, lambda: self._system.ls(f"{self.url}/{folder}", detail=False))
+            return [path.rpartition("/")[2] for path in paths]
+        return []
+
     def upload(self, name: str, path: Path) -> None:
         """Write a file from a local one. Whoever reads sees the former file or all of this one."""
         self._retry(name, lambda: self._system.put_file(str(path), f"{self.url}/{name}"))
