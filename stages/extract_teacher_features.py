@@ -4,7 +4,7 @@ Runs a teacher over the images once, and caches its token features and attention
 
     mrmae extract-teacher-features data.path=/data/imagenet/train teacher.spec=clip_vitb16 cache.path=/data/clip
 
-Reads images (data.path: a class-folder tree, a flat folder, or tars by glob or brace pattern) and a teacher
+Reads images (data.path: a class-folder tree, a flat folder, tars or parquet files) and a teacher
 (teacher.spec; teacher.weights for a local file). Writes a cache at cache.path: 151 KB a view for 196 tokens of width
 768, so 194 GB for ImageNet-1k at views.count=1. `mrmae plan` tells yours. Costs one forward pass of the teacher per
 view. To s3:// or gs:// each shard is uploaded when it is whole; until then it lies in cache.local.
@@ -37,6 +37,7 @@ from pipeline.cache import (
 from pipeline.cache.budget import estimate_bytes, require_room
 from pipeline.cache.format.header import MAX_SHARDS
 from pipeline.cache.shard_writing import SHARDS
+from pipeline.configs.cache import default_local
 from pipeline.data.images import ImageSource, open_images
 from pipeline.errors import ConfigError
 from pipeline.ownership import stage
@@ -66,7 +67,8 @@ def run(config: ExtractConfig, init_only: bool = False, shard_range: str | None 
     caches = config.caches()
     dtype = teacher_dtype(config.precision, state.device)
     teachers = [load_teacher(teacher, state.device, dtype) for teacher in caches.values()]
-    outputs = [output_at(place, config.cache.local) for place in caches]
+    local = config.cache.local or default_local()
+    outputs = [output_at(place, local) for place in caches]
     for output, teacher in zip(outputs, teachers, strict=True):
         if (found := output.find()) is not None:
             teacher.recognises(found.teacher["weights_sha256"])
@@ -122,7 +124,7 @@ def _require_room(wanted: CacheOutput, wishes: Sequence[CacheHeader]) -> None:
         view = estimate_bytes(wish.rows, wish.dim, wish.store, quantiser, math.prod(wish.attention_shape or (0,)))
         samples = wish.count if is_local else min(wish.count, SHARDS * wish.samples_per_shard)
         needed += samples * wish.views * view
-    require_room(wanted.path if isinstance(wanted.path, Path) else wanted.local, needed)
+    require_room(wanted.path if isinstance(wanted.path, Path) else wanted.local or default_local(), needed)
 
 
 def _report(

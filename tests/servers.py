@@ -2,13 +2,17 @@
 
 import os
 import re
+import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NoReturn
+
+from pipeline.cache.remote import objects
+from pipeline.forking import fork
 
 Fault = str | None
 """`cut`: half of the body, then the end. `stall`: half, then silence. `truncate`: half, as if that were all. `flip`:
@@ -111,32 +115,54 @@ class FilesServer:
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """An S3 server with the bucket `bucket`; yields its URL. The environment leads boto's libraries to it."""
-    from moto.server import ThreadedMotoServer
+    """An S3 server with the bucket `bucket`; yields its URL. The environment leads boto's libraries to it.
 
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    It is a process of its own: in this one, processes that a test forks would keep its connections open.
+    """
+    import fsspec
+
+    read_end, write_end = os.pipe()
+    server = fork()
+    if not server:
+        _serve_s3(write_end)
+    os.close(write_end)
+    with open(read_end, "rb") as told:
+        url = told.readline().decode().strip()
     former = dict(os.environ)
     os.environ.update(
-        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+        AWS_ENDPOINT_URL=url,
         AWS_ACCESS_KEY_ID="test",
         AWS_SECRET_ACCESS_KEY="secret-of-the-test",
         AWS_DEFAULT_REGION="us-east-1",
     )
     try:
-        import fsspec
-
         fsspec.filesystem("s3").clear_instance_cache()  # one that knows no such server, of an earlier test
-        with urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")):
-            pass  # what an earlier server of this process holds
         fsspec.filesystem("s3").mkdir("bucket")
-        yield f"http://{host}:{port}"
+        yield url
     finally:
         fsspec.filesystem("s3").clear_instance_cache()
+        objects._kept.clear()
         os.environ.clear()
         os.environ.update(former)
-        server.stop()
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
+
+
+def _serve_s3(write_end: int) -> NoReturn:
+    """Tell the URL, and serve until this process is killed."""
+    try:
+        from moto.server import ThreadedMotoServer
+
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)  # its log
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        os.write(write_end, f"http://{host}:{port}\n".encode())
+        while True:
+            signal.pause()
+    finally:
+        os._exit(1)
 
 
 def upload(folder: Path, url: str) -> None:

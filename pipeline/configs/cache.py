@@ -26,6 +26,6 @@ class CacheInput(Config):
 
     path: LocationField  # the cache's folder, or its URL: s3://, gs://, hf://datasets/, https://
     # Where shards of remote caches are kept: a folder on a local disk, which processes and runs share; ~/.cache/mrmae
-    local: PathField = Field(default_factory=default_local)
+    local: PathField | None = None
     local_limit: Amount = Field(50_000_000_000, gt=0)  # its bytes, or 50GB
     read: Literal["shards", "range"] = "shards"  # of a URL: whole shards, or each record by a request of its own

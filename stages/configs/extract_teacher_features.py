@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import Config, LocationField, PathField, Precision
-from pipeline.configs.cache import QuantiserName, StoreName, default_local
+from pipeline.configs.cache import QuantiserName, StoreName
 from pipeline.configs.data import DataConfig, ViewConfig
 from pipeline.configs.teachers import TeacherConfig
 
@@ -19,7 +19,7 @@ class CacheOutput(Config):
 
     # The cache's folder, or with several teachers the folder of their caches; or its URL: s3:// or gs://
     path: LocationField
-    local: PathField = Field(default_factory=default_local)  # where shards lie until they are at such a URL
+    local: PathField | None = None  # where shards lie until they are at such a URL; null: ~/.cache/mrmae
     store: StoreName = "zarr"  # zarr: features beside the images; webdataset: tars that hold the images, too
     quantiser: QuantiserName = "int8"  # how tokens are stored; int8 takes a byte a channel
     samples_per_shard: int = Field(1024, ge=1, le=65536)  # one file a shard and view: 154 MB at 196x768

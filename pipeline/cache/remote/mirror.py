@@ -32,7 +32,7 @@ from pipeline.cache.files import (
 from pipeline.cache.format.commits import Commit, commit_file, commit_path, parse_commit, read_commit
 from pipeline.cache.format.header import FILE, CacheHeader
 from pipeline.cache.format.records import RecordFile
-from pipeline.cache.remote.folder import LocalFolder, holding, remove, touch
+from pipeline.cache.remote.folder import LocalFolder, flocked, holding, remove, touch
 from pipeline.cache.remote.objects import Objects
 from pipeline.cache.remote.ranges import RangedFile, Ranges
 from pipeline.cache.stores import store_of
@@ -183,8 +183,11 @@ class Mirror:
         """
         with one_line(f"{self.root} can't be written"):
             self.root.mkdir(parents=True, exist_ok=True)
-            with FileIO(self.root / "lock", "ab") as lock, ThreadPoolExecutor(_THREADS, "metadata") as pool:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with (
+                FileIO(self.root / "lock", "ab") as lock,
+                flocked(lock, fcntl.LOCK_EX),
+                ThreadPoolExecutor(_THREADS, "metadata") as pool,
+            ):
                 if not (self.root / FILE).exists():
                     self._keep([{FILE: self.header.to_bytes()}])
                 shards = range(self.header.shards)

@@ -1,16 +1,20 @@
 """Records of a remote cache, each by a request of its own: what the server counts, and what is said of damage."""
 
 import logging
+import os
+import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.cache import LocalFolder, RemoteCache, open_cache
+from pipeline.cache import CacheReader, LocalFolder, RemoteCache, open_cache
 from pipeline.cache.remote import objects
 from pipeline.errors import CacheDamage
-from tests.servers import FilesServer
+from pipeline.forking import fork
+from tests.servers import FilesServer, s3_server, upload
 from tests.test_pipeline.cache.samples import make_cache, make_header
 from tests.test_pipeline.cache.test_remote import same
 
@@ -125,3 +129,50 @@ def test_damage_at_the_source_is_named_at_the_record(
         reader.read(4, 1)
     server.fault = lambda path, count: None
     assert reader.read(4, 1).index == 4
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(40, marks=pytest.mark.slow)])
+def test_processes_forked_while_threads_read_s3_do_not_hang(times: int, cache: Path, tmp_path: Path) -> None:
+    """By ranges and by shards: each process reads all records, while two threads of its parent do."""
+    local, stop = open_cache(cache), threading.Event()
+    with s3_server():
+        upload(cache, "s3://bucket/forks")
+        by_range, by_shard = (
+            open_cache(RemoteCache("s3://bucket/forks", LocalFolder(tmp_path / name, 10**9), by_range=name == "ranges"))
+            for name in ("ranges", "shards")
+        )
+
+        def read_on(reader: CacheReader) -> None:
+            while not stop.is_set():
+                reader.expect([(0, 0), (1, 1)])
+                assert same(reader, local)
+
+        threads = [threading.Thread(target=read_on, args=(reader,)) for reader in (by_range, by_shard)]
+        for thread in threads:
+            thread.start()
+        try:
+            ends = [_end_of_fork(lambda: same(by_range, local) and same(by_shard, local)) for _ in range(times)]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert ends == [0] * times
+
+
+def _end_of_fork(succeeds: Callable[[], bool]) -> int | None:
+    """The exit code of a forked process; None: it hangs."""
+    pid = fork()
+    if not pid:
+        try:
+            os._exit(0 if succeeds() else 1)
+        finally:
+            os._exit(2)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None

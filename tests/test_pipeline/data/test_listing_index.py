@@ -87,6 +87,7 @@ def test_the_second_start_lists_nothing_and_finds_the_same(
     first = open_images(path)
     monkeypatch.setattr(listing_index, "list_folder", never)
     monkeypatch.setattr(listing_index, "list_tars", never)
+    monkeypatch.setattr(listing_index, "list_parquet", never)
     second = open_images(path)
     assert rows(plain) == rows(first) == rows(second)
     assert plain.digest() == first.digest() == second.digest()
