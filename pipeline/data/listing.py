@@ -24,7 +24,9 @@ from pipeline.data.naming import (
     add_counts,
     companion,
     describe_ending,
+    join,
     key_of,
+    pack,
 )
 from pipeline.data.parquet_pages import no_blocks, no_pages
 from pipeline.data.tar_content import check_names, read_content
@@ -53,8 +55,7 @@ class Listing:
     watched: NDArray[np.bytes_]  # [K]
     stamps: NDArray[np.int64]  # [K, 2] bytes (0 for folders) and mtime in ns, as they were before they were listed
     passed_over: dict[str, int]  # why → how many files are there and no image or label
-    # Of parquet files, as `parquet_pages.Column` has them: [P, fields of `Page`] and [B].
-    pages: NDArray[np.int64] = field(default_factory=no_pages)
+    pages: NDArray[np.int64] = field(default_factory=no_pages)  # of parquet files, as `parquet_pages.Column` has them
     blocks: NDArray[np.int64] = field(default_factory=no_blocks)
 
     def __len__(self) -> int:
@@ -271,33 +272,3 @@ def _list_tar(tar: str) -> _Tar:
         content.stamp,
         content.passed_over,
     )
-
-
-def pack(names: list[bytes]) -> NDArray[np.bytes_]:
-    """Names as one block of bytes.
-
-    Raises:
-        DataError: one of them is no UTF-8.
-    """
-    try:
-        b"\0".join(names).decode()
-    except UnicodeDecodeError as error:
-        at = error.object[: error.start].count(b"\0")
-        name = ascii(os.fsdecode(error.object.split(b"\0")[at]))
-        raise DataError(
-            f"data.path: the file name {name} is no UTF-8, as keys are: rename it, then run again"
-        ) from error
-    return np.array(names, dtype=np.bytes_)
-
-
-def join(blocks: list[NDArray[np.bytes_]]) -> NDArray[np.bytes_]:
-    """One array of all, as wide as the widest; the blocks are freed on the way."""
-    width = max((block.dtype.itemsize for block in blocks), default=1)
-    joined = np.empty(sum(map(len, blocks)), f"S{width}")
-    place = 0
-    blocks.reverse()
-    while blocks:
-        block = blocks.pop()
-        joined[place : place + len(block)] = block
-        place += len(block)
-    return joined

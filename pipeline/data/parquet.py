@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.listing import Listing, join, pack, spread
-from pipeline.data.parquet_pages import Chunk, Column, Damage, no_blocks, no_pages, walk_column
+from pipeline.data.listing import Listing, spread
+from pipeline.data.naming import join, pack
+from pipeline.data.parquet_bytes import Damage
+from pipeline.data.parquet_pages import Chunk, Column, no_blocks, no_pages, walk_column
 from pipeline.data.tar_content import check_names
 from pipeline.errors import DataError
 

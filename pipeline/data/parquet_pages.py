@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.parquet_bytes import BLOCK, NO_HEADER, Compact, Damage, runs_of, snappy_blocks, varint_bytes
+
 CODECS = ("UNCOMPRESSED", "SNAPPY", "ZSTD", "GZIP", "BROTLI")
 _SNAPPY = CODECS.index("SNAPPY")
-_BLOCK = 1 << 16  # bytes that snappy compresses together
-_ELEMENT = 64  # bytes; a page of smaller elements on average takes too long to walk over, and is unpacked whole
 _PAGES = 4  # that a process keeps, of those that are unpacked whole
 
 _WINDOW, _LARGEST_HEADER = 4096, 64 << 20  # bytes that a page's header may take: mostly, and at all
@@ -27,15 +27,10 @@ _PLAIN, _INDEXED = 0, (2, 8)  # encodings
 
 # What a page that isn't what was written may lead to.
 _DAMAGES = (LookupError, ValueError, TypeError, ArithmeticError, RecursionError, struct.error)
-_NO_HEADER = "it has a page without a sound header"
 _WITHOUT_BYTES = (
     "a row has no image bytes, but a path at most: write it again with the images in it, as push_to_hub of the library "
     "datasets does"
 )
-
-
-class Damage(Exception):  # noqa: N818 - a fact about the file, turned into DataError where its name is known
-    """What is wrong with a file, in words."""
 
 
 class Page(NamedTuple):
@@ -112,12 +107,12 @@ def _walk(chunk: Chunk) -> Column:
         else:
             at = _check_levels(content, header[1], chunk.max_level) if kind == _DATA else 0
             if header[2] in _INDEXED and dictionary is not None:
-                values.append(_looked_up(dictionary, _runs(content[at + 1 :], header[1], content[at])))
+                values.append(_looked_up(dictionary, runs_of(content[at + 1 :], header[1], content[at])))
                 continue  # the values are in the dictionary's page
             if header[2] != _PLAIN:
                 raise Damage(f"its images have encoding {header[2]}, which is not read: write it again with PLAIN")
             values.append(_plain(content, at, header[1], len(pages)))
-        starts = _snappy_blocks(stored, page.size) if page.codec == _SNAPPY else None
+        starts = snappy_blocks(stored, page.size) if page.codec == _SNAPPY else None
         pages.append(page if starts is None else page._replace(block=len(blocks)))
         blocks += [page.start + place for place in starts or ()]
     found = np.concatenate(values) if values else np.empty((0, 3), np.int64)
@@ -134,11 +129,11 @@ def read_value(path: str, page: Page, blocks: NDArray[np.int64], start: int, len
         return _read(path, page.start + start, length)
     if page.block < 0:
         return _whole_page(path, page)[start : start + length]
-    first, last = start // _BLOCK, (start + max(length, 1) - 1) // _BLOCK
+    first, last = start // BLOCK, (start + max(length, 1) - 1) // BLOCK
     begin, end = int(blocks[page.block + first]), int(blocks[page.block + last + 1])
-    size = min((last + 1) * _BLOCK, page.size) - first * _BLOCK
-    content = _decompress(_varint_bytes(size) + _read(path, begin, end - begin), size, page.codec)
-    return content[start - first * _BLOCK :][:length]
+    size = min((last + 1) * BLOCK, page.size) - first * BLOCK
+    content = _decompress(varint_bytes(size) + _read(path, begin, end - begin), size, page.codec)
+    return content[start - first * BLOCK :][:length]
 
 
 @lru_cache(_PAGES)
@@ -178,7 +173,7 @@ def _pages(chunk: Chunk) -> Iterator[tuple[Page, dict[int, Any], int]]:
         kind, size, compressed = header[1], header[2], header[3]
         at = start + compressed
         if min(size, compressed) < 0:
-            raise Damage(_NO_HEADER)
+            raise Damage(NO_HEADER)
         if kind in (_DATA, _DICTIONARY):
             yield Page(0, start, compressed, size, codec, -1), header[5 if kind == _DATA else 7], kind
         elif kind == _DATA_V2:
@@ -194,7 +189,7 @@ def _pages(chunk: Chunk) -> Iterator[tuple[Page, dict[int, Any], int]]:
 def _header(chunk: Chunk, at: int) -> tuple[dict[int, Any], int]:
     """The header of the page at a byte of the file, and where it ends. It may hold whole images, as statistics."""
     for window in (_WINDOW, _LARGEST_HEADER):
-        reader = _Compact(_pread(chunk.descriptor, at, min(window, chunk.start + chunk.size - at), exact=False))
+        reader = Compact(_pread(chunk.descriptor, at, min(window, chunk.start + chunk.size - at), exact=False))
         try:
             return reader.struct(), at + reader.at
         except Damage:
@@ -208,7 +203,7 @@ def _check_levels(content: bytes, count: int, max_level: int) -> int:
     if max_level == 0:
         return 0
     end = 4 + int.from_bytes(content[:4], "little")
-    if (_runs(content[4:end], count, max_level.bit_length()) != max_level).any():
+    if (runs_of(content[4:end], count, max_level.bit_length()) != max_level).any():
         raise Damage(_WITHOUT_BYTES)
     return end
 
@@ -231,121 +226,3 @@ def _plain(content: bytes, at: int, count: int, page: int) -> NDArray[np.int64]:
     if at > len(content):
         raise Damage("an image ends behind its page")
     return places
-
-
-def _runs(content: bytes, count: int, width: int) -> NDArray[np.int64]:
-    """`count` numbers of `width` bits, in runs of one number or packed by eight."""
-    if width == 0:
-        return np.zeros(count, np.int64)
-    found, total, at = list[NDArray[np.int64]](), 0, 0
-    while total < count:
-        header, at = _varint(content, at)
-        if header & 1:
-            size = (header >> 1) * width
-            packed = np.frombuffer(content, np.uint8, size, at)
-            bits = np.unpackbits(packed, bitorder="little").reshape(-1, width).astype(np.int64)
-            numbers = bits @ (1 << np.arange(width))
-        else:
-            size = (width + 7) // 8
-            numbers = np.full(min(header >> 1, count - total), int.from_bytes(content[at : at + size], "little"))
-        found.append(numbers)
-        total, at = total + len(numbers), at + size
-    return np.concatenate(found)[:count] if found else np.empty(0, np.int64)
-
-
-def _snappy_blocks(stored: bytes, size: int) -> list[int] | None:
-    """Where each block of a snappy stream starts, and where the last one ends; None: it is not made of such blocks."""
-    _, at = _varint(stored, 0)
-    starts, position, elements = [at], 0, size // _ELEMENT + 1024
-    while at < len(stored):
-        tag = stored[at]
-        kind, length = tag & 3, (tag >> 2) + 1
-        if kind == 0:
-            extra = max(0, length - 60)  # bytes of a length that doesn't fit in the tag
-            if extra:
-                length = int.from_bytes(stored[at + 1 : at + 1 + extra], "little") + 1
-            at += 1 + extra + length
-        elif kind == 1:
-            length, at = (tag >> 2 & 7) + 4, at + 2
-        else:
-            at += 3 if kind == 2 else 5
-        position, elements = position + length, elements - 1
-        boundary = len(starts) * _BLOCK
-        if position >= boundary or at >= len(stored):
-            if position != min(boundary, size) or elements < 0:
-                return None
-            starts.append(at)
-    return starts
-
-
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """A number in groups of seven bits, and where it ends."""
-    number = shift = 0
-    while True:
-        if at >= len(content):
-            raise Damage("it ends within a number")
-        byte = content[at]
-        number, shift, at = number | (byte & 127) << shift, shift + 7, at + 1
-        if byte < 128:
-            return number, at
-
-
-def _varint_bytes(number: int) -> bytes:
-    parts = []
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
-
-
-class _Compact:
-    """Reads Thrift's compact protocol, as far as headers of pages use it.
-
-    https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
-    """
-
-    def __init__(self, content: bytes) -> None:
-        self._content, self.at = content, 0
-
-    def struct(self) -> dict[int, Any]:
-        """A struct's values by the numbers of its fields."""
-        fields, number = dict[int, Any](), 0
-        while head := self._byte():
-            number = number + (head >> 4) if head >> 4 else self._signed()
-            kind = head & 15
-            fields[number] = kind == 1 if kind in (1, 2) else self._value(kind)
-        return fields
-
-    def _value(self, kind: int) -> Any:
-        if kind == 3:
-            return self._byte()
-        if kind in (4, 5, 6):
-            return self._signed()
-        if kind == 7:
-            return struct.unpack("<d", self._bytes(8))[0]
-        if kind == 8:
-            return self._bytes(self._number())
-        if kind in (9, 10):
-            head = self._byte()
-            count = self._number() if head >> 4 == 15 else head >> 4
-            return [self._value(3 if head & 15 in (1, 2) else head & 15) for _ in range(count)]
-        if kind == 12:
-            return self.struct()
-        raise Damage(_NO_HEADER)
-
-    def _byte(self) -> int:
-        return self._bytes(1)[0]
-
-    def _bytes(self, count: int) -> bytes:
-        self.at += count
-        if self.at > len(self._content):
-            raise Damage("it ends within the header of a page")
-        return self._content[self.at - count : self.at]
-
-    def _number(self) -> int:
-        number, self.at = _varint(self._content, self.at)
-        return number
-
-    def _signed(self) -> int:
-        number = self._number()
-        return number >> 1 ^ -(number & 1)

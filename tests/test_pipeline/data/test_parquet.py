@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from pipeline.data import parquet_pages
+from pipeline.data import parquet_bytes, parquet_pages
 from pipeline.data.images import ImageSource, open_images
 from pipeline.errors import DataError
 from tests.test_pipeline.data.test_images import JPEG, write_tar
@@ -102,12 +102,12 @@ def test_any_snappy_page_gives_its_values(parts: list[tuple[int, bool]], seed: i
     values = [random.bytes(size) if is_noise else bytes([seed % 256]) * size for size, is_noise in parts]
     content = b"".join(values)
     stored = pa.compress(content, "snappy", asbytes=True)
-    starts = parquet_pages._snappy_blocks(stored, len(content))
+    starts = parquet_bytes.snappy_blocks(stored, len(content))
     if starts is not None:
         assert len(starts) == -(-len(content) // (1 << 16)) + 1
         sizes = [min(1 << 16, len(content) - place) for place in range(0, len(content), 1 << 16)]
         for number, size in enumerate(sizes):
-            block = parquet_pages._varint_bytes(size) + stored[starts[number] : starts[number + 1]]
+            block = parquet_bytes.varint_bytes(size) + stored[starts[number] : starts[number + 1]]
             place = number << 16
             assert parquet_pages._decompress(block, size, 1) == content[place : place + size]
 
@@ -115,9 +115,9 @@ def test_any_snappy_page_gives_its_values(parts: list[tuple[int, bool]], seed: i
 def test_a_snappy_page_of_other_blocks_is_unpacked_whole() -> None:
     """One literal of 70,000 bytes, as no usual encoder makes."""
     content = bytes(70_000)
-    stored = parquet_pages._varint_bytes(70_000) + b"\xf8" + (69_999).to_bytes(3, "little") + content
+    stored = parquet_bytes.varint_bytes(70_000) + b"\xf8" + (69_999).to_bytes(3, "little") + content
     assert pa.decompress(stored, 70_000, "snappy", asbytes=True) == content
-    assert parquet_pages._snappy_blocks(stored, 70_000) is None
+    assert parquet_bytes.snappy_blocks(stored, 70_000) is None
 
 
 def test_columns_are_found_by_the_metadata(tmp_path: Path) -> None:
