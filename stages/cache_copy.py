@@ -24,7 +24,7 @@ from pipeline.cache import CacheHeader, Commit, read_header, shard_span
 from pipeline.cache.budget import readable, require_room
 from pipeline.cache.card import FILE as CARD
 from pipeline.cache.card import card
-from pipeline.cache.remote.copying import Copying, Folder
+from pipeline.cache.remote.copying import Copying, Folder, require_writable
 from pipeline.cache.remote.mirror import read_remote_header
 from pipeline.cache.remote.objects import Objects
 from pipeline.config import Config, LocationField
@@ -76,14 +76,8 @@ def _place(location: Path | str) -> Folder | Objects:
 
 
 def _check_target(source: Folder | Objects, target: Folder | Objects) -> None:
-    if isinstance(target, Folder):
-        return
-    if not target.takes_files:
-        raise ConfigError(
-            f"{target} can't be written to by this command: s3:// and gs:// can; for the hub copy to a local folder, "
-            "then run `hf upload-large-folder OWNER/NAME FOLDER --repo-type dataset`"
-        )
-    if not isinstance(source, Folder):
+    require_writable(target)
+    if isinstance(source, Objects) and isinstance(target, Objects):
         raise ConfigError("SRC and DST are both remote: copy to a local folder first, and from there")
 
 

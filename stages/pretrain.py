@@ -71,7 +71,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     student = _build(config, knowledge)
     masks = _masks(config, knowledge, student)
     mirrors = mirrors_of(knowledge.caches) if isinstance(knowledge, CachedKnowledge) else []
-    kind = config.order.kind or ("block" if mirrors else "full")
+    fetches_shards = not all(mirror.by_range for mirror in mirrors)
+    kind = config.order.kind or ("block" if fetches_shards else "full")
     require_local_room(mirrors, knowledge.block, None if kind == "full" else config.order.window)
     config = config.model_copy(update={"order": config.order.model_copy(update={"kind": kind})})
     identity = _identity(config, knowledge, student, masks) | {"init": _start_from(config, student)}
@@ -79,7 +80,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     plan = plan_steps(config, len(knowledge.samples), per_image=config.mask.masks_per_sample)
     order = EpochOrder(knowledge.samples, config.seed, kind, knowledge.block, config.order.window)
     if isinstance(knowledge, CachedKnowledge) and config.check_records and training.is_main:
-        near = _shown_first(order, plan, training.start_step) if mirrors else knowledge.samples
+        near = _shown_first(order, plan, training.start_step) if fetches_shards else knowledge.samples
         log.info("checked %s", knowledge.check(near, config.seed, config.check_records))
     _give_statistics(config, knowledge, student, goes_on=training.resumed is not None)
     dataset = knowledge.dataset(masks, student.target_rows, student.grid, summaries=bool(student.summary))

@@ -11,12 +11,16 @@ Exit code 0: it is sound; 1: it is damaged or unfinished; 2: it could not be che
 
 Reads the cache at PATH. Writes nothing without --repair, which extracts damaged shards again, and shards whose lost
 images can be read now. Costs seconds (quick), one reading of the cache (full), or a few forward passes more (deep).
+PATH may be a URL, whose shards are read one by one and not repaired.
 """
 
+import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -36,13 +40,19 @@ from pipeline.cache import (
     repair,
     revivable,
     verify,
+    verify_remote,
 )
-from pipeline.config import Config, PathField
+from pipeline.cache.files import one_line
+from pipeline.cache.remote.mirror import read_remote_header
+from pipeline.cache.remote.objects import Objects
+from pipeline.config import Config, LocationField
+from pipeline.configs.cache import default_local
 from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.rendering import preprocessing
-from pipeline.errors import CacheDamage, CacheError, DataError
+from pipeline.errors import CacheDamage, CacheError, ConfigError, DataError
+from pipeline.locations import is_url
 from pipeline.ownership import stage
 from pipeline.progress import Progress
 from pipeline.teachers import Teacher
@@ -53,7 +63,7 @@ log = logging.getLogger(__name__)
 class VerifyConfig(Config):
     """The options of `verify-cache`."""
 
-    path: PathField
+    path: LocationField
     level: Literal["quick", "full", "deep"] = "full"
     data: str | None = None  # where the images lie now; default: where they were extracted from
     weights: str | None = None  # of the teacher, for deep and repair
@@ -89,12 +99,13 @@ class Verification:
 
     def _verdict(self) -> str:
         report = self.report
+        mend = "--repair of a copy" if is_url(report.path) else "--repair"
         if report.unfinished:
             return (
                 f"unfinished, {len(report.missing)} of {report.counts['shards']} shards are missing (`mrmae extract-"
                 f"teacher-features` as before goes on, or `mrmae verify-cache {report.path} --repair`), the rest sound"
             )
-        return "sound" if self.sound else f"DAMAGED, {len(report.findings)} findings (--repair mends what it can)"
+        return "sound" if self.sound else f"DAMAGED, {len(report.findings)} findings ({mend} mends what it can)"
 
 
 @stage
@@ -105,21 +116,63 @@ def run(config: VerifyConfig) -> Verification:
         CacheError: there is no cache, or it can't be repaired from these images.
         DataError, TeacherError: deep or repair lack the images or the teacher. StorageError: a disk doesn't answer.
     """
-    source, images = _images(config)
-    report = _verify(config, source)
+    path = config.path
+    if isinstance(path, str):
+        return _verify_url(config, path)
+    source, images = _images(config, functools.partial(read_header, path))
+    report = _verify(config, path, source)
     mended = None
-    revived = _revivable(config, report, source) if config.repair else []
+    revived = _revivable(path, report, source) if config.repair else []
     if config.repair and (revived or not report.sound):
         _check_dataset(config, report)
-        header = read_header(config.path)
-        extractor = functools.cache(lambda: _extractor(config, header, source))  # what is rebuilt needs no teacher
+        header = read_header(path)
+        extractor = functools.cache(
+            lambda: _extractor(config, path, header, source)
+        )  # what is rebuilt needs no teacher
 
         def extract_shard(shard: int) -> ShardData:
             return next(iter(extractor().shards([header], [shard])))[1][0]
 
-        mended = repair(config.path, report, extract_shard, revived)
-        report = _verify(config, source)
+        mended = repair(path, report, extract_shard, revived)
+        report = _verify(config, path, source)
     return Verification(report, mended, images)
+
+
+def _verify_url(config: VerifyConfig, url: str) -> Verification:
+    """Verify a cache behind a URL, shard by shard in a folder that is removed.
+
+    Raises:
+        ConfigError: a repair, or the teacher's word, needs a local copy.
+    """
+    if config.repair or config.level == "deep":
+        asked = "--repair" if config.repair else "--level deep"
+        raise ConfigError(
+            f"{asked} needs a local folder: `mrmae cache-copy {url} FOLDER`, then `mrmae verify-cache FOLDER {asked}`"
+            + (f", then `mrmae cache-copy FOLDER {url} --full`" if config.repair else "")
+        )
+    source, images = _images(config, functools.partial(read_remote_header, Objects(url)))
+    local = default_local()
+    with one_line(f"{local} can't be written"):
+        local.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=local, prefix="verify-") as scratch, _progress() as advance:
+            report = verify_remote(url, Path(scratch), config.level, source, advance, _threads(config))
+    return Verification(report, None, images)
+
+
+def _threads(config: VerifyConfig) -> int:
+    """Shards that are checked at once; each has a second thread that hashes."""
+    return config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    with Progress(1, "verify", "shard") as progress:
+
+        def advance(_done: int, total: int) -> None:
+            progress.expect(total)
+            progress.advance()
+
+        yield advance
 
 
 def _check_dataset(config: VerifyConfig, report: Report) -> None:
@@ -132,7 +185,7 @@ def _check_dataset(config: VerifyConfig, report: Report) -> None:
         )
 
 
-def _revivable(config: VerifyConfig, report: Report, source: ImageSource | None) -> list[int]:
+def _revivable(path: Path, report: Report, source: ImageSource | None) -> list[int]:
     """Shards whose lost images have been repaired since; none when the images are not the cache's dataset."""
     if source is None or any(finding.kind in ("header", "dataset") for finding in report.findings):
         return []
@@ -144,36 +197,30 @@ def _revivable(config: VerifyConfig, report: Report, source: ImageSource | None)
             return False
         return True
 
-    return revivable(config.path, report, can_be_read)
+    return revivable(path, report, can_be_read)
 
 
-def _verify(config: VerifyConfig, source: ImageSource | None) -> Report:
+def _verify(config: VerifyConfig, path: Path, source: ImageSource | None) -> Report:
     deep = None
     if config.level == "deep":
-        header = read_header(config.path)
-        extractor = _extractor(config, header, source)
+        header = read_header(path)
+        extractor = _extractor(config, path, header, source)
 
         def reextract(indices: Sequence[int], views: Sequence[int]) -> Iterable[Reextracted]:
             return extractor.reextract(indices, views, header)
 
-        deep = functools.partial(compare, config.path, reextract, config.samples)
+        deep = functools.partial(compare, path, reextract, config.samples)
 
-    threads = config.threads or min(4, -(-len(os.sched_getaffinity(0)) // 2))  # each has a second one that hashes
-    with Progress(1, "verify", "shard") as progress:
-
-        def advance(_done: int, total: int) -> None:
-            progress.expect(total)
-            progress.advance()
-
-        return verify(config.path, config.level, source, deep, advance, threads)
+    with _progress() as advance:
+        return verify(path, config.level, source, deep, advance, _threads(config))
 
 
-def _images(config: VerifyConfig) -> tuple[ImageSource | None, str]:
+def _images(config: VerifyConfig, header: Callable[[], CacheHeader]) -> tuple[ImageSource | None, str]:
     """The images that the cache was made of, if they are to be had, and a word on whether they were."""
     if config.level == "quick" and not config.repair and config.data is None:
         return None, "not asked for"
     try:
-        dataset = read_header(config.path).dataset
+        dataset = header().dataset
     except CacheDamage:
         return None, "not checked"  # `verify` reports the damage itself
     try:
@@ -184,7 +231,7 @@ def _images(config: VerifyConfig) -> tuple[ImageSource | None, str]:
         return None, f"not found at {dataset.source} (--data says where they lie now)"
 
 
-def _extractor(config: VerifyConfig, header: CacheHeader, source: ImageSource | None) -> Extractor:
+def _extractor(config: VerifyConfig, path: Path, header: CacheHeader, source: ImageSource | None) -> Extractor:
     if source is None:
         raise CacheError(
             f"{config.path}: extracting anew needs the images, which are not at {header.dataset.source}: say with "
@@ -194,7 +241,7 @@ def _extractor(config: VerifyConfig, header: CacheHeader, source: ImageSource | 
     teacher = teacher_of_cache(header.teacher, config.weights, device)
     views = ViewConfig.model_validate(header.view_policy.model_dump())
     _warn_of_versions(config, header, teacher, views)
-    return Extractor(source, views, [teacher], _batch_size(config, header), config.workers, header.store)
+    return Extractor(source, views, [teacher], _batch_size(path, header), config.workers, header.store)
 
 
 def _warn_of_versions(config: VerifyConfig, header: CacheHeader, teacher: Teacher, views: ViewConfig) -> None:
@@ -209,11 +256,11 @@ def _warn_of_versions(config: VerifyConfig, header: CacheHeader, teacher: Teache
         )
 
 
-def _batch_size(config: VerifyConfig, header: CacheHeader) -> int:
+def _batch_size(path: Path, header: CacheHeader) -> int:
     """As extraction had it: sums in batches of another size may end in other bits."""
     for shard in range(header.shards):
         try:
-            return int(read_commit(config.path, header, shard).times["batch_size"])
+            return int(read_commit(path, header, shard).times["batch_size"])
         except (CacheDamage, KeyError):
             continue  # damaged, missing, or older than the note
     return 64

@@ -1,15 +1,20 @@
 """Servers on the loopback that tests start: an S3 server, and a web server that fails in every way it is asked to."""
 
+import os
 import re
+import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+
+from pipeline.cache.remote import objects
+from pipeline.forking import fork
 
 Fault = str | None
 """`cut`: half of the body, then the end. `stall`: half, then silence. `truncate`: half, as if that were all. `flip`:
@@ -36,6 +41,9 @@ class FilesServer:
 
             def do_GET(self) -> None:
                 self.server_files.answer(self)
+
+            def do_HEAD(self) -> None:
+                self.server_files.look(self)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -73,6 +81,15 @@ class FilesServer:
             self.requests[place] = (path, start, len(body))
         self._send(request, status, body, fault)
 
+    def look(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer how long a file is. It isn't counted; of the faults, it knows `404` alone."""
+        path = request.path.lstrip("/")
+        file = self.root / path
+        there = file.is_file() and self.fault(path, 0) != "404"
+        request.send_response(200 if there else 404)
+        request.send_header("Content-Length", str(file.stat().st_size if there else 0))
+        request.end_headers()
+
     def _send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, fault: Fault = None) -> None:
         request.send_response(status)
         request.send_header("Content-Length", str(len(body)))
@@ -100,33 +117,55 @@ class FilesServer:
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """An S3 server with the bucket `bucket`; yields its URL. The environment leads boto's libraries to it."""
-    import fsspec
-    from moto.server import ThreadedMotoServer
+    """An S3 server with the bucket `bucket`; yields its URL. The environment leads boto's libraries to it.
 
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    It is a process of its own: in this one, processes that a test forks would keep its connections open.
+    """
+    import fsspec
+
+    read_end, write_end = os.pipe()
+    server = fork()
+    if not server:
+        _serve_s3(write_end)
+    os.close(write_end)
+    with open(read_end, "rb") as answer:
+        url = answer.readline().decode().strip()
     environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "NO_PROXY": host,  # a proxy of this machine can't reach its loopback
+        "NO_PROXY": "127.0.0.1",  # a proxy of this machine can't reach its loopback
     }
-    system = fsspec.filesystem("s3")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         try:
-            system.clear_instance_cache()  # one that knows no such server, of an earlier test
-            with urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")):
-                pass  # what an earlier server of this process holds
+            fsspec.filesystem("s3").clear_instance_cache()  # one that knows no such server, of an earlier test
             fsspec.filesystem("s3").mkdir("bucket")
-            yield f"http://{host}:{port}"
+            yield url
         finally:
-            system.clear_instance_cache()
-            server.stop()
+            fsspec.filesystem("s3").clear_instance_cache()
+            objects._kept.clear()
+            os.kill(server, signal.SIGKILL)
+            os.waitpid(server, 0)
+
+
+def _serve_s3(write_end: int) -> NoReturn:
+    """Tell the URL, and serve until this process is killed."""
+    try:
+        from moto.server import ThreadedMotoServer
+
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)  # its log
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        os.write(write_end, f"http://{host}:{port}\n".encode())
+        while True:
+            signal.pause()
+    finally:
+        os._exit(1)
 
 
 def upload(folder: Path, url: str) -> None:

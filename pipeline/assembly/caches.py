@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.cache import CacheReader, LocalFolder, Mirror, Record, RemoteCache, open_cache
 from pipeline.cache.budget import readable
-from pipeline.configs.cache import CacheInput
+from pipeline.configs.cache import CacheInput, default_local
 from pipeline.configs.data import ViewConfig
 from pipeline.data.decoding import decode
 from pipeline.data.images import ImageSource
@@ -29,7 +29,8 @@ def place_of(cache: CacheInput) -> Path | RemoteCache:
     """What `open_cache` takes."""
     if isinstance(cache.path, Path):
         return cache.path
-    return RemoteCache(cache.path, LocalFolder(cache.local, cache.local_limit))
+    local = LocalFolder(cache.local or default_local(), cache.local_limit)
+    return RemoteCache(cache.path, local, by_range=cache.read == "range")
 
 
 def open_caches(paths: Mapping[str, Path | RemoteCache]) -> dict[str, CacheReader]:

@@ -157,6 +157,8 @@ class PretrainDataset:
             for name, cache in (self.caches.items() if self.summaries else ())
         }
         records_of_samples: list[list[Record]] = []
+        for cache in self.caches.values():
+            cache.expect((index, view) for (_, index), view in zip(requests, views, strict=True))
         for row, ((_, index), view) in enumerate(zip(requests, views, strict=True)):
             # Arrays of a record last until the next one is read: what is wanted of them is taken at once.
             records = {name: cache.read(index, view, keep=False) for name, cache in self.caches.items()}

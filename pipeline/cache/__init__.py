@@ -8,13 +8,14 @@ format/        what every cache consists of: header, commit records, records, qu
 zarr/, tar/    the two stores: how records lie on the disk
 check/         verification and repair
 remote/        caches behind a URL: shards are fetched into a bounded local folder
-reader.py, writer.py, shard_writing.py, budget.py    what training and extraction use
+reader.py, writer.py, output.py, shard_writing.py, budget.py    what training and extraction use
 
-Imports go one way: files.py ← format ← zarr, tar ← stores.py ← remote ← reader, writer ← check. `docs/cache-format.md`
-describes the bytes.
+Imports go one way: files.py ← format ← zarr, tar ← stores.py ← remote ← reader, writer ← output, check.
+`docs/cache-format.md` describes the bytes.
 """
 
 from pipeline.cache.check.deep import Reextracted, compare
+from pipeline.cache.check.remote import verify_remote
 from pipeline.cache.check.repair import Repair, repair, revivable
 from pipeline.cache.check.report import Finding, Report
 from pipeline.cache.check.verify import Source, verify
@@ -30,6 +31,7 @@ from pipeline.cache.format.header import (
 )
 from pipeline.cache.format.quantiser import Quantiser
 from pipeline.cache.format.records import Record, ShardData
+from pipeline.cache.output import Output, output_at
 from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.cache.remote.ahead import FetchAhead
 from pipeline.cache.remote.folder import LocalFolder
@@ -51,6 +53,7 @@ __all__ = [
     "Finding",
     "LocalFolder",
     "Mirror",
+    "Output",
     "Quantiser",
     "QuantiserName",
     "Record",
@@ -72,11 +75,13 @@ __all__ = [
     "open_cache",
     "open_mirror",
     "open_writer",
+    "output_at",
     "read_commit",
     "read_header",
     "repair",
     "revivable",
     "shard_span",
     "verify",
+    "verify_remote",
     "wait_for_cache",
 ]

@@ -140,6 +140,9 @@ class Descriptor:
     def size(self) -> int:
         return os.fstat(self.number).st_size
 
+    def expect(self, size: int, offset: int) -> None:
+        """Nothing: a read comes when it is asked for."""
+
     def read_into(self, buffer: Any, offset: int) -> None:
         """Fill `buffer` (a contiguous array of one item or more) from `offset`, or raise CacheDamage."""
         self.read_parts((buffer,), buffer.nbytes, offset)

@@ -1,6 +1,8 @@
 """Random access to the records of a cache, each checked as it is read."""
 
+import logging
 import resource
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -12,16 +14,18 @@ from numpy.typing import NDArray
 from pipeline.cache.files import allow_files
 from pipeline.cache.format.commits import committed_shards, read_commit
 from pipeline.cache.format.header import CacheHeader, read_header
-from pipeline.cache.format.records import OpenView, Record, Seal, SizeOf
+from pipeline.cache.format.records import LocalFiles, OpenView, Raw, Record, Seal, ShardFiles
 from pipeline.cache.remote.mirror import RemoteCache, open_mirror
 from pipeline.cache.stores import store_of
 from pipeline.cache.tables import Tables
 from pipeline.errors import CacheDamage, CacheError
 
+log = logging.getLogger(__name__)
+
 _MAX_OPEN_VIEWS = 128  # views of shards whose tables weren't loaded: each keeps its own, about 60 KB
 
 
-class Shards(Protocol):
+class Shards(ShardFiles, Protocol):
     """Makes shards local.
 
     Attributes:
@@ -31,8 +35,8 @@ class Shards(Protocol):
     root: Path
 
     @property
-    def size_of(self) -> SizeOf | None:
-        """Tells the bytes of a file that may not be there; None where all are."""
+    def by_range(self) -> bool:
+        """Whether each record is a request of its own."""
         ...
 
     @property
@@ -45,12 +49,13 @@ class Shards(Protocol):
         ...
 
 
-class LocalShards:
+class LocalShards(LocalFiles):
     """The shards of a local cache, which lie where they are read."""
 
-    size_of = None
+    by_range = False
 
     def __init__(self, root: Path) -> None:
+        super().__init__(root)
         self.root = root
         self.advice = f"run `mrmae verify-cache {root} --repair`"
 
@@ -94,7 +99,7 @@ class CacheReader:
     ) -> None:
         self.path, self.header, self.tombstones, self.shards = path, header, tombstones, shards
         self._committed = committed
-        self._store = store_of(path, header, shards.size_of)
+        self._store = store_of(path, header, shards)
         self._seal = Seal(header.fingerprint)
         self._has_summary, self._quantiser = header.summary is not None, header.quantiser
         self._count, self._views, self._size = header.count, header.views, header.samples_per_shard
@@ -159,7 +164,7 @@ class CacheReader:
             if self._quantiser.clusters and not self._quantiser.sound(raw.tokens):
                 raise CacheDamage("a token is of no cluster of the codebook")  # no loss could take it
         except CacheDamage as error:
-            raise CacheDamage(self._damage(shard, index, view, error)) from error
+            raw = self._read_again(index, view, keep, error)
         record = Record(index, view, raw, self._has_summary)
         if dequantise:
             record.tokens = self._quantiser.dequantise(record.tokens, record.scale)
@@ -167,6 +172,16 @@ class CacheReader:
                 summary = self.header.summary_quantiser.dequantise(record.summary, record.summary_scale)
                 record.summary = summary
         return record
+
+    def expect(self, places: Iterable[tuple[int, int]]) -> None:
+        """Have the records of these samples and views fetched side by side, where each is a request of its own.
+
+        They are to be read next. Errors as `read`, or they come with it.
+        """
+        if self.shards.by_range:
+            for index, view in places:
+                shard, row = divmod(index, self._size)
+                self._open(shard, view).expect(row)
 
     def live_indices(self) -> NDArray[np.int64]:
         """Samples that can be read: committed and no tombstones, ascending."""
@@ -187,6 +202,24 @@ class CacheReader:
             raise CacheError(
                 f"sample {index} is a tombstone ({self.tombstones[index]}); take samples from live_indices()"
             )
+
+    def _read_again(self, index: int, view: int, keep: bool, error: CacheDamage) -> Raw:
+        """A damaged record once more where it came by a request of its own: the damage may have come on the way.
+
+        Raises:
+            CacheDamage: it is local, or damaged again.
+        """
+        shard, row = divmod(index, self._size)
+        if self.shards.by_range:
+            log.warning("%s: sample %d, view %d: %s; it is fetched once more", self.path, index, view, error)
+            try:
+                raw = self._open(shard, view).read(row, keep)
+            except CacheDamage as again:
+                error = again
+            else:
+                if self._seal(index, view, raw) == raw.crc32c:
+                    return raw
+        raise CacheDamage(self._damage(shard, index, view, error)) from error
 
     def _open_view(self, shard: int, view: int) -> OpenView:
         if not self._committed[shard]:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from pipeline.cache.format.header import CacheHeader
-from pipeline.cache.format.records import SizeOf, Store
+from pipeline.cache.format.records import ShardFiles, Store
 from pipeline.cache.tar.store import WebdatasetStore
 from pipeline.cache.zarr.store import ZarrStore
 
 
-def store_of(path: Path, header: CacheHeader, size_of: SizeOf | None = None) -> Store:
-    """The store of the cache at `path`; `size_of` is for one whose files come and go."""
-    return ZarrStore(path, header) if header.store == "zarr" else WebdatasetStore(path, header, size_of)
+def store_of(path: Path, header: CacheHeader, files: ShardFiles | None = None) -> Store:
+    """The store of the cache at `path`; `files` is for one whose files come and go."""
+    return ZarrStore(path, header, files) if header.store == "zarr" else WebdatasetStore(path, header, files)

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.files import file_of, one_line, write_file
-from pipeline.cache.format.commits import FOLDER, Commit, Tombstone, commit_path, read_commit, write_commit
+from pipeline.cache.format.commits import (
+    FOLDER,
+    Commit,
+    Tombstone,
+    commit_path,
+    committed_shards,
+    read_commit,
+    write_commit,
+)
 from pipeline.cache.format.header import FILE, CacheHeader, match_header, read_header
 from pipeline.cache.format.records import Seal, ShardData, Store
 from pipeline.cache.stores import store_of
@@ -119,6 +127,10 @@ class CacheWriter:
             commit = commit_path(self.path, shard)
             commit.rmdir() if commit.is_dir() and not commit.is_symlink() else commit.unlink()
             sync(commit_path(self.path, shard).parent)
+
+    def commits(self) -> list[Commit]:
+        """The commit records of the shards that are finished. Raises CacheDamage."""
+        return [read_commit(self.path, self.header, shard) for shard in committed_shards(self.path, self.header)]
 
     def _commit(self, shard: int, data: ShardData, files: dict[str, Any]) -> Commit:
         span = self.header.shard_range(shard)

@@ -14,7 +14,8 @@ SummaryKind = Literal["class"]
 QuantiserName = Literal["int8", "int4", "codes", "float16", "float32"]
 
 
-def _kept() -> Path:
+def default_local() -> Path:
+    """Where what is on its way from or to a URL lies, if nothing else is asked for."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mrmae"
 
 
@@ -25,5 +26,6 @@ class CacheInput(Config):
 
     path: LocationField  # the cache's folder, or its URL: s3://, gs://, hf://datasets/, https://
     # Where shards of remote caches are kept: a folder on a local disk, which processes and runs share; ~/.cache/mrmae
-    local: PathField = Field(default_factory=_kept)
+    local: PathField | None = None
     local_limit: Amount = Field(50_000_000_000, gt=0)  # its bytes, or 50GB
+    read: Literal["shards", "range"] = "shards"  # of a URL: whole shards, or each record by a request of its own

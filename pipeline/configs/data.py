@@ -15,7 +15,7 @@ class DataConfig(Config):
 
     main_key: ClassVar[str] = "path"
 
-    path: str = Field(min_length=1)  # a folder (tree or flat) or tars (a glob or brace pattern)
+    path: str = Field(min_length=1)  # a folder (tree or flat), or tars or parquet files (a glob or brace pattern)
     limit: int | None = Field(None, gt=0)  # at most so many, evenly spread over the whole
     workers: int = Field(2, ge=0, le=256)  # decoding processes per training process
 
@@ -23,7 +23,7 @@ class DataConfig(Config):
 class ValConfig(DataConfig):
     """Which images are for validation. With neither `path` nor `share` they are val/ in data.path."""
 
-    path: str | None = Field(None, min_length=1)  # type: ignore[assignment]  # a folder or tars
+    path: str | None = Field(None, min_length=1)  # type: ignore[assignment]  # a folder, tars or parquet files
     share: float | None = Field(None, gt=0, lt=1)  # hold this share of each class of data.path back; no path then
 
     @model_validator(mode="after")

@@ -1,11 +1,11 @@
-"""Where images come from: a class-folder tree, a flat folder or WebDataset tars, all addressed by one integer index.
+"""Where images come from: class folders, a flat folder, WebDataset tars or parquet, all addressed by one integer index.
 
     images = open_images("/data/imagenet/train")            # train/<class>/*.jpg
     images = open_images("/data/train-{000000..001281}.tar") # KEY.jpg beside KEY.cls
     images.key(7), images.label(7), images.read(7)
 
-Folders are sorted by key, tars keep their members' order and come as the pattern names them; so index 7 is the same
-sample in every stage and on every machine.
+Folders are sorted by key; tars and parquet files keep their own order, and come as the pattern names them. So index 7
+is the same sample in every stage and on every machine.
 """
 
 import contextlib
@@ -14,19 +14,22 @@ import logging
 import os
 import re
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from glob import escape, glob
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import braceexpand
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.data.listing import Listing, first_image
+from pipeline.data.listing import Kind, Listing, first_image
 from pipeline.data.listing_index import is_noted_readable, note_readable, open_listing
 from pipeline.data.naming import EXTENSIONS, show_counts
+from pipeline.data.parquet_bytes import Damage
+from pipeline.data.parquet_pages import Page, no_blocks, no_pages, read_value
 from pipeline.errors import DataError, StorageError
 from pipeline.locations import is_url
 
@@ -36,6 +39,7 @@ log = logging.getLogger(__name__)
 _LASTING = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 )
+_KINDS = (".tar", ".parquet")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _SPLIT = re.compile(r"(train|val|valid|validation|test)(?![a-z])", re.IGNORECASE)  # how folders and tars begin
 _DIGEST_ROWS = 8192  # keys that are hashed at once
@@ -44,19 +48,21 @@ _PAUSES = (0.1, 0.4, 1.6)  # seconds before each further attempt
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A list of encoded images. `key(i)` is the path inside the folder, or `<tar name>/<member>`."""
+    """A list of encoded images. `key(i)` is the path inside the folder, or `<file name>/<member or row>`."""
 
-    kind: Literal["tree", "flat", "tar"]
+    kind: Kind
     root: str
-    files: tuple[str, ...]  # the tars; empty for folders
+    files: tuple[str, ...]  # the tars or parquet files; empty for folders
     keys: NDArray[np.bytes_]  # UTF-8, fixed width: a million keys in one block instead of a million objects
     lengths: NDArray[np.int64]  # bytes of each encoded image
     labels: NDArray[np.int64]  # -1 without a class
-    offsets: NDArray[np.int64]  # (tar number, offset) rows; empty for folders
+    offsets: NDArray[np.int64]  # (tar number, offset) or (page, offset in it) rows; empty for folders
     classes: tuple[str, ...]  # names, by label; empty if unknown
     text_class: str = ""  # a KEY.cls that holds no number, and so gives no label; empty if all do
     index: str = ""  # the file that the whole list is kept in; empty if in none
     listed: int = 0  # images of the whole list
+    pages: NDArray[np.int64] = field(default_factory=no_pages)  # of parquet files, as the listing has them
+    blocks: NDArray[np.int64] = field(default_factory=no_blocks)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -107,11 +113,21 @@ class ImageSource:
         )
 
     def _read(self, index: int) -> bytes:
+        if self.kind == "parquet":
+            return self._read_parquet(index)
         if self.kind != "tar":
             return (Path(self.root) / self.key(index)).read_bytes()
         number, offset = self.offsets[index]
         with open(self.files[number], "rb") as tar:
             return os.pread(tar.fileno(), int(self.lengths[index]), int(offset))
+
+    def _read_parquet(self, index: int) -> bytes:
+        number, offset = self.offsets[index].tolist()
+        page = Page(*self.pages[number].tolist())
+        try:
+            return read_value(self.files[page.file], page, self.blocks, offset, int(self.lengths[index]))
+        except Damage as error:
+            raise DataError(f"image {self.key(index)}: {error}: fetch {self.files[page.file]} again") from error
 
     def ends(self, index: int, size: int) -> tuple[int, bytes, bytes]:
         """The bytes of an image, and its first and last `size`: a look that costs less than to read it.
@@ -119,6 +135,9 @@ class ImageSource:
         Raises:
             DataError, StorageError: as `read`, which is asked where the look fails.
         """
+        if self.kind == "parquet":
+            data = self.read(index)
+            return len(data), data[:size], data[-size:]
         file, start = self._place(index)
         length = int(self.lengths[index])
         try:
@@ -149,7 +168,7 @@ class ImageSource:
 
     def _is_gone(self) -> bool:
         """Whether nothing at all is left of the dataset, as when a disk was unmounted."""
-        if self.kind == "tar":
+        if self.files:
             return not any(map(os.path.exists, self.files))
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
             return next(entries, None) is None
@@ -180,12 +199,12 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
     if is_url(path):
         raise DataError(f"data.path={path}: images are read from local paths alone: copy them to a disk, or mount them")
     expanded = os.path.abspath(os.path.expanduser(path))
-    tars = _find_tars(expanded)
-    listing, index = open_listing(expanded, tars)
+    files = _find_files(expanded)
+    listing, index = open_listing(expanded, files)
     source = ImageSource(
         kind=listing.kind,
         root=expanded,
-        files=tars,
+        files=files,
         keys=listing.keys,
         lengths=listing.lengths,
         labels=listing.labels,
@@ -194,11 +213,13 @@ def open_images(path: str, limit: int | None = None) -> ImageSource:
         text_class=listing.text_class,
         index=index,
         listed=len(listing),
+        pages=listing.pages,
+        blocks=listing.blocks,
     )
     if not len(source):
         found = f", which holds {show_counts(listing.passed_over)}" if listing.passed_over else ""
         raise DataError(f"data.path={path}: no images in it{found} (looked for .{', .'.join(sorted(EXTENSIONS))})")
-    _say_what_is_left(path, listing, tars)
+    _say_what_is_left(path, listing, files)
     if limit is not None and limit < len(source):
         source = source.select(np.arange(limit, dtype=np.int64) * len(source) // limit)
     return source
@@ -215,11 +236,11 @@ def _digest_input(keys: NDArray[np.bytes_], lengths: NDArray[np.int64]) -> bytes
     return table[used].tobytes()
 
 
-def _say_what_is_left(path: str, listing: Listing, tars: tuple[str, ...]) -> None:
+def _say_what_is_left(path: str, listing: Listing, files: tuple[str, ...]) -> None:
     """One line about files that are there and not among the images, and one where two sets are taken for one."""
     if listing.passed_over:
         log.info("data.path=%s: %d images; passed over: %s", path, len(listing), show_counts(listing.passed_over))
-    names = map(os.path.basename, tars) if tars else listing.classes
+    names = map(os.path.basename, files) if files else listing.classes
     splits = {match[0].lower() for name in names if (match := _SPLIT.match(name))}
     if "train" in splits and len(splits) > 1:
         log.warning(
@@ -228,16 +249,16 @@ def _say_what_is_left(path: str, listing: Listing, tars: tuple[str, ...]) -> Non
         )
 
 
-def _find_tars(path: str) -> tuple[str, ...]:
-    """The tars that a folder, a file, a glob or a brace pattern names; () when it is a folder of images."""
+def _find_files(path: str) -> tuple[str, ...]:
+    """The tars or parquet files that a folder, a file, a glob or a brace pattern names; () for a folder of images."""
     if os.path.isdir(path):
-        tars = tuple(sorted(glob(os.path.join(escape(path), "*.tar"))))
-        if tars and (stray := first_image(path)):
+        found = [name for kind in _KINDS for name in sorted(glob(os.path.join(escape(path), f"*{kind}")))]
+        if found and (stray := first_image(path)):
             raise DataError(
-                f"data.path={path}: tars ({os.path.basename(tars[0])}) and images ({stray}) side by side: name the "
+                f"data.path={path}: tars ({os.path.basename(found[0])}) and images ({stray}) side by side: name the "
                 "tars by a pattern such as '*.tar', or move one kind away"
             )
-        return tars
+        return _of_one_kind(path, found)
     try:
         patterns = [path] if os.path.isfile(path) else list(braceexpand.braceexpand(path))
     except ValueError as error:
@@ -252,8 +273,15 @@ def _find_tars(path: str) -> tuple[str, ...]:
     missing = [name for name in found if not os.path.isfile(name)]
     if missing:
         raise DataError(f"data.path: no such file or folder: {missing[0]}")
-    odd = next((name for name in found if not name.endswith(".tar")), None)
+    odd = next((name for name in found if not name.endswith(_KINDS)), None)
     if odd is not None:
         unpack = ": unpack it to a plain tar" if odd.endswith(_COMPRESSED) else ""
-        raise DataError(f"data.path={path}: expected a folder of images or .tar files, not {odd}{unpack}")
-    return tuple(found)
+        raise DataError(f"data.path={path}: expected a folder of images, .tar or .parquet files, not {odd}{unpack}")
+    return _of_one_kind(path, found)
+
+
+def _of_one_kind(path: str, files: Sequence[str]) -> tuple[str, ...]:
+    kinds = {os.path.splitext(file)[1] for file in files}
+    if len(kinds) > 1:
+        raise DataError(f"data.path={path}: .tar and .parquet files side by side: name one kind by a pattern")
+    return tuple(files)

@@ -1,4 +1,4 @@
-"""What lies at a path: every image of a folder or of tars, in blocks, so that memory stays near the size of the list.
+"""What lies at a path: every image of a folder or of files, in blocks, so that memory stays near the size of the list.
 
 A listing is a few arrays. `ImageSource` reads by them; `listing_index.py` keeps them for the next process.
 """
@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,8 +24,11 @@ from pipeline.data.naming import (
     add_counts,
     companion,
     describe_ending,
+    join,
     key_of,
+    pack,
 )
+from pipeline.data.parquet_pages import no_blocks, no_pages
 from pipeline.data.tar_content import check_names, read_content
 from pipeline.errors import DataError
 from pipeline.progress import Progress
@@ -34,24 +37,27 @@ _DOT = ord(".")
 _THREADS = 32  # that wait for a disk
 _PATIENCE = 0.2  # seconds of one thread before more are thought of
 
+Kind = Literal["tree", "flat", "tar", "parquet"]
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """N images. `watched` are the folders (relative to the root) or tars that were looked at, K of them."""
+    """N images. `watched` are the folders (relative to the root) or files that were looked at, K of them."""
 
-    kind: Literal["tree", "flat", "tar"]
+    kind: Kind
     classes: tuple[str, ...]  # names, by label; empty if unknown
     text_class: str  # where a class is no number, in words; empty where all are
     keys: NDArray[np.bytes_]  # [N] UTF-8, fixed width
     lengths: NDArray[np.int64]  # [N] bytes of each encoded image
     labels: NDArray[np.int64]  # [N], -1 without a class
-    offsets: NDArray[np.int64]  # [N, 2] (tar number, offset); [0, 2] for folders
+    offsets: NDArray[np.int64]  # [N, 2] (tar number, offset) or (page, offset in it); [0, 2] for folders
     watched: NDArray[np.bytes_]  # [K]
     stamps: NDArray[np.int64]  # [K, 2] bytes (0 for folders) and mtime in ns, as they were before they were listed
     passed_over: dict[str, int]  # why → how many files are there and no image or label
+    pages: NDArray[np.int64] = field(default_factory=no_pages)  # of parquet files, as `parquet_pages.Column` has them
+    blocks: NDArray[np.int64] = field(default_factory=no_blocks)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -80,17 +86,17 @@ def list_folder(root: str) -> Listing:
         DataError: a folder that can't be read, or that a link inside it leads back to; a name that is no UTF-8.
     """
     folders = _folders(os.fsencode(root))
-    watched = _pack([folder.prefix or b"." for folder in folders])
+    watched = pack([folder.prefix or b"." for folder in folders])
     stamps = np.array([(0, folder.mtime) for folder in folders], dtype=np.int64)
     passed_over = add_counts(folder.passed_over for folder in folders)
     blocks = [folder.keys for folder in folders if len(folder.keys)]
-    del folders  # so that `_join` frees block by block
+    del folders  # so that `join` frees block by block
     owners = [bytes(block[0]).rpartition(b"/")[0].partition(b"/")[0] for block in blocks]  # b"": the root itself
     classes = sorted(set(owners) - {b""})
     number = {name: label for label, name in enumerate(classes)}
     sizes = [len(block) for block in blocks]
     labels = np.repeat(np.array([number.get(name, -1) for name in owners], dtype=np.int64), sizes)
-    keys = _join(blocks)
+    keys = join(blocks)
     if not (keys[:-1] <= keys[1:]).all():  # as where a-b/1 comes before a/1
         order = np.argsort(keys, kind="stable")
         keys, labels = keys[order], labels[order]
@@ -122,8 +128,8 @@ def list_tars(tars: Sequence[str]) -> Listing:
     lengths, labels, places = (np.concatenate([part.numbers[:, column] for part in parts]) for column in range(3))
     passed_over = add_counts(part.passed_over for part in parts)
     blocks = [part.keys for part in parts]
-    del parts  # so that `_join` frees block by block
-    keys = _join(blocks)
+    del parts  # so that `join` frees block by block
+    keys = join(blocks)
     check_names(tars, keys)
     return Listing(
         kind="tar",
@@ -133,7 +139,7 @@ def list_tars(tars: Sequence[str]) -> Listing:
         lengths=lengths,
         labels=labels,
         offsets=np.stack([np.repeat(np.arange(len(tars)), sizes), places], axis=1),
-        watched=_pack([os.fsencode(tar) for tar in tars]),
+        watched=pack([os.fsencode(tar) for tar in tars]),
         stamps=stamps,
         passed_over=passed_over,
     )
@@ -228,7 +234,7 @@ def _scan(root: bytes, prefix: bytes) -> _Folder:
         names = [name for name in names if name not in companions]
         passed.update(map(companion, companions))
     names.sort()
-    return _Folder(prefix, mtime, _pack([prefix + name for name in names]), folders, passed)
+    return _Folder(prefix, mtime, pack([prefix + name for name in names]), folders, passed)
 
 
 def _check_way_out(path: bytes, link: bytes) -> None:
@@ -270,39 +276,9 @@ def _list_tar(tar: str) -> _Tar:
     shard = os.fsencode(os.path.basename(tar)) + b"/"
     numbers = [image.size for image in images], labels, [image.offset for image in images]
     return _Tar(
-        _pack([shard + image.name for image in images]),
+        pack([shard + image.name for image in images]),
         np.array(numbers, dtype=np.int64).T,
         content.text_class,
         content.stamp,
         content.passed_over,
     )
-
-
-def _pack(names: list[bytes]) -> NDArray[np.bytes_]:
-    """Names as one block of bytes.
-
-    Raises:
-        DataError: one of them is no UTF-8.
-    """
-    try:
-        b"\0".join(names).decode()
-    except UnicodeDecodeError as error:
-        at = error.object[: error.start].count(b"\0")
-        name = ascii(os.fsdecode(error.object.split(b"\0")[at]))
-        raise DataError(
-            f"data.path: the file name {name} is no UTF-8, as keys are: rename it, then run again"
-        ) from error
-    return np.array(names, dtype=np.bytes_)
-
-
-def _join(blocks: list[NDArray[np.bytes_]]) -> NDArray[np.bytes_]:
-    """One array of all, as wide as the widest; the blocks are freed on the way."""
-    width = max((block.dtype.itemsize for block in blocks), default=1)
-    joined = np.empty(sum(map(len, blocks)), f"S{width}")
-    place = 0
-    blocks.reverse()
-    while blocks:
-        block = blocks.pop()
-        joined[place : place + len(block)] = block
-        place += len(block)
-    return joined

@@ -1,8 +1,8 @@
 """Listings kept in files, so that a large dataset is listed once and not by every process of every command.
 
-A file holds what a listing holds, with the sizes and times of the folders or tars that it was made from. It is believed
-only while these are still the same and while every byte of it is; it is written whole or not at all, and never changed.
-All processes of a node map the same file.
+A file holds what a listing holds, with the sizes and times of the folders or files that it was made from. It is
+believed only while these are still the same and while every byte of it is; it is written whole or not at all, and never
+changed. All processes of a node map the same file.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.listing import Listing, list_folder, list_tars
 from pipeline.data.naming import EXTENSIONS
+from pipeline.data.parquet import list_parquet
 from pipeline.files import whole_file
 
 log = logging.getLogger(__name__)
@@ -31,31 +32,31 @@ VARIABLE = "MRMAE_LISTINGS"  # the folder of the kept listings; empty: keep none
 WORTH_KEEPING = 10_000  # images; fewer are listed in a moment
 
 _MAGIC = b"mrmae listing 2\n"
-_ARRAYS = ("keys", "lengths", "labels", "offsets", "watched", "stamps")
+_ARRAYS = ("keys", "lengths", "labels", "offsets", "watched", "stamps", "pages", "blocks")
 _ALIGNED = 64
 _START = len(_MAGIC) + 16  # then the head's length and its hash
 _QUIET = 2_000_000_000  # ns; what changed later than this before a listing may change again within the same time stamp
 _UNUSED = 30 * 86400  # seconds after which an outdated listing goes; no run maps it any more
 
 
-def open_listing(path: str, tars: Sequence[str]) -> tuple[Listing, str]:
-    """The images at `path`, a folder or else the `tars`; and the file that they are kept in, if any.
+def open_listing(path: str, files: Sequence[str]) -> tuple[Listing, str]:
+    """The images at `path`, a folder or else the `files`; and the file that they are kept in, if any.
 
     The first process of a node lists, the others wait for it. Where it keeps no list or dies, each lists for itself.
 
     Raises:
-        DataError: as `list_folder` and `list_tars`.
+        DataError: as `list_folder`, `list_tars` and `list_parquet`.
     """
     began = time.perf_counter()
     place = _place(path)
-    found = _find(place, path, tars)
+    found = _find(place, path, files)
     if found is None and place is not None:
         with _alone(place, path) as waited:
-            found = _find(place, path, tars)
+            found = _find(place, path, files)
             if found is None and not waited:
-                return _list_and_keep(place, path, tars)
+                return _list_and_keep(place, path, files)
     if found is None:
-        return _list(path, tars), ""
+        return _list(path, files), ""
     listing, index = found
     log.info("%d images at %s: from %s, in %.2f s", len(listing), path, index, time.perf_counter() - began)
     return found
@@ -77,17 +78,22 @@ def _note(index: Path) -> Path:
     return index.with_suffix(".readable")
 
 
-def _list(path: str, tars: Sequence[str]) -> Listing:
+def _list(path: str, files: Sequence[str]) -> Listing:
     began = time.perf_counter()
-    listing = list_tars(tars) if tars else list_folder(path)
-    what = f"{len(tars)} tars" if tars else f"{len(listing.watched)} folders"
+    listing = _list_files(files) if files else list_folder(path)
+    what = f"{len(files)} files" if files else f"{len(listing.watched)} folders"
     log.info("%d images at %s: listed %s in %.2f s", len(listing), path, what, time.perf_counter() - began)
     return listing
 
 
-def _list_and_keep(place: Path, path: str, tars: Sequence[str]) -> tuple[Listing, str]:
+def _list_files(files: Sequence[str]) -> Listing:
+    """The images of tars, or of parquet files. Errors as `list_tars` and `list_parquet`."""
+    return list_tars(files) if files[0].endswith(".tar") else list_parquet(files)
+
+
+def _list_and_keep(place: Path, path: str, files: Sequence[str]) -> tuple[Listing, str]:
     started = time.time_ns()
-    listing = _list(path, tars)
+    listing = _list(path, files)
     if len(listing) < WORTH_KEEPING:
         return listing, ""
     if int(listing.stamps[:, 1].max()) > started - _QUIET:
@@ -139,7 +145,7 @@ def _alone(place: Path, path: str) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _find(place: Path | None, path: str, tars: Sequence[str]) -> tuple[Listing, str] | None:
+def _find(place: Path | None, path: str, files: Sequence[str]) -> tuple[Listing, str] | None:
     """A kept listing that is whole and up to date."""
     if place is None:
         return None
@@ -148,7 +154,7 @@ def _find(place: Path | None, path: str, tars: Sequence[str]) -> tuple[Listing, 
         if listing is None:
             with contextlib.suppress(OSError):
                 index.unlink()
-        elif _is_current(listing, path, tars):
+        elif _is_current(listing, path, files):
             with contextlib.suppress(OSError):
                 os.utime(index)
             return listing, str(index)
@@ -164,17 +170,17 @@ def _newest_first(place: Path) -> list[Path]:
     return sorted(place.parent.glob(f"{place.name}-*.listing"), key=age)
 
 
-def _is_current(listing: Listing, path: str, tars: Sequence[str]) -> bool:
-    """Whether the same tars, or all folders of a tree, have the sizes and times that they had."""
+def _is_current(listing: Listing, path: str, files: Sequence[str]) -> bool:
+    """Whether the same files, or all folders of a tree, have the sizes and times that they had."""
     watched = [os.fsdecode(name) for name in listing.watched.tolist()]
-    if (tars and watched != list(tars)) or bool(tars) != (listing.kind == "tar"):
+    if (files and watched != list(files)) or bool(files) != (listing.kind in ("tar", "parquet")):
         return False
     for name, stamp in zip(watched, listing.stamps.tolist(), strict=True):
         try:
             facts = os.stat(os.path.join(path, name))
         except OSError:
             return False
-        if stamp != [facts.st_size if tars else 0, facts.st_mtime_ns]:
+        if stamp != [facts.st_size if files else 0, facts.st_mtime_ns]:
             return False
     return True
 
@@ -184,7 +190,8 @@ def _write(place: Path, path: str, listing: Listing) -> Path:
 
     The files of one path differ in their names, so that none is replaced while another machine maps it.
     """
-    arrays = {name: np.ascontiguousarray(getattr(listing, name)) for name in _ARRAYS}
+    names = _ARRAYS if listing.kind == "parquet" else _ARRAYS[:-2]
+    arrays = {name: np.ascontiguousarray(getattr(listing, name)) for name in names}
     head = json.dumps(
         {
             "path": path,

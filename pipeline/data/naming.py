@@ -1,10 +1,15 @@
 """What a file's name says: an image, a label, or something that is passed over. One rule for folders and for tars."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import features
+
+from pipeline.errors import DataError
 
 # Endings of the formats that decoding.py opens: always, and where Pillow was built with a feature.
 _ALWAYS = {
@@ -60,3 +65,33 @@ def show_counts(counts: Mapping[str, int]) -> str:
     shown = [f"{count:,} {reason}" for reason, count in list(counts.items())[:_SHOWN]]
     left = sum(list(counts.values())[_SHOWN:])
     return ", ".join([*shown, f"{left:,} others"] if left else shown)
+
+
+def pack(names: list[bytes]) -> NDArray[np.bytes_]:
+    """Names as one block of bytes.
+
+    Raises:
+        DataError: one of them is no UTF-8.
+    """
+    try:
+        b"\0".join(names).decode()
+    except UnicodeDecodeError as error:
+        at = error.object[: error.start].count(b"\0")
+        name = ascii(os.fsdecode(error.object.split(b"\0")[at]))
+        raise DataError(
+            f"data.path: the file name {name} is no UTF-8, as keys are: rename it, then run again"
+        ) from error
+    return np.array(names, dtype=np.bytes_)
+
+
+def join(blocks: list[NDArray[np.bytes_]]) -> NDArray[np.bytes_]:
+    """One array of all, as wide as the widest; the blocks are freed on the way."""
+    width = max((block.dtype.itemsize for block in blocks), default=1)
+    joined = np.empty(sum(map(len, blocks)), f"S{width}")
+    place = 0
+    blocks.reverse()
+    while blocks:
+        block = blocks.pop()
+        joined[place : place + len(block)] = block
+        place += len(block)
+    return joined

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Config, PathField, Precision
+from pipeline.config import Config, LocationField, PathField, Precision
 from pipeline.configs.cache import AttentionKind, QuantiserName, StoreName
 from pipeline.configs.data import DataConfig, ViewConfig
 from pipeline.configs.teachers import TeacherConfig
@@ -18,7 +18,9 @@ class CacheOutput(Config):
 
     main_key: ClassVar[str] = "path"
 
-    path: PathField  # the cache's folder, or with several teachers the folder of their caches
+    # The cache's folder, or with several teachers the folder of their caches; or its URL: s3:// or gs://
+    path: LocationField
+    local: PathField | None = None  # where shards lie until they are at such a URL; null: ~/.cache/mrmae
     store: StoreName = "zarr"  # zarr: features beside the images; webdataset: tars that hold the images, too
     quantiser: QuantiserName = "int8"  # how tokens are stored; int8 takes a byte a channel
     samples_per_shard: int = Field(1024, ge=1, le=65536)  # one file a shard and view: 154 MB at 196x768
@@ -69,8 +71,11 @@ class ExtractConfig(Config):
                 raise ValueError(f"teachers.{name}: a name becomes a folder, so use letters, digits, '.', '_' and '-'")
         return self
 
-    def caches(self) -> dict[Path, TeacherConfig]:
-        """Where each teacher's cache goes."""
+    def caches(self) -> dict[Path | str, TeacherConfig]:
+        """Where each teacher's cache goes: a folder, or (text) a URL."""
+        path = self.cache.path
         if self.teacher is not None:
-            return {self.cache.path: self.teacher}
-        return {self.cache.path / name: teacher for name, teacher in self.teachers.items()}
+            return {path: self.teacher}
+        if isinstance(path, Path):
+            return {path / name: teacher for name, teacher in self.teachers.items()}
+        return {f"{path}/{name}": teacher for name, teacher in self.teachers.items()}

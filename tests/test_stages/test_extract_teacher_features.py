@@ -600,7 +600,7 @@ def test_a_teacher_without_attention_is_named_before_its_cache_is_made(
     def stop(path: Path, _header: object) -> None:
         raise CacheError(f"{path} is about to be made")
 
-    monkeypatch.setattr(extract_teacher_features, "create_cache", stop)
+    monkeypatch.setattr("pipeline.cache.output.create_cache", stop)
     blind = {**TEACHER, "spec": "timm:test_vit4"}
     with pytest.raises(CacheError, match="about to be made"):
         extract_teacher_features.run(extract_config(image_tree, tmp_path / "cache", teacher=blind))

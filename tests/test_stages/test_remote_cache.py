@@ -1,7 +1,9 @@
 """Stages with a cache behind a URL: the same training as from a local copy, and clear refusals."""
 
+import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from pipeline.configs.cache import CacheInput
 from pipeline.errors import CacheError
 from stages import pretrain
 from tests.servers import FilesServer, s3_server, upload
-from tests.test_stages.conftest import pretrain_config
+from tests.test_pipeline.cache.test_remote import local_bytes
+from tests.test_stages.conftest import MICRO, pretrain_config
+from tests.test_stages.test_processes import forked_ranks
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,46 @@ def test_training_from_s3_gives_the_same_bits(cache: Path, image_tree: Path, s3:
     assert "secret-of-the-test" not in written
 
 
+@pytest.mark.parametrize("kind", ["full", "block"])
+def test_training_by_ranges_gives_the_same_bits(
+    kind: str, cache: Path, image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With five in a hundred requests that fail; the default order is that of a local cache."""
+    if kind == "block" and cache.name == "zarr":
+        pytest.skip("one store is enough for the other order")
+    monkeypatch.setattr(objects, "_PAUSES", (0.001,) * 6)
+    order = {"order": {"kind": kind, "window": 1}}
+    expected = train(tmp_path / "a", **inputs(cache, image_tree, str(cache), tmp_path, 0) | order)
+    random = np.random.default_rng(0)
+    with FilesServer(cache).running() as server:
+        server.fault = lambda path, count: "500" if random.random() < 0.05 else None
+        remote = inputs(cache, image_tree, server.url, tmp_path, 2, read="range")
+        remote["order"] = {} if kind == "full" else order["order"]
+        assert equal(train(tmp_path / "b", **remote), expected)
+    assert not list((tmp_path / "local").rglob("*.tar"))
+    assert not list((tmp_path / "local").rglob("tokens/c*"))
+
+
+@pytest.mark.slow  # two processes train twice
+def test_two_processes_train_from_s3_as_from_a_local_copy(
+    cache: Path, image_tree: Path, s3: str, tmp_path: Path
+) -> None:
+    url = f"s3://bucket/two-{cache.name}"
+    upload(cache, url)
+    micro = ", ".join(f"{key}: {value}" for key, value in MICRO.items())
+    data = f"data={{path: {image_tree if cache.name == 'zarr' else 'null'}, workers: 1}}"
+    for name, place in (("a", str(cache)), ("b", url), ("c", url)):
+        ended = forked_ranks(
+            2, "pretrain", *([] if cache.name == "webdataset" else [data]), f"cache.path={place}", "data.workers=1",
+            f"cache.local={tmp_path}/local", f"cache.read={'range' if name == 'c' else 'shards'}",
+            f"student={{{micro}}}", "optim={lr: 1e-3, warmup_epochs: 0}", "batch_size=8", "max_steps=6",
+            "tensorboard=false", "order={kind: block, window: 1}", f"output={tmp_path}/{name}",
+        )  # fmt: skip
+        assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
 def test_failing_requests_and_a_small_folder_change_nothing(
     cache: Path, image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,10 +120,32 @@ def test_failing_requests_and_a_small_folder_change_nothing(
     with FilesServer(cache).running() as server:
         server.fault = lambda path, count: "500" if random.random() < 0.05 else None
         place = place_of(CacheInput.model_validate({"path": server.url, "local": str(tmp_path / "local")}))
-        remote = inputs(cache, image_tree, server.url, tmp_path, 1, local_limit=room_for_two(place))
-        assert equal(train(tmp_path / "b", **remote), expected)
+        limit = room_for_two(place)
+        remote = inputs(cache, image_tree, server.url, tmp_path, 1, local_limit=limit)
+        with watched(tmp_path / "local") as sizes:
+            assert equal(train(tmp_path / "b", **remote), expected)
+        # Beside the files of the cache: markers with the names of a shard's files.
+        assert 0 < max(sizes) <= limit + 3 * 400
         large = [path for path, _, sent in server.requests if path.startswith(("tokens/", "shards/")) and sent]
         assert len(large) > len(set(large))
+
+
+@contextlib.contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """The bytes of the files of a folder, looked at every ten milliseconds."""
+    sizes, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            sizes.append(local_bytes(folder))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield sizes
+    finally:
+        stop.set()
+        watcher.join()
 
 
 def room_for_two(place: Any) -> int:
@@ -120,7 +186,12 @@ def test_cache_info_reads_a_url(cache: Path, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["verify-cache", "s3://bucket/cache"], "path: s3://bucket/cache is no local path"),
+        (
+            ["verify-cache", "s3://bucket/cache", "--repair"],
+            "--repair needs a local folder: `mrmae cache-copy s3://bucket/cache FOLDER`, then `mrmae verify-cache "
+            "FOLDER --repair`, then `mrmae cache-copy FOLDER s3://bucket/cache --full`",
+        ),
+        (["verify-cache", "s3://bucket/cache", "--level", "deep"], "--level deep needs a local folder: `mrmae cache-c"),
         (["cache-info", "ftp://host/cache"], "path: ftp:// is not read: give a local folder, s3://"),
         (["cache-info", "s3://key:secret@host/cache"], "a URL with a user, a password or a query is refused"),
         (["cache-info", "https://host/cache?X-Amz-Signature=secret"], "a user, a password or a query is refused"),
@@ -128,8 +199,8 @@ def test_cache_info_reads_a_url(cache: Path, tmp_path: Path, monkeypatch: pytest
         (["pretrain", "cache.path=ftp://b/c", "output=x"], "cache.path: ftp:// is not read"),
         (["pretrain", "cache.path=s3://b/c", "output=s3://b/run"], "output: s3://b/run is no local path"),
         (
-            ["extract-teacher-features", "data.path=x", "teacher.spec=clip_vitb16", "cache.path=s3://b/c"],
-            "cache.path: s3://b/c is no local path, which this needs: `mrmae cache-copy` copies a cache to one",
+            ["extract-teacher-features", "data.path=x", "teacher.spec=clip_vitb16", "cache.path=ftp://b/c"],
+            "cache.path: ftp:// is not read",
         ),
         (
             ["extract-teacher-features", "data.path=s3://b/c", "teacher.spec=clip_vitb16", "cache.path=x"],

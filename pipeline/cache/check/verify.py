@@ -84,22 +84,33 @@ def verify(
     except CacheDamage as error:
         report.add("header", str(error), file=FILE)
         return report
+    check_all(Verifier(path, header, source, level != "quick"), report, deep, progress, threads)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def check_all(
+    verifier: "Verifier",
+    report: Report,
+    deep: Callable[[Report], None] | None,
+    progress: Callable[[int, int], None] | None,
+    threads: int,
+) -> None:
+    """Check the cache and then its shards, at the report's level; arguments as `verify`."""
+    header = verifier.header
     report.counts.update(samples=header.count, shards=header.shards, **dict.fromkeys(_COUNTS, 0))
-    if level == "deep" and deep is None:
+    if report.level == "deep" and deep is None:
         raise PipelineError("deep verification needs the images and the teacher: give --data, or use --level full")
-    verifier = _Verifier(path, header, source, level != "quick")
     verifier.check_cache(report)
-    committed = committed_shards(path, header)
+    committed = verifier.committed()
     verifier.add_missing(committed, report)
     for done, part in enumerate(_in_order(verifier.check_shard, committed, threads), header.shards - len(committed)):
         report.merge(part)
         if progress is not None:
             progress(done + 1, header.shards)
     foreign = any(finding.kind == "dataset" for finding in report.findings)
-    if level == "deep" and deep is not None and not foreign:  # of other images a teacher says other things
+    if report.level == "deep" and deep is not None and not foreign:  # of other images a teacher says other things
         deep(report)
-    report.seconds = time.monotonic() - started
-    return report
 
 
 def _in_order(check: Callable[[int], Report], shards: Sequence[int], threads: int) -> Iterator[Report]:
@@ -120,23 +131,27 @@ def _in_order(check: Callable[[int], Report], shards: Sequence[int], threads: in
             pool.shutdown(cancel_futures=True)
 
 
-class _Verifier:
+class Verifier:
     """Checks a cache, shard by shard; a thread holds one record and the small arrays of one view of one shard."""
 
     def __init__(self, path: Path, header: CacheHeader, source: Source | None, full: bool) -> None:
-        self._path, self._header, self._source, self._full = path, header, source, full
-        self._store, self._seal = store_of(path, header), Seal(header.fingerprint)
+        self.path, self.header, self._source, self.full = path, header, source, full
+        self.store, self._seal = store_of(path, header), Seal(header.fingerprint)
+
+    def committed(self) -> list[int]:
+        """The shards to check: those with a commit record."""
+        return committed_shards(self.path, self.header)
 
     def check_cache(self, report: Report) -> None:
         """What concerns no shard: metadata files, the dataset as a whole, files that don't belong here."""
-        for file, problem in self._store.uncovered(None, thorough=True).items():
+        for file, problem in self.store.uncovered(None, thorough=True).items():
             report.add("uncovered", f"{file} {problem}", file=file)
         if self._source is not None:
             self._check_dataset(self._source, report)
-        self._check_strays(report)
+        self.check_strays(report)
 
     def _check_dataset(self, source: Source, report: Report) -> None:
-        dataset = self._header.dataset
+        dataset = self.header.dataset
         if len(source) != dataset.count:
             report.add("dataset", f"the dataset has {len(source)} images, the cache was made of {dataset.count}")
         elif source.digest() != dataset.digest:
@@ -146,15 +161,15 @@ class _Verifier:
             return
         self._source = None  # joining keys one by one would only repeat it
 
-    def _check_strays(self, report: Report) -> None:
+    def check_strays(self, report: Report) -> None:
         """Files of no shard. The first number of a file's name is its shard, if it has one."""
-        expected = {FILE, *CARDS, *self._store.derived(None)}
+        expected = {FILE, *CARDS, *self.store.derived(None)}
         shards: dict[int, set[str]] = {}
-        for name in _files(self._path):
+        for name in _files(self.path):
             number = re.search(r"\d{1,9}", name.rpartition("/")[2])
             shard = int(number[0]) if number else -1
-            if 0 <= shard < self._header.shards and shard not in shards:
-                shards[shard] = {commit_file(shard), *self._store.files(shard), *self._store.derived(shard)}
+            if 0 <= shard < self.header.shards and shard not in shards:
+                shards[shard] = {commit_file(shard), *self.store.files(shard), *self.store.derived(shard)}
             if name in expected or name in shards.get(shard, ()):
                 continue
             if name.endswith(PARTIAL):
@@ -164,7 +179,7 @@ class _Verifier:
 
     def add_missing(self, committed: Sequence[int], report: Report) -> None:
         """Shards without a commit record: a finding for each of the first, and one for all others."""
-        report.missing = np.setdiff1d(np.arange(self._header.shards), np.array(committed, np.int64)).tolist()
+        report.missing = np.setdiff1d(np.arange(self.header.shards), np.array(committed, np.int64)).tolist()
         for shard in report.missing[:_NAMED]:
             report.add("missing", f"shard {shard} is not extracted, or its commit record is lost", shard=shard)
         if len(report.missing) > _NAMED:
@@ -172,9 +187,9 @@ class _Verifier:
 
     def check_shard(self, shard: int) -> Report:
         """A committed shard's record, its files' sizes, and at the higher levels every byte. Safe in threads."""
-        report = Report(path=str(self._path), level="")
+        report = Report(path=str(self.path), level="")
         try:
-            commit = read_commit(self._path, self._header, shard)
+            commit = read_commit(self.path, self.header, shard)
         except CacheDamage as error:
             report.add("commit", str(error), shard=shard, file=commit_file(shard))
             return report
@@ -182,38 +197,43 @@ class _Verifier:
         report.counts.update(committed=1, tombstones=len(commit.tombstones), bytes=size, records=0)
         broken = self._check_sizes(shard, commit, report)
         stale = self._check_sidecars(shard, report, thorough=False)
-        if self._full:
+        if self.full:
             self._check_content(shard, commit, report, broken, stale)
         return report
 
     def _check_sizes(self, shard: int, commit: Commit, report: Report) -> set[str]:
         """Report files that are missing, no regular files or of another length; returns their names."""
         broken = set()
-        expected = set(self._store.files(shard))
+        expected = set(self.store.files(shard))
         if set(commit.files) != expected:
             report.add("commit", f"shard {shard}: its commit record lists other files", shard=shard)
         for file in sorted(expected & set(commit.files)):
-            try:
-                found = os.stat(f"{self._path}/{file}")
-                if not stat.S_ISREG(found.st_mode):
-                    problem = "is no regular file"
-                elif found.st_size == commit.files[file].bytes:
-                    continue
-                else:
-                    problem = f"has {found.st_size} bytes instead of {commit.files[file].bytes}"
-            except OSError as error:
-                if error.errno not in _NO_FILE:
-                    problem = f"{self._path}/{file} can't be looked at: {error.strerror}"
-                    raise StorageError(f"{problem}; mend that, then run again") from error
-                gone = isinstance(error, FileNotFoundError)
-                problem = "is missing" if gone else f"can't be looked at: {error.strerror}"
-            broken.add(file)
-            report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
+            if (problem := self.problem_of(file, commit.files[file].bytes)) is not None:
+                broken.add(file)
+                report.add("file", f"shard {shard}: {file} {problem}", shard=shard, file=file)
         return broken
+
+    def problem_of(self, file: str, size: int) -> str | None:
+        """What is wrong with a file at first sight, in words; None where it is there and has so many bytes.
+
+        Raises:
+            StorageError: the disk fails.
+        """
+        try:
+            found = os.stat(f"{self.path}/{file}")
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                problem = f"{self.path}/{file} can't be looked at: {error.strerror}"
+                raise StorageError(f"{problem}; mend that, then run again") from error
+            gone = isinstance(error, FileNotFoundError)
+            return "is missing" if gone else f"can't be looked at: {error.strerror}"
+        if not stat.S_ISREG(found.st_mode):
+            return "is no regular file"
+        return None if found.st_size == size else f"has {found.st_size} bytes instead of {size}"
 
     def _check_sidecars(self, shard: int, report: Report, thorough: bool) -> bool:
         """Report what no commit covers; returns whether something is wrong."""
-        problems = self._store.uncovered(shard, thorough)
+        problems = self.store.uncovered(shard, thorough)
         for file, problem in problems.items():
             report.add("uncovered", f"shard {shard}: {file} {problem}", shard=shard, file=file)
         return bool(problems)
@@ -221,10 +241,10 @@ class _Verifier:
     def _check_content(self, shard: int, commit: Commit, report: Report, broken: set[str], stale: bool) -> None:
         """Hash every file, in a second thread, and read every record as training does."""
         with ThreadPoolExecutor(1) as second:
-            sound = set(self._store.files(shard)) - broken
+            sound = set(self.store.files(shard)) - broken
             files = {file: entry for file, entry in commit.files.items() if file in sound}
             hashing = second.submit(self._check_hashes, shard, files)
-            for view in range(self._header.views):
+            for view in range(self.header.views):
                 part = self._check_view(shard, view, commit, stale)
                 if not part.sound and not stale and self._check_sidecars(shard, report, thorough=True):
                     part = self._check_view(shard, view, commit, fresh=True)
@@ -232,11 +252,11 @@ class _Verifier:
             report.merge(hashing.result())
 
     def _check_hashes(self, shard: int, files: Mapping[str, FileEntry]) -> Report:
-        report = Report(path=str(self._path), level="")
+        report = Report(path=str(self.path), level="")
         for file, entry in files.items():
             problem = "is not what was written (its xxh3-128 differs)"
             try:
-                if hash_file(file_of(self._path, file)) == entry:
+                if hash_file(file_of(self.path, file)) == entry:
                     continue
             except CacheDamage as error:
                 problem = f"can't be checked: {error}"
@@ -248,12 +268,12 @@ class _Verifier:
 
         `fresh` reads none of the files that no commit covers.
         """
-        part = Report(path=str(self._path), level="")
-        content, damaged = ViewContent(self._header.quantiser), dict[int, str]()
-        span, dead = self._header.shard_range(shard), {stone.index for stone in commit.tombstones}
+        part = Report(path=str(self.path), level="")
+        content, damaged = ViewContent(self.header.quantiser), dict[int, str]()
+        span, dead = self.header.shard_range(shard), {stone.index for stone in commit.tombstones}
         try:
-            shared, table = self._store.table(shard, None), self._store.table(shard, view, fresh)
-            opened = self._store.open_view(shard, view, shared, table)
+            shared, table = self.store.table(shard, None), self.store.table(shard, view, fresh)
+            opened = self.store.open_view(shard, view, shared, table)
         except CacheDamage as error:
             part.add("file", f"shard {shard}, view {view}: {error}", shard=shard, view=view)
             return part
@@ -278,7 +298,7 @@ class _Verifier:
 
     def _add_samples(self, part: Report, kind: str, shard: int, view: int, problems: Mapping[int, str]) -> None:
         """Add a finding for each of the first samples, and one for all others; `problems`: row → what is wrong."""
-        first = self._header.shard_range(shard).start
+        first = self.header.shard_range(shard).start
         for row, problem in islice(problems.items(), _NAMED):
             message = f"shard {shard}, sample {first + row}, view {view}: {problem}"
             part.add(kind, message, shard=shard, sample=first + row, view=view)
@@ -287,7 +307,7 @@ class _Verifier:
             part.add(kind, message, shard=shard, view=view)
 
     def _check_images(self, source: Source, content: ViewContent, shard: int, part: Report) -> None:
-        problems = self._compare_images(source, content, self._header.shard_range(shard))
+        problems = self._compare_images(source, content, self.header.shard_range(shard))
         for kind, index, problem in islice(problems, _NAMED):
             part.add(kind, f"shard {shard}, sample {index}: {problem}", shard=shard, sample=index)
         further = [kind for kind, _, _ in problems]

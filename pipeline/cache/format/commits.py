@@ -8,6 +8,7 @@ was cut between members as a shorter one.
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,10 @@ def parse_commit(content: bytes, header: CacheHeader, shard: int) -> Commit:
 def committed_shards(root: Path, header: CacheHeader) -> list[int]:
     """The shards that have a commit record, ascending; the records are not read. Other files are left to `verify`."""
     folder = root / FOLDER
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return shards_named([path.name for path in folder.iterdir()] if folder.is_dir() else [], header)
+
+
+def shards_named(names: Collection[str], header: CacheHeader) -> list[int]:
+    """The shards whose commit records have these names, ascending."""
     shards = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{6,9}\.json", name))
-    return [shard for shard in shards if shard < header.shards and commit_path(root, shard).name in names]
+    return [shard for shard in shards if shard < header.shards and f"{shard:06d}.json" in names]

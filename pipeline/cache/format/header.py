@@ -260,7 +260,7 @@ def shard_span(header: CacheHeader, span: str | None, option: str) -> range:
     return range(int(first), int(last))
 
 
-def match_header(path: Path, found: CacheHeader, wanted: CacheHeader) -> None:
+def match_header(path: Path | str, found: CacheHeader, wanted: CacheHeader) -> None:
     """Check that the cache at `path` is the one that is wanted, wherever its images lie now.
 
     A wanted quantiser without statistics matches any calibration of that name.

@@ -4,8 +4,9 @@ A store knows how a shard lies on the disk. `CacheWriter` and `CacheReader` add 
 of open shards, the same for every store.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from struct import Struct
 from typing import Any, NamedTuple, Protocol
 
@@ -13,12 +14,11 @@ import numpy as np
 from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
-from pipeline.cache.files import FileEntry
+from pipeline.cache.files import Descriptor, FileEntry
 
 TAIL = Struct("<4iBQ")  # box (top, left, height, width), hflip, source hash: as a record's checksum covers them
 TAILS: np.dtype[Any] = np.dtype([("box", "<i4", 4), ("hflip", "u1"), ("source_hash", "<u8")])  # the same for numpy
 _HEAD = Struct("<QI")  # sample index, view
-SizeOf = Callable[[int, str], int]  # (shard, file that its commit record lists) → bytes
 
 
 @dataclass(slots=True)
@@ -132,6 +132,48 @@ class Seal:
         return crc
 
 
+class RecordFile(Protocol):
+    """A file that records are read from: local (`Descriptor`), or behind a URL."""
+
+    @property
+    def path(self) -> Path:
+        """What messages call it."""
+        ...
+
+    def read_parts(self, parts: Sequence[Any], size: int, offset: int) -> None:
+        """Fill several buffers of `size` bytes together, one behind the other. Raises CacheDamage."""
+        ...
+
+    def expect(self, size: int, offset: int) -> None:
+        """Start to fetch what the next `read_parts` with these arguments will want; a local file does nothing."""
+        ...
+
+
+class ShardFiles(Protocol):
+    """The files of committed shards, wherever they are."""
+
+    def open_file(self, shard: int, file: str) -> RecordFile:
+        """A file for reading records. Raises CacheDamage: it is missing, or no regular file."""
+        ...
+
+    def size_of(self, shard: int, file: str) -> int:
+        """Bytes of a file that may not be here yet. Raises CacheDamage as above."""
+        ...
+
+
+class LocalFiles:
+    """The files of a cache that lie in its folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+
+    def open_file(self, shard: int, file: str) -> Descriptor:
+        return Descriptor(f"{self._root}/{file}")
+
+    def size_of(self, shard: int, file: str) -> int:
+        return self.open_file(shard, file).size()
+
+
 class OpenView(Protocol):
     """One view of one shard, open for reading; `row` counts from the shard's first sample."""
 
@@ -140,6 +182,10 @@ class OpenView(Protocol):
 
         Raises CacheDamage where the record can't even be found.
         """
+        ...
+
+    def expect(self, row: int) -> None:
+        """Start to fetch a record behind a URL, which must be read next or soon."""
         ...
 
 
@@ -160,6 +206,10 @@ class Store(Protocol):
 
     def tables(self, shard: int) -> list[str]:
         """The files that `table` reads: small ones, which stay in the local copy of a remote cache."""
+        ...
+
+    def record_files(self, shard: int) -> list[str]:
+        """The files of which a reader may fetch single records: those with nearly all bytes."""
         ...
 
     def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:

@@ -25,7 +25,7 @@ from pipeline.cache.format.commits import Commit, commit_file, parse_commit
 from pipeline.cache.format.header import FILE, CacheHeader
 from pipeline.cache.remote.objects import Objects
 from pipeline.cache.stores import store_of
-from pipeline.errors import CacheDamage, CacheError
+from pipeline.errors import CacheDamage, CacheError, ConfigError
 from pipeline.files import remove_dead_partials, sync
 
 
@@ -67,6 +67,15 @@ class Folder:
 
     def remove(self, name: str) -> None:
         file_of(self.root, name).unlink(missing_ok=True)
+
+
+def require_writable(place: Folder | Objects) -> None:
+    """Raises ConfigError: files can't be written there."""
+    if isinstance(place, Objects) and not place.takes_files:
+        raise ConfigError(
+            f"{place} can't be written to by this command: s3:// and gs:// can; for the hub write to a local folder, "
+            "then run `hf upload-large-folder OWNER/NAME FOLDER --repo-type dataset`"
+        )
 
 
 class Copying:
@@ -156,7 +165,7 @@ class Copying:
                 raise CacheDamage(f"{file}: its checksum differs")
             self._target.write(file, content)
         elif isinstance(self._target, Folder):
-            with contextlib.closing(self._source.blocks(file, entry.bytes)) as blocks:
+            with contextlib.closing(self._blocks(file, entry.bytes)) as blocks:
                 self._target.write_parts(file, blocks, entry)
         else:
             assert isinstance(self._source, Folder)
@@ -165,6 +174,11 @@ class Copying:
             self._target.upload(file, file_of(self._source.root, file))
             if self._measure(self._target, file, entry) != entry:
                 raise CacheDamage(f"{file} arrived otherwise than it was sent")
+
+    def _blocks(self, file: str, size: int) -> Generator[bytes, None, None]:
+        """The source's blocks; a missing file is the source's damage, and not the target's."""
+        with must_exist(file), contextlib.closing(self._source.blocks(file, size)) as blocks:
+            yield from blocks
 
     def _measure(self, place: Folder | Objects, file: str, entry: FileEntry) -> FileEntry:
         """What a place has of a file, as a commit record states it."""

@@ -99,9 +99,21 @@ class LocalFolder:
     def locked(self) -> Iterator[None]:
         """The one process that makes room in this folder."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with FileIO(self.path / "lock", "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileIO(self.path / "lock", "ab") as file, flocked(file, fcntl.LOCK_EX):
             yield
+
+
+@contextlib.contextmanager
+def flocked(file: FileIO, kind: int) -> Iterator[None]:
+    """Lock an open file within the block, as `fcntl.flock` does.
+
+    Closing it would not be enough: a process that is forked within the block has the file too, and so the lock.
+    """
+    fcntl.flock(file, kind)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
@@ -112,9 +124,10 @@ def holding(marker: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
     except FileNotFoundError:
         yield False
         return
-    with file:
+    kind = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
+    with file, contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+            stack.enter_context(flocked(file, kind))
         except BlockingIOError:
             yield False
             return

@@ -19,11 +19,22 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from pipeline.cache.files import CHECKSUM_BYTES, FileEntry, checksum, file_of, must_exist, one_line, write_file
+from pipeline.cache.files import (
+    CHECKSUM_BYTES,
+    Descriptor,
+    FileEntry,
+    checksum,
+    file_of,
+    must_exist,
+    one_line,
+    write_file,
+)
 from pipeline.cache.format.commits import Commit, commit_file, commit_path, parse_commit, read_commit
 from pipeline.cache.format.header import FILE, CacheHeader
-from pipeline.cache.remote.folder import LocalFolder, holding, remove, touch
+from pipeline.cache.format.records import RecordFile
+from pipeline.cache.remote.folder import LocalFolder, flocked, holding, remove, touch
 from pipeline.cache.remote.objects import Objects
+from pipeline.cache.remote.ranges import RangedFile, Ranges
 from pipeline.cache.stores import store_of
 from pipeline.errors import CacheDamage, CacheError
 from pipeline.files import remove_dead_partials
@@ -39,10 +50,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RemoteCache:
-    """Where a remote cache lies, and the local folder for its shards."""
+    """Where a remote cache lies, and the local folder for its shards.
+
+    Attributes:
+        by_range: fetch single records in place of whole shards.
+    """
 
     url: str
     local: LocalFolder
+    by_range: bool = False
 
     def __str__(self) -> str:
         return self.url
@@ -80,6 +96,8 @@ class Mirror:
         self._cache = header.fingerprint[:_NAME]
         self.root = remote.local.path / self._cache
         self._objects, self._store = Objects(remote.url), store_of(self.root, header)
+        self._ranges = Ranges(self._objects)
+        self._files = functools.cache(self._files_of)
         self._large = functools.cache(self._large_files)
         self._opened: set[Path] = set()  # markers of shards that this process has opened
 
@@ -87,8 +105,15 @@ class Mirror:
         return Mirror, (self.remote, self.header)
 
     @property
+    def by_range(self) -> bool:
+        """Whether each record is a request of its own."""
+        return self.remote.by_range
+
+    @property
     def advice(self) -> str:
         """What to do about a damaged record."""
+        if self.by_range:
+            return f"{self.remote.url} itself is damaged: mend it, by `mrmae cache-copy --full` from a sound copy"
         return f"remove {self.root} and run again; if it comes back, {self.remote.url} itself is damaged"
 
     def size(self, shard: int) -> int:
@@ -97,7 +122,13 @@ class Mirror:
 
     def size_of(self, shard: int, file: str) -> int:
         """Bytes of a file of a shard, by its commit record."""
-        return self._large(shard)[file].bytes
+        return self._files(shard)[file].bytes
+
+    def open_file(self, shard: int, file: str) -> RecordFile:
+        """A file of a shard that is held, or whose records are fetched one by one."""
+        if self.by_range and file in self._store.record_files(shard):
+            return RangedFile(self._ranges, file)
+        return Descriptor(f"{self.root}/{file}")
 
     def metadata_size(self) -> int:
         """Bytes that the metadata take there."""
@@ -152,8 +183,11 @@ class Mirror:
         """
         with one_line(f"{self.root} can't be written"):
             self.root.mkdir(parents=True, exist_ok=True)
-            with FileIO(self.root / "lock", "ab") as lock, ThreadPoolExecutor(_THREADS, "metadata") as pool:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with (
+                FileIO(self.root / "lock", "ab") as lock,
+                flocked(lock, fcntl.LOCK_EX),
+                ThreadPoolExecutor(_THREADS, "metadata") as pool,
+            ):
                 if not (self.root / FILE).exists():
                     self._keep([{FILE: self.header.to_bytes()}])
                 shards = range(self.header.shards)
@@ -198,9 +232,11 @@ class Mirror:
 
     def _large_files(self, shard: int) -> dict[str, FileEntry]:
         """The files that are fetched when the shard is wanted."""
-        tables = set(self._store.tables(shard))
-        files = read_commit(self.root, self.header, shard).files
-        return {file: entry for file, entry in files.items() if file not in tables}
+        others = {*self._store.tables(shard), *(self._store.record_files(shard) if self.by_range else ())}
+        return {file: entry for file, entry in self._files(shard).items() if file not in others}
+
+    def _files_of(self, shard: int) -> dict[str, FileEntry]:
+        return read_commit(self.root, self.header, shard).files
 
     def _is_whole(self, shard: int) -> bool:
         return all(file_of(self.root, file).exists() for file in self._large(shard))

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib.util
 import logging
+import os
 import random
 import re
 import time
@@ -32,6 +33,8 @@ _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
 _REASON_LENGTH = 200
 
 _jitter = random.SystemRandom()  # which leaves the seeded generators alone
+
+_kept: dict[tuple[int, str], Any] = {}  # file systems, by process and scheme
 
 T = TypeVar("T")
 
@@ -95,6 +98,14 @@ class Objects:
             return int(self._retry(name, lambda: self._system.size(f"{self.url}/{name}")))
         return None
 
+    def names(self, folder: str) -> list[str]:
+        """The names of the files in a folder below the URL; only where `takes_files`."""
+        with contextlib.suppress(FileNotFoundError):
+            self._forget(f"{folder}/")
+            paths = self._retry(folder, lambda: self._system.ls(f"{self.url}/{folder}", detail=False))
+            return [path.rpartition("/")[2] for path in paths]
+        return []
+
     def upload(self, name: str, path: Path) -> None:
         """Write a file from a local one. Whoever reads sees the former file or all of this one."""
         self._retry(name, lambda: self._system.put_file(str(path), f"{self.url}/{name}"))
@@ -110,10 +121,16 @@ class Objects:
 
     @property
     def _system(self) -> Any:
-        """This process's file system: fsspec keeps it, and makes another one after a fork."""
+        """This process's file system: fsspec keeps it, and makes another one after a fork.
+
+        That of a process that this one was forked from is kept too. Its end would take its connections out of the
+        event loop, which both processes share: requests under way there would never be answered.
+        """
         import fsspec
 
-        return fsspec.filesystem(self._scheme, **_options(self._scheme))
+        system = fsspec.filesystem(self._scheme, **_options(self._scheme))
+        _kept.setdefault((os.getpid(), self._scheme), system)
+        return system
 
     @property
     def takes_files(self) -> bool:

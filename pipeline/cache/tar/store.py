@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.cache.files import Descriptor, FileEntry, checksum, file_of, one_line, read_table, write_file
 from pipeline.cache.format.header import CacheHeader, canonical
-from pipeline.cache.format.records import TAIL, Raw, Seal, ShardData, SizeOf
+from pipeline.cache.format.records import TAIL, LocalFiles, Raw, Seal, ShardData, ShardFiles
 from pipeline.cache.tar.view import (
     FIELDS,
     NONE,
@@ -44,9 +44,8 @@ class WebdatasetStore:
     entries = frozenset({"shards", "index"})
     descriptors = 1
 
-    def __init__(self, root: Path, header: CacheHeader, size_of: SizeOf | None = None) -> None:
-        self._root, self._header = root, header
-        self._size_of = size_of or (lambda _, file: Descriptor(file_of(root, file)).size())
+    def __init__(self, root: Path, header: CacheHeader, files: ShardFiles | None = None) -> None:
+        self._root, self._header, self._shard_files = root, header, files or LocalFiles(root)
         self._layout, self._buffer = TensorLayout(header), ThreadBuffer(TensorLayout(header))
 
     def create(self) -> None:
@@ -58,6 +57,9 @@ class WebdatasetStore:
 
     def tables(self, shard: int) -> list[str]:
         return self.derived(shard)
+
+    def record_files(self, shard: int) -> list[str]:
+        return self.files(shard)
 
     def write(self, shard: int, data: ShardData, seal: Seal) -> dict[str, FileEntry]:
         span, written = self._header.shard_range(shard), {}
@@ -77,7 +79,7 @@ class WebdatasetStore:
     def table(self, shard: int, view: int | None, fresh: bool = False) -> bytes:
         if view is None:
             return b""
-        size = self._size_of(shard, tar_name(shard, view))
+        size = self._shard_files.size_of(shard, tar_name(shard, view))
         span, index = self._header.shard_range(shard), file_of(self._root, index_name(shard, view))
         if fresh or not index.is_file():
             rows = index_of(Descriptor(file_of(self._root, tar_name(shard, view))), span)
@@ -86,7 +88,7 @@ class WebdatasetStore:
         return within(rows, size).tobytes()
 
     def open_view(self, shard: int, view: int, shared: Any, table: Any) -> TarView:
-        tar = Descriptor(f"{self._root}/{tar_name(shard, view)}")
+        tar = self._shard_files.open_file(shard, tar_name(shard, view))
         return TarView(tar, table, self._header.shard_range(shard), self._layout, self._buffer)
 
     def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from pipeline.cache.files import Descriptor, aligned
 from pipeline.cache.format.header import CacheHeader
-from pipeline.cache.format.records import TAIL, Raw
+from pipeline.cache.format.records import TAIL, Raw, RecordFile
 from pipeline.errors import CacheDamage
 
 SUFFIXES = ("jpg", "safetensors", "json")  # members of a sample, in their order
@@ -153,8 +153,13 @@ class TarView:
 
     __slots__ = ("_buffer", "_layout", "_span", "_table", "_tar")
 
-    def __init__(self, tar: Descriptor, table: Any, span: range, layout: TensorLayout, buffer: ThreadBuffer) -> None:
+    def __init__(self, tar: RecordFile, table: Any, span: range, layout: TensorLayout, buffer: ThreadBuffer) -> None:
         self._tar, self._table, self._span, self._layout, self._buffer = tar, table, span, layout, buffer
+
+    def expect(self, row: int) -> None:
+        start, jpg, _, facts = _ROW.unpack_from(self._table, row * _ROW.size)
+        if start >= 0:
+            self._tar.expect(2 * BLOCKSIZE + padded(jpg) + self._layout.facts + facts, start)
 
     def read(self, row: int, keep: bool = True) -> Raw:
         start, jpg, tensors, facts = _ROW.unpack_from(self._table, row * _ROW.size)

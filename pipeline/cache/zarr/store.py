@@ -17,9 +17,9 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from pipeline.cache.files import Descriptor, FileEntry, file_of, one_line, read_table, read_whole, write_file
+from pipeline.cache.files import FileEntry, file_of, one_line, read_table, read_whole, write_file
 from pipeline.cache.format.header import CacheHeader
-from pipeline.cache.format.records import Seal, ShardData
+from pipeline.cache.format.records import LocalFiles, Seal, ShardData, ShardFiles
 from pipeline.cache.zarr.chunks import parse_texts, raw_chunk, text_chunk
 from pipeline.cache.zarr.view import (
     Layout,
@@ -68,8 +68,8 @@ class ZarrStore:
 
     stores_images = False
 
-    def __init__(self, root: Path, header: CacheHeader) -> None:
-        self._root, self._header = root, header
+    def __init__(self, root: Path, header: CacheHeader, files: ShardFiles | None = None) -> None:
+        self._root, self._header, self._shard_files = root, header, files or LocalFiles(root)
         self._specs, self._buffer = array_specs(header), ThreadBuffer(Layout(header))
         self._large = [(name, len(self._specs[name][0])) for name in self._buffer.layout.names]
         self.descriptors = len(self._large)
@@ -97,6 +97,9 @@ class ZarrStore:
 
     def tables(self, shard: int) -> list[str]:
         return self._files(shard, self._specs.keys() - dict(self._large).keys())
+
+    def record_files(self, shard: int) -> list[str]:
+        return self._files(shard, ["tokens"])
 
     def _files(self, shard: int, names: Collection[str]) -> list[str]:
         return [
@@ -144,7 +147,8 @@ class ZarrStore:
 
     def open_view(self, shard: int, view: int, shared: Any, table: Any) -> ZarrView:
         names = [chunk_file(name, shard, view, dimensions) for name, dimensions in self._large]
-        return ZarrView([Descriptor(f"{self._root}/{name}") for name in names], shared, table, self._buffer)
+        files = [self._shard_files.open_file(shard, name) for name in names]
+        return ZarrView(files, shared, table, self._buffer)
 
     def uncovered(self, shard: int | None, thorough: bool) -> dict[str, str]:
         problems = {}

@@ -1,15 +1,16 @@
 """Reading the zarr store's chunk files raw: a chunk is the plain array and its crc32c, so `pread` fetches a record."""
 
 import threading
+from collections.abc import Sequence
 from struct import Struct
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.files import Descriptor, aligned
+from pipeline.cache.files import aligned
 from pipeline.cache.format.header import CacheHeader
-from pipeline.cache.format.records import TAIL, TAILS, Raw
+from pipeline.cache.format.records import TAIL, TAILS, Raw, RecordFile
 
 
 def array_specs(header: CacheHeader) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
@@ -86,8 +87,12 @@ class ZarrView:
 
     __slots__ = ("_buffer", "_files", "_shared", "_table")
 
-    def __init__(self, files: list[Descriptor], shared: Any, table: Any, buffer: ThreadBuffer) -> None:
+    def __init__(self, files: Sequence[RecordFile], shared: Any, table: Any, buffer: ThreadBuffer) -> None:
         self._files, self._shared, self._table, self._buffer = files, shared, table, buffer
+
+    def expect(self, row: int) -> None:
+        for file, (_, size) in zip(self._files, self._buffer.record.parts, strict=True):
+            file.expect(size, row * size)
 
     def read(self, row: int, keep: bool = True) -> Raw:
         tail, crc32c = _ENTRY.unpack_from(self._table, row * _ENTRY.size)

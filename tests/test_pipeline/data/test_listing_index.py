@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from pipeline.data import listing, listing_index
 from pipeline.data.images import ImageSource, open_images
@@ -37,6 +39,12 @@ def make(root: Path, kind: str) -> str:
         for number in range(3):
             pack(root / f"{number}.tar", 4)
         return f"{root}/{{0..2}}.tar"
+    if kind == "parquet":
+        for number in range(3):
+            file = root / f"{number}.parquet"
+            parquet.write_table(pyarrow.table({"image": [b"x" * 100_000] * 4, "label": range(4)}), file)
+            os.utime(file, ns=(YESTERDAY, YESTERDAY))
+        return f"{root}/*.parquet"
     for number in range(12):
         folder = root / (f"class{number % 3}/deep" if kind == "tree" else "")
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +76,7 @@ def never(*_: object) -> None:
     raise AssertionError("listed again")
 
 
-@pytest.mark.parametrize("kind", ["tree", "flat", "tar"])
+@pytest.mark.parametrize("kind", ["tree", "flat", "tar", "parquet"])
 def test_the_second_start_lists_nothing_and_finds_the_same(
     tmp_path: Path, kept: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,6 +87,7 @@ def test_the_second_start_lists_nothing_and_finds_the_same(
     first = open_images(path)
     monkeypatch.setattr(listing_index, "list_folder", never)
     monkeypatch.setattr(listing_index, "list_tars", never)
+    monkeypatch.setattr(listing_index, "list_parquet", never)
     second = open_images(path)
     assert rows(plain) == rows(first) == rows(second)
     assert plain.digest() == first.digest() == second.digest()

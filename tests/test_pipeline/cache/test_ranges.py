@@ -1,0 +1,178 @@
+"""Records of a remote cache, each by a request of its own: what the server counts, and what is said of damage."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import CacheReader, LocalFolder, RemoteCache, open_cache
+from pipeline.cache.remote import objects
+from pipeline.errors import CacheDamage
+from pipeline.forking import fork
+from tests.servers import FilesServer, s3_server, upload
+from tests.test_pipeline.cache.samples import make_cache, make_header
+from tests.test_pipeline.cache.test_remote import same
+
+log = logging.getLogger(__name__)
+
+LARGE = ("tokens/", "scale/", "attention/", "shards/")
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_PAUSES", (0.001,) * 6)
+
+
+@pytest.fixture
+def server(cache: Path) -> Iterator[FilesServer]:
+    with FilesServer(cache).running() as running:
+        yield running
+
+
+def ranged(server: FilesServer, tmp_path: Path) -> RemoteCache:
+    return RemoteCache(server.url, LocalFolder(tmp_path / "local", 10**9), by_range=True)
+
+
+@pytest.mark.parametrize(("quantiser", "attention"), [("int8", "mean"), ("int4", "heads"), ("float16", "none")])
+def test_requests_and_bytes_as_the_server_counts_them(
+    quantiser: str, attention: str, store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every record at random: at most one request for webdataset and two for zarr, and at most 1.1 times its bytes."""
+    caplog.set_level(logging.INFO, __name__)
+    heads = 3 if attention == "heads" else 0
+    header = make_header(
+        store, quantiser_name=quantiser, attention=attention, heads=heads, grid=[14, 14], dim=384, samples_per_shard=5
+    )
+    cache = make_cache(tmp_path / "cache", header)
+    local = open_cache(cache)
+    with FilesServer(cache).running() as server:
+        reader = open_cache(ranged(server, tmp_path))
+        reader.load_tables()
+        metadata = len(server.requests)
+        content, records = 0, 0
+        for index in (3, 9, 0, 7, 5, 1, 8, 2, 6, 4):
+            for view in range(header.views):
+                raw = local._open(index // 5, view).read(index % 5)
+                assert reader.read(index, view).tokens.tobytes() == raw.tokens.tobytes()
+                content += sum(memoryview(part).nbytes for part in raw.body)
+                records += 1
+        requests = server.requests[metadata:]
+    assert all(path.startswith(LARGE) for path, _, _ in requests)  # the tables were read before, once
+    sent = sum(size for _, _, size in requests)
+    figures = len(requests) / records, sent / content
+    log.info("%s %s: %.2f requests a record, %.3f of its bytes", store, quantiser, *figures)
+    assert len(requests) / records <= (1 if store == "webdataset" else 2)
+    assert sent <= 1.1 * content
+    whole = [path for path, _, _ in requests if not path.startswith(("tokens/", "shards/"))]
+    assert len(whole) == len(set(whole))
+    assert not [path for path in (tmp_path / "local").rglob("*") if path.parent.name in ("tokens", "shards")]
+
+
+def test_records_are_those_of_the_local_cache(cache: Path, server: FilesServer, tmp_path: Path) -> None:
+    reader = open_cache(ranged(server, tmp_path))
+    places = [(index, view) for index in reader.live_indices().tolist() for view in range(2)]
+    reader.expect(places)
+    assert same(reader, open_cache(cache))
+    ranges = [(path, start) for path, start, _ in server.requests if path.startswith(("tokens/", "shards/"))]
+    assert len(ranges) == len(set(ranges)) == len(places)
+
+
+def test_expected_records_come_side_by_side(
+    cache: Path, server: FilesServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = open_cache(ranged(server, tmp_path))
+    barrier, read = threading.Barrier(4, timeout=30), objects.Objects.read
+
+    def read_together(self: objects.Objects, name: str, start: int, stop: int) -> bytes:
+        if name.startswith(("tokens/", "shards/")):
+            barrier.wait()
+        return read(self, name, start, stop)
+
+    for index in (0, 1, 2, 3):
+        reader.read(index, 0)  # what is fetched whole
+    monkeypatch.setattr(objects.Objects, "read", read_together)
+    reader.expect([(index, 0) for index in (0, 1, 2, 3)])
+    assert [reader.read(index, 0).index for index in (0, 1, 2, 3)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("fault", ["flip", "truncate", "404", "500"])
+def test_what_fails_on_the_way_is_fetched_once_more(
+    fault: str, cache: Path, server: FilesServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def first_of_a_file(path: str, count: int) -> str | None:
+        return fault if count == 0 and path.startswith(("tokens/", "shards/")) else None
+
+    server.fault = first_of_a_file
+    with caplog.at_level(logging.WARNING):
+        assert same(open_cache(ranged(server, tmp_path)), open_cache(cache))
+    assert ("it is fetched once more" in caplog.text) == (fault != "500")
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [("flip", "(checksum differs|not what was written)"), ("truncate", "it ends at byte"), ("404", "is missing")],
+)
+def test_damage_at_the_source_is_named_at_the_record(
+    fault: str, problem: str, server: FilesServer, tmp_path: Path
+) -> None:
+    reader = open_cache(ranged(server, tmp_path))
+    reader.read(3, 1)
+    server.fault = lambda path, count: fault if path.startswith(("tokens/", "shards/")) else None
+    with pytest.raises(
+        CacheDamage, match=rf"damage in shard 1, sample 4, view 1: .*{problem}.* itself is damaged: mend"
+    ):
+        reader.read(4, 1)
+    server.fault = lambda path, count: None
+    assert reader.read(4, 1).index == 4
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(40, marks=pytest.mark.slow)])
+def test_processes_forked_while_threads_read_s3_do_not_hang(times: int, cache: Path, tmp_path: Path) -> None:
+    """By ranges and by shards: each process reads all records, while two threads of its parent do."""
+    local, stop = open_cache(cache), threading.Event()
+    with s3_server():
+        upload(cache, "s3://bucket/forks")
+        by_range, by_shard = (
+            open_cache(RemoteCache("s3://bucket/forks", LocalFolder(tmp_path / name, 10**9), by_range=name == "ranges"))
+            for name in ("ranges", "shards")
+        )
+
+        def read_on(reader: CacheReader) -> None:
+            while not stop.is_set():
+                reader.expect([(0, 0), (1, 1)])
+                assert same(reader, local)
+
+        threads = [threading.Thread(target=read_on, args=(reader,)) for reader in (by_range, by_shard)]
+        for thread in threads:
+            thread.start()
+        try:
+            ends = [_end_of_fork(lambda: same(by_range, local) and same(by_shard, local)) for _ in range(times)]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert ends == [0] * times
+
+
+def _end_of_fork(succeeds: Callable[[], bool]) -> int | None:
+    """The exit code of a forked process; None: it hangs."""
+    pid = fork()
+    if not pid:
+        try:
+            os._exit(0 if succeeds() else 1)
+        finally:
+            os._exit(2)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
