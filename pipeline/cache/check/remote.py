@@ -62,8 +62,8 @@ class _RemoteVerifier(Verifier):
 
     def committed(self) -> list[int]:
         with ThreadPoolExecutor(_THREADS, "commits") as pool:
-            there = pool.map(self._has_commit, range(self.header.shards))
-        return [shard for shard, is_there in enumerate(there) if is_there]
+            committed = pool.map(self._has_commit, range(self.header.shards))
+        return [shard for shard, is_committed in enumerate(committed) if is_committed]
 
     def check_cache(self, report: Report) -> None:
         for file in self.store.derived(None):

@@ -232,8 +232,8 @@ class Mirror:
 
     def _large_files(self, shard: int) -> dict[str, FileEntry]:
         """The files that are fetched when the shard is wanted."""
-        others = {*self._store.tables(shard), *(self._store.record_files(shard) if self.by_range else ())}
-        return {file: entry for file, entry in self._files(shard).items() if file not in others}
+        elsewhere = {*self._store.tables(shard), *(self._store.record_files(shard) if self.by_range else ())}
+        return {file: entry for file, entry in self._files(shard).items() if file not in elsewhere}
 
     def _files_of(self, shard: int) -> dict[str, FileEntry]:
         return read_commit(self.root, self.header, shard).files

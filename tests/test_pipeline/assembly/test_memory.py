@@ -16,7 +16,8 @@ from pipeline.errors import ConfigError
 from pipeline.models import Student, build_student
 from pipeline.training.sharding import shard
 from stages import plan
-from tests.micro import one_thread  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROCESSES = 8
 

@@ -39,10 +39,13 @@ def micro() -> Callable[..., Student]:
 def batch() -> Callable[..., Batch]:
     def draw(student: Student, size: int = 3, keep: int = 5) -> Batch:
         h, w = student.grid
-        rows = {"visible": keep, "masked": h * w - keep, "none": 0}[student.target_rows]
+        order = torch.rand(size, h * w).argsort(1)
+        ids_keep = order[:, :keep] if student.objective.masks else order.sort(1).values
+        shown = ids_keep.shape[1]
+        rows = {"visible": shown, "masked": h * w - shown, "none": 0}[student.target_rows]
         return Batch(
             torch.randn(size, 3, *student.encoder.image_size),
-            torch.rand(size, h * w).argsort(1)[:, :keep],
+            ids_keep,
             {teacher: torch.randn(size, rows, width) for teacher, width in (student.spec["teachers"] or {}).items()},
         )
 

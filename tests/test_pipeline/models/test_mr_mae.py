@@ -82,7 +82,7 @@ def test_every_parameter_takes_part_in_every_step(
     assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [name for name, goal in OBJECTIVES.items() if goal.masks])
 def test_the_order_of_visible_cells_does_not_matter(micro: Build, batch: Draw, kind: str, objective: str) -> None:
     student = micro(kind, objective=objective).eval()
     images, ids_keep, targets = batch(student)

@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.models import Student, build_student
 from pipeline.training.sharding import blank_copy, fill, gathered, scattered, shard, whole
-from tests.micro import one_thread, without_key_biases  # noqa: F401 - a fixture
+from tests.micro import without_key_biases
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 
