@@ -56,7 +56,8 @@ def step_memory(student: Student, images: int, mask_ratio: float, bf16: bool, pr
         # Of blocks, weights: the one at work, the next one and the buffer that it comes in; gradients: as they are made
         # and, in fp32, as they are sent. Of all else, the weights.
         half = 2 if bf16 else 1
-        gathered, divisor = weights - sum(blocks) + 4 * max(blocks) // half + max(blocks), processes
+        largest = max(blocks, default=0)
+        gathered, divisor = weights - sum(blocks) + 4 * largest // half + largest, processes
         if bf16:
             _to_bf16(student.encoder.blocks)
     changes, gradients = _record(student, images, mask_ratio, bf16)
