@@ -81,7 +81,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp())
         self.path = self.root / "cache"
         self.header, self.expected = header_of(self.store), files_of(self.store)
-        self.stopped = 0  # process of the writer
+        self.stopped, self.its_shard = 0, 0  # process of the writer
         self.kept: CacheReader | None = None
 
     def teardown(self) -> None:
@@ -120,9 +120,14 @@ class CacheMachine(RuleBasedStateMachine):
         pid = self.start(lambda: self.extract(shard), at, "stop")
         _, status = os.waitpid(pid, os.WUNTRACED)
         if os.WIFSTOPPED(status):
-            self.stopped = pid
+            self.stopped, self.its_shard = pid, shard
         else:
             assert os.waitstatus_to_exitcode(status) in (0, 2)
+
+    @precondition(lambda self: self.stopped)
+    @rule()
+    def write_the_same_shard(self) -> None:
+        self.write(self.its_shard)
 
     @precondition(lambda self: self.stopped)
     @rule(number=st.sampled_from([signal.SIGCONT, signal.SIGKILL]))
