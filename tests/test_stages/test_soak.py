@@ -28,7 +28,8 @@ from tests.failing_disk import failing
 from tests.test_stages.conftest import MICRO, extract_config
 from tests.test_stages.test_pretrain import losses, weights
 
-STEPS = int(os.environ.get("MRMAE_SOAK_STEPS", "1500"))  # of two micro-batches; the second half in one go
+# Of two micro-batches; the second half in one go. 300 at least: a disk that fills up lets a run go on for up to 60.
+STEPS = int(os.environ.get("MRMAE_SOAK_STEPS", "1500"))
 CHECKPOINT_EVERY, LOG_EVERY = 20, 5
 PATIENCE = 1200.0  # seconds without a step, on a machine with much else to do
 GROWTH = 24 << 20  # bytes that a process may take more at the end of its steps than at their start
