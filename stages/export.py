@@ -13,7 +13,7 @@ timm has no ConvViT: its safetensors has the reference code's names, and its JSO
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.assembly.students import load_encoder
+from pipeline.assembly.students import class_names, load_encoder
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import whole_file, whole_folder
 from pipeline.models import Classifier, ConvViT, Student, ViT, build_classifier, build_student, load_weights
 from pipeline.tensor_files import save_tensors
+from pipeline.training.checkpoint import resolve_checkpoint
 from stages.configs.export import ExportConfig
 
 # Cosine between our features and those of what was written; fp32 in another order of operations is nearer than this.
@@ -53,19 +54,21 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if config.onnx and importlib.util.find_spec("onnxscript") is None:
         raise ConfigError("onnx=true, but its exporter isn't installed: pip install -e '.[onnx]'")
     model = load_encoder(config.init, config.student).eval()
+    names = class_names(resolve_checkpoint(config.init)) if isinstance(model, Classifier) else ()
     with whole_folder(config.output) as partial:
         write = _write_timm if isinstance(_encoder(model), ViT) else _write_own
-        facts = write(model, partial)
+        facts = write(model, partial, names)
         if config.onnx:
             facts |= _write_onnx(model, partial / "model.onnx", config.opset)
     return {"written": str(config.output), **facts}
 
 
-def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
+def _write_timm(model: Student | Classifier, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens.
 
     timm's ViT has MAE's parameter names already. A student's copy ends in its final norm and pools the patch tokens by
-    the mean, which gives the features that k-NN and probes read; a classifier's copy pools as it was trained to.
+    the mean, which gives the features that k-NN and probes read; a classifier's copy pools as it was trained to, and
+    says what its classes are called.
     """
     encoder = _encoder(model)
     assert isinstance(encoder, ViT)
@@ -97,7 +100,9 @@ def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
     twin.load_state_dict(state, strict=True)
     weights = folder / "model.safetensors"
     with whole_file(weights) as partial:  # for its mode
-        save_for_hf(twin, str(folder), model_args=arguments, safe_serialization=True)
+        save_for_hf(
+            twin, str(folder), {"student": _sizes(model), "label_names": names}, arguments, safe_serialization=True
+        )
         weights.rename(partial)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     cosine = _agreement(_tokens(model), lambda images: _timm_tokens(again, images), encoder.image_size)
@@ -109,11 +114,11 @@ def _timm_tokens(model: Any, images: Tensor) -> Tensor:
     return tokens
 
 
-def _write_own(model: Student | Classifier, folder: Path) -> dict[str, Any]:
+def _write_own(model: Student | Classifier, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """model.safetensors, whose metadata repeat config.json, so that neither file is mute without the other."""
     encoder = _encoder(model)
     assert isinstance(encoder, ConvViT)
-    sizes = {key: value for key, value in model.spec.items() if key in _SIZES and value is not None}
+    sizes = _sizes(model)
     description = {
         "format": "mrmae-encoder-1",
         "architecture": "ConvViT of ConvMAE (arXiv 2205.03892), parameter names of Alpha-VL/ConvMAE",
@@ -125,6 +130,7 @@ def _write_own(model: Student | Classifier, folder: Path) -> dict[str, Any]:
         "num_heads": _heads(encoder),
         "num_prefix_tokens": 0,
         "num_classes": model.head.out_features if isinstance(model, Classifier) else 0,
+        **({"label_names": names} if names else {}),
         "tokens": "blocks3's output, then fc_norm (eps 1e-6)"
         if isinstance(model, Classifier)
         else "blocks3's output without the stage-1/2 addition, then a LayerNorm without parameters (eps 1e-6)",
@@ -195,6 +201,11 @@ def _write_onnx(model: Student | Classifier, file: Path, opset: int) -> dict[str
 
 def _encoder(model: Student | Classifier) -> ViT | ConvViT:
     return model.encoder
+
+
+def _sizes(model: Student | Classifier) -> dict[str, Any]:
+    """What an `init` that names the export needs to know."""
+    return {key: value for key, value in model.spec.items() if key in _SIZES and value is not None}
 
 
 def _heads(encoder: ViT | ConvViT) -> int:

@@ -34,7 +34,7 @@ DECODER = "student.decoder_dim=32 student.decoder_depth=1 student.decoder_heads=
 # A call that fits gets these words too; the last word of a key counts.
 SMALL = [
     (
-        r"^mrmae (extract-teacher-features|pretrain|finetune|knn|linear-probe|detect) (?!.*(--eval|images=))",
+        r"^mrmae (extract-teacher-features|pretrain|finetune|knn|linear-probe|detect|embed|predict) (?!.*(--eval|images=))",
         "data.workers=0",
     ),
     (r" (finetune|knn|linear-probe) .*(--config|val\.(path|share)=)", "val.workers=0"),
@@ -137,6 +137,9 @@ LEFT = {
         "runs/photos/features",
         "runs/photos/visualize.png",
         "cat_and_dog.png",
+        "photos.csv",
+        "photos.safetensors",
+        "tokens.npz",
         "runs/photos/report.html",
         "exports/photos/config.json",
         "exports/photos/model.onnx",

@@ -9,7 +9,7 @@ from pipeline.configs.models import StudentConfig
 class ExportConfig(Config):
     """Everything `export` takes."""
 
-    init: PathField  # a run, a checkpoint or a public weights file
+    init: PathField  # a run, a checkpoint, an export or a public weights file
     student: StudentConfig | None = None  # for a lone weights file
     output: PathField  # a folder that isn't there yet
     onnx: bool = False  # also model.onnx: images → tokens, and logits of a classifier

@@ -116,6 +116,7 @@ def _scenario(name: str, root: Path, folder: Path) -> Scenario:
         "linear-probe": Scenario(
             ["linear-probe", init, *sets, f"output={out}", "epochs=1", "blrs=[0.1]", "batch_size=6"], out
         ),
+        "embed": Scenario(["embed", init, sets[0], f"output={out / 'features.safetensors'}"], out),
         "export": Scenario(["export", init, f"output={out}"], out),
         "report": Scenario(["report", str(root / "student" / "run"), "--output", str(out / "report.html")], out),
         "visualize": Scenario(
@@ -134,7 +135,7 @@ def _damage(cache: Path, out: Path) -> None:
 
 SCENARIOS = [
     "extract zarr", "extract webdataset", "repair", "pretrain", "finetune", "knn", "linear-probe", "export", "report",
-    "visualize",
+    "visualize", "embed",
 ]  # fmt: skip
 
 
