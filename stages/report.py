@@ -223,10 +223,12 @@ def _class_table(where: str, what: str, scores: Mapping[str, Any]) -> Table:
     classes = [(name, figures) for name, figures in scores["classes"].items() if isinstance(figures, dict)]
     columns = list(classes[0][1]) if classes else []
     ordered = sorted(classes, key=lambda entry: entry[1].get(columns[-1], 0))[:_MOST_CLASSES]
-    title = f"Classes: {where}, {what}" + (
-        f" (the {len(ordered)} lowest of {len(classes)})" if ordered != classes else ""
+    lacking = f" (the {len(ordered)} lowest of {len(classes)})" if len(ordered) < len(classes) else ""
+    return Table(
+        f"Classes: {where}, {what}{lacking}",
+        ["class", *columns],
+        [[name, *map(_number, figures.values())] for name, figures in ordered],
     )
-    return Table(title, ["class", *columns], [[name, *map(_number, figures.values())] for name, figures in ordered])
 
 
 def _spelt(value: Any) -> str:

@@ -41,5 +41,5 @@ def class_accuracies(
     hits = np.bincount(labels[labels == predicted], minlength=len(names))
     return {
         names[label]: {"images": int(images[label]), "top1": float(hits[label] / images[label])}
-        for label in np.flatnonzero(images)
+        for label in np.flatnonzero(images).tolist()
     }

@@ -33,7 +33,8 @@ class SegmentationHead(nn.Module):
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B, L, D] of a grid (h, w) → logits [B, C, h, w]."""
         logits: Tensor = self.head(self.norm(tokens.flatten(0, 1)))
-        return logits.unflatten(0, (len(tokens), *grid)).permute(0, 3, 1, 2)
+        maps: Tensor = logits.unflatten(0, (len(tokens), *grid))  # [B, h, w, C]
+        return maps.permute(0, 3, 1, 2)
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def class_scores(counts: NDArray[np.int64], names: Sequence[str]) -> dict[str, d
     union = truth + found - both
     return {
         names[label]: {"pixels": int(truth[label]), "IoU": float(both[label] / union[label])}
-        for label in np.flatnonzero(union)
+        for label in np.flatnonzero(union).tolist()
     }
 
 

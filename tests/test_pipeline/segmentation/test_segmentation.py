@@ -112,7 +112,7 @@ def test_overlapping_windows_are_averaged() -> None:
 
 def test_the_head_is_linear_and_its_loss_ignores_pixels_without_a_class() -> None:
     torch.manual_seed(0)
-    head = SegmentationHead(6, 3, {}).eval()
+    head = SegmentationHead(6, 3, {}).eval().requires_grad_(False)
     tokens = torch.randn(2, 8, 6)
     logits = head(tokens, (2, 4))
     assert logits.shape == (2, 3, 2, 4)
