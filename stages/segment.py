@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pipeline.assembly.scenes import OpenScenes
 from pipeline.assembly.subjects import Subject, load_subject
 from pipeline.configs.data import ViewConfig
+from pipeline.configs.segmentation import LabelConfig
 from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CheckpointError, ConfigError, DataError
@@ -78,13 +79,13 @@ def _train(config: SegmentConfig) -> dict[str, Any]:
     plan = plan_steps(config, len(train.scenes))
     torch.manual_seed(config.seed)
     subject = load_subject(config, processes().device)
-    head = _build_head(subject, val)
+    head = _build_head(subject, val, config.labels)
     identity = {
         "stage": "segment",
         "features": head.spec["features"],
         "classes": list(train.names),
         "data": train.digest,
-        "labels": config.labels.model_dump(mode="json", exclude={"class_names"}),
+        "labels": head.spec["labels"],
         "crops": {"scale": list(config.scale), "hflip": config.hflip},
     }
     training = Run(config, identity)
@@ -124,14 +125,15 @@ def _next_command(config: SegmentConfig) -> str:
 
 def _evaluate_only(config: SegmentConfig) -> dict[str, Any]:
     state = processes()
-    val = OpenScenes("data.val", config.data.val, config.labels)
-    torch.manual_seed(config.seed)
-    subject = load_subject(config, state.device)
-    head = _build_head(subject, val)
     folder = resolve_checkpoint(config.checkpoint or config.output)
     weights, spec = read_weights(folder)
     if spec is None or spec.get("kind") != "segmentation head":
         raise CheckpointError(f"{folder} holds no segmentation head: give the output of a `segment` run")
+    labels = config.labels if config.labels.model_fields_set else LabelConfig.model_validate(spec["labels"])
+    val = OpenScenes("data.val", config.data.val, labels, names=spec["classes"])
+    torch.manual_seed(config.seed)
+    subject = load_subject(config, state.device)
+    head = _build_head(subject, val, labels)
     if spec["features"] != head.spec["features"]:
         raise CheckpointError(f"{folder} was trained on other features: give the init, student or teacher that it had")
     if spec["classes"] != head.spec["classes"]:
@@ -149,7 +151,7 @@ def _evaluate_only(config: SegmentConfig) -> dict[str, Any]:
     return {**scores, "images": len(val.scenes)}
 
 
-def _build_head(subject: Subject, scenes: OpenScenes) -> SegmentationHead:
+def _build_head(subject: Subject, scenes: OpenScenes, labels: LabelConfig) -> SegmentationHead:
     blank = torch.zeros(1, 3, subject.size, subject.size, dtype=torch.uint8)
     with torch.no_grad():
         dim = subject.tokens(blank).shape[-1]
@@ -157,6 +159,7 @@ def _build_head(subject: Subject, scenes: OpenScenes) -> SegmentationHead:
         "kind": "segmentation head",
         "features": f"{xxhash.xxh3_128_hexdigest(subject.name.encode())} at {subject.size} pixels",
         "classes": list(scenes.names),
+        "labels": labels.model_dump(mode="json", exclude={"class_names"}),
     }
     return SegmentationHead(dim, len(scenes.names), spec)
 

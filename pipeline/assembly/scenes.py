@@ -1,5 +1,7 @@
 """Labelled scenes from what a config names: a folder of label PNGs, or the masks of a COCO annotation file."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,9 +35,14 @@ class CocoScenes:
 
 
 class OpenScenes:
-    """Scenes under the key that messages call them, the names of their classes, and what they are, as a digest."""
+    """Scenes, the names of their classes, and what they are, as a digest.
 
-    def __init__(self, key: str, config: SceneConfig, labels: LabelConfig) -> None:
+    Args:
+        key: what messages call them.
+        names: of the classes, for label PNGs whose `labels.class_names` isn't given; numbers without.
+    """
+
+    def __init__(self, key: str, config: SceneConfig, labels: LabelConfig, names: Sequence[str] = ()) -> None:
         self.scenes: Scenes
         if config.labels.suffix == ".json":
             (coco,) = leave_unreadable_out({key: open_coco(config.images, config.labels, config.limit)})
@@ -43,13 +50,16 @@ class OpenScenes:
             self.names = ("background", *(name for _, name in coco.categories))
             return
         if labels.num_classes is None:
-            raise ConfigError(f"{key}.labels={config.labels} is a folder: give num_classes=... as well")
+            raise ConfigError(f"{key}.labels={config.labels} is a folder: give labels.num_classes=... as well")
         try:
             (source,) = leave_unreadable_out({key: open_images(str(config.images), config.limit)})
         except DataError as error:
             raise DataError(str(error).replace("data.path", f"{key}.images", 1)) from error
         code = LabelCode(labels.num_classes, labels.ignore_index, labels.reduce_zero_label)
         self.scenes, self.digest = FolderScenes(source, config.labels, code), source.digest()
-        self.names = tuple(map(str, range(labels.num_classes)))
         if labels.class_names is not None:
             self.names = read_class_names(labels.class_names, labels.num_classes)
+        elif len(names) == labels.num_classes:
+            self.names = tuple(names)
+        else:
+            self.names = tuple(map(str, range(labels.num_classes)))
