@@ -55,7 +55,8 @@ def show_json(figures: dict[str, Any], _as_json: bool) -> None:
 
 
 def show_text(text: str, _as_json: bool) -> None:
-    click.echo(text)
+    if _is_first_process():
+        click.echo(text)
 
 
 def show_verification(report: Any, as_json: bool) -> None:
@@ -147,8 +148,11 @@ STAGES = (  # in the order of a project
     Command("pretrain", "PretrainConfig"),
     Command("finetune", "FinetuneConfig", (_EVALUATE,), evaluation="EvaluateConfig"),
     Command("detect", "DetectConfig", (_EVAL_ONLY,)),
+    Command("segment", "SegmentConfig", (_EVAL_ONLY,)),
     Command("linear-probe", "LinearProbeConfig"),
     Command("knn", "KnnConfig"),
+    Command("embed", "EmbedConfig"),
+    Command("predict", "PredictConfig", show=show_text),
     Command("ablate", "AblateConfig", show=show_text, receives=("file", "say")),
     Command("bootstrap", "BootstrapConfig", show=show_text, receives=("file", "say")),
     Command("visualize", "VisualizeConfig"),

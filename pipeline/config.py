@@ -57,7 +57,7 @@ C = TypeVar("C", bound=Config)
 # A file with one of these at its root describes a chain, unless the command itself has such a key (`pretrain` has knn).
 _SECTIONS = frozenset(
     {"extract-teacher-features", "pretrain", "finetune", "detect", "knn", "linear-probe", "visualize", "export"}
-    | {"demo", "plan", "ablate", "bootstrap"}
+    | {"demo", "plan", "ablate", "bootstrap", "embed", "predict", "segment"}
 )
 
 

@@ -13,7 +13,7 @@ timm has no ConvViT: its safetensors has the reference code's names, and its JSO
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.assembly.students import load_encoder
+from pipeline.assembly.students import class_names, load_encoder
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import whole_file, whole_folder
 from pipeline.models import Classifier, ConvViT, Student, build_classifier, build_student, load_weights
@@ -35,6 +35,7 @@ from pipeline.models.timm_vit import TimmViT
 from pipeline.models.vit import PlainViT
 from pipeline.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.tensor_files import save_tensors
+from pipeline.training.checkpoint import resolve_checkpoint
 from stages.configs.export import ExportConfig
 
 # Cosine between our features and those of what was written; fp32 in another order of operations is nearer than this.
@@ -58,20 +59,21 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if config.onnx and importlib.util.find_spec("onnxscript") is None:
         raise ConfigError("onnx=true, but its exporter isn't installed: pip install -e '.[onnx]'")
     model = load_encoder(config.init, config.student).eval()
+    names = class_names(resolve_checkpoint(config.init)) if isinstance(model, Classifier) else ()
     with whole_folder(config.output) as partial:
         write = next(write for kind, write in _WRITERS.items() if isinstance(_encoder(model), kind))
-        facts = write(model, partial)
+        facts = write(model, partial, names)
         if config.onnx:
             facts |= _write_onnx(model, partial / "model.onnx", config.opset)
     return {"written": str(config.output), **facts}
 
 
-def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
+def _write_timm(model: Student | Classifier, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens.
 
     timm's ViT has MAE's parameter names already, and a student of timm goes back to where it is from. A student's copy
     ends in its final norm and pools the patch tokens by the mean, which gives the features that k-NN and probes read; a
-    classifier's copy pools as it was trained to.
+    classifier's copy pools as it was trained to, and says what its classes are called.
     """
     encoder = _encoder(model)
     assert isinstance(encoder, PlainViT)
@@ -108,7 +110,7 @@ def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
     state = _state(model)
     twin = timm.create_model(name, pretrained_cfg=preprocessing, **arguments)
     twin.load_state_dict(state, strict=True)
-    _save_timm(twin, folder, arguments)
+    _save_timm(twin, folder, {"student": _sizes(model), "label_names": names}, arguments)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     def tokens(images: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def _write_timm(model: Student | Classifier, folder: Path) -> dict[str, Any]:
     return {"format": "timm", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}
 
 
-def _write_feature_map(model: Student | Classifier, folder: Path) -> dict[str, Any]:
+def _write_feature_map(model: Student | Classifier, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """The network as timm has it, without a head; a classifier's is `head.safetensors`, of the mean of the last map.
 
     timm puts layers of its own between map and classifier in some networks, so the head has no place there.
@@ -131,7 +133,7 @@ def _write_feature_map(model: Student | Classifier, folder: Path) -> dict[str, A
     preprocessing = {"input_size": (3, *encoder.image_size), "mean": encoder.named.mean, "std": encoder.named.std}
     twin = timm.create_model(encoder.named.name, pretrained_cfg=preprocessing, **arguments)
     twin.load_state_dict(encoder.model.state_dict(), strict=True)
-    _save_timm(twin, folder, arguments)
+    _save_timm(twin, folder, {"label_names": names}, arguments)
     if isinstance(model, Classifier):
         save_tensors(dict(model.head.state_dict()), folder / "head.safetensors")
     again: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -144,10 +146,10 @@ def _write_feature_map(model: Student | Classifier, folder: Path) -> dict[str, A
     return {"format": "timm", "parameters": sum(value.numel() for value in twin.parameters()), "cosine": cosine}
 
 
-def _save_timm(model: Any, folder: Path, arguments: dict[str, Any]) -> None:
+def _save_timm(model: Any, folder: Path, description: dict[str, Any], arguments: dict[str, Any]) -> None:
     weights = folder / "model.safetensors"
     with whole_file(weights) as partial:  # for its mode
-        save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+        save_for_hf(model, str(folder), description, arguments, safe_serialization=True)
         weights.rename(partial)
 
 
@@ -156,11 +158,11 @@ def _timm_tokens(model: Any, images: Tensor) -> Tensor:
     return tokens
 
 
-def _write_own(model: Student | Classifier, folder: Path) -> dict[str, Any]:
+def _write_own(model: Student | Classifier, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """model.safetensors, whose metadata repeat config.json, so that neither file is mute without the other."""
     encoder = _encoder(model)
     assert isinstance(encoder, ConvViT)
-    sizes = {key: value for key, value in model.spec.items() if key in _SIZES and value is not None}
+    sizes = _sizes(model)
     description = {
         "format": "mrmae-encoder-1",
         "architecture": "ConvViT of ConvMAE (arXiv 2205.03892), parameter names of Alpha-VL/ConvMAE",
@@ -172,6 +174,7 @@ def _write_own(model: Student | Classifier, folder: Path) -> dict[str, Any]:
         "num_heads": _heads(encoder),
         "num_prefix_tokens": 0,
         "num_classes": model.head.out_features if isinstance(model, Classifier) else 0,
+        **({"label_names": names} if names else {}),
         "tokens": "blocks3's output, then fc_norm (eps 1e-6)"
         if isinstance(model, Classifier)
         else "blocks3's output without the stage-1/2 addition, then a LayerNorm without parameters (eps 1e-6)",
@@ -201,7 +204,7 @@ def _rebuild(model: Student | Classifier, sizes: dict[str, Any], state: dict[str
     return again.eval()
 
 
-_WRITERS: dict[type, Callable[[Student | Classifier, Path], dict[str, Any]]] = {
+_WRITERS: dict[type, Callable[[Student | Classifier, Path, Sequence[str]], dict[str, Any]]] = {
     PlainViT: _write_timm,
     FeatureMap: _write_feature_map,
     ConvViT: _write_own,
@@ -249,6 +252,11 @@ def _write_onnx(model: Student | Classifier, file: Path, opset: int) -> dict[str
 
 def _encoder(model: Student | Classifier) -> Encoder:
     return model.encoder
+
+
+def _sizes(model: Student | Classifier) -> dict[str, Any]:
+    """What an `init` that names the export needs to know."""
+    return {key: value for key, value in model.spec.items() if key in _SIZES and value is not None}
 
 
 def _heads(encoder: PlainViT | ConvViT) -> int:

@@ -6,8 +6,8 @@ Starts from a pre-trained checkpoint (init=RUN), or from scratch (student.name=.
     mrmae finetune --eval 'init=[runs/clip-ft,runs/dino-ft]' val.path=/data/imagenet/val
 
 Reads labelled images: data.path and val.path, or data.path alone if it holds train/ and val/. Writes to output as
-pretrain does, and checkpoints/best by top-1. Prints top-1 and top-5 on the validation set. Costs a full training of the
-encoder on all patches.
+pretrain does, and checkpoints/best by top-1; --eval writes metrics.json and confusion.png to output if given. Prints
+top-1 and top-5 on the validation set. Costs a full training of the encoder on all patches.
 
 The defaults are MAE's fine-tuning recipe for ViT-B (layer decay, mixup, cutmix, RandAugment, erasing, smoothing).
 --eval needs init and val.path alone. Several classifiers are evaluated by the mean of their logits, as the paper joins
@@ -26,9 +26,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from pipeline.assembly.students import Start, encoder_arguments, read_start
+from pipeline.assembly.students import Start, load_classifier, read_start
 from pipeline.configs.data import ViewConfig
 from pipeline.data.augment import Augment, rand_augment
+from pipeline.data.class_names import read_class_names
 from pipeline.data.images import ImageSource
 from pipeline.data.labelled import (
     LabelledBatch,
@@ -40,21 +41,23 @@ from pipeline.data.labelled import (
 from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.data.readable import leave_unreadable_out
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.evaluation.metrics import topk_hits
+from pipeline.errors import ConfigError
+from pipeline.evaluation.metrics import class_accuracies, topk_hits
+from pipeline.evaluation.pictures import draw_confusion
 from pipeline.evaluation.records import write_record
-from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record, read_weights
+from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
-from pipeline.processes import processes, share_of
+from pipeline.processes import gather_rows, processes, share_of
 from pipeline.progress import Progress
 from pipeline.steps import StepPlan
-from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from pipeline.training.engine import fit
 from pipeline.training.journal import command
 from pipeline.training.run import Run, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 from stages.configs.finetune import EvaluateConfig, FinetuneConfig
+
+_LOWEST = 3  # classes that --eval prints
 
 
 @stage
@@ -77,13 +80,15 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         "ema": config.ema.model_dump() if config.ema.decay else None,
         "classes": list(train.classes),
     }
+    if config.class_names is not None:
+        identity["class_names"] = list(_class_names(config.class_names, train, classes))
     training = Run(config.model_copy(update={"student": start.student}), identity)
 
     views = ViewConfig(image_size=size, scale=config.augment.scale, hflip=config.augment.hflip, seed=config.seed)
     dataset = LabelledDataset(train, size, views=views, augment=_augment(config, size))
 
     def score(model: nn.Module, _step: int) -> dict[str, float]:
-        return _accuracies(config, [model], val, size, (config.val or config.data).workers)[0]
+        return _accuracies(config, [model], val, size, (config.val or config.data).workers)[0][0]
 
     task = Task(
         name="finetune",
@@ -115,20 +120,32 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = processes().device
     models = []
     for path in config.init:
-        model, classes = _load_classifier(path, config)
+        model, names, is_named = load_classifier(path, config.student, config.image_size)
         models.append(model.to(device).eval())
-        val = match_classes(val, classes, model.head.out_features, f"init={path}")
+        val = match_classes(val, names if is_named else (), len(names), f"init={path}")
     sizes = {model.image_size[0] for model in models}
     if len(sizes) > 1:
         raise ConfigError(f"the classifiers take images of {sorted(sizes)} pixels: set image_size, for all of them")
     if len({model.head.out_features for model in models}) > 1:
         raise ConfigError("the classifiers have different numbers of classes: their logits can't be averaged")
-    rows = _accuracies(config, models, val, sizes.pop(), config.val.workers)
+    rows, predicted = _accuracies(config, models, val, sizes.pop(), config.val.workers)
     result: dict[str, Any] = {**rows[-1], "images": len(val)}
     if len(models) > 1:
         result["each"] = {str(path): row["top1"] for path, row in zip(config.init, rows, strict=False)}
-    write_record(config.output, "finetune_eval", {**result, "init": [str(path) for path in config.init]})
-    return result
+    names = val.classes if len(val.classes) == len(names) else names  # folders may name what the checkpoint numbers
+    classes = class_accuracies(val.labels, predicted.numpy(), names)
+    inits = [str(path) for path in config.init]
+    write_record(config.output, "finetune_eval", {**result, "init": inits, "classes": classes})
+    if config.output is not None and processes().is_main_process:
+        draw_confusion(config.output / "confusion.png", val.labels, predicted.numpy(), names, ", ".join(inits))
+    lowest = sorted(classes, key=lambda name: classes[name]["top1"])[:_LOWEST]
+    return {**result, "lowest": {name: classes[name]["top1"] for name in lowest}}
+
+
+def _class_names(file: Path, train: ImageSource, classes: int) -> tuple[str, ...]:
+    if train.classes:
+        raise ConfigError("class_names is for classes that are numbers: data.path has class folders, which name them")
+    return read_class_names(file, classes)
 
 
 def _open_val(config: EvaluateConfig) -> ImageSource:
@@ -137,21 +154,6 @@ def _open_val(config: EvaluateConfig) -> ImageSource:
     if config.data is None:
         raise ConfigError(f"val.share={config.val.share} is a share of data.path: give data.path=..., as in training")
     return open_splits(config.data, config.val)[1]
-
-
-def _load_classifier(path: Path, config: EvaluateConfig) -> tuple[Classifier, tuple[str, ...]]:
-    """A fine-tuned classifier, and the names of its classes where the checkpoint knows them."""
-    folder = resolve_checkpoint(path)
-    state, spec = read_weights(folder)
-    if "head.weight" not in state:
-        raise CheckpointError(f"init={path} holds no classifier but a pre-trained student: fine-tune it first")
-    arguments = _resized(encoder_arguments(path, config.student, spec), config)
-    classes = len(state["head.weight"])
-    pool = (spec or {}).get("pool") or ("mean" if "fc_norm.weight" in state else "cls")
-    model = build_classifier(num_classes=classes, pool=pool, **arguments)
-    load_weights(model, state)
-    record = load_checkpoint(folder) if (folder / "checkpoint.json").is_file() else None
-    return model, tuple(record.identity.get("classes") or ()) if record else ()
 
 
 def _build(config: FinetuneConfig, start: Start, classes: int) -> Classifier:
@@ -212,11 +214,15 @@ class _Losses:
 
 def _accuracies(
     config: FinetuneConfig, models: Sequence[nn.Module], val: ImageSource, size: int, workers: int
-) -> list[dict[str, float]]:
-    """Top-1 and top-5 of each model and, if they are several, of the mean of their logits, over all processes."""
+) -> tuple[list[dict[str, float]], Tensor]:
+    """Over all processes, top-1 and top-5 of each model and, if they are several, of the mean of their logits.
+
+    Also the class that the last of these predicts for each image: int64 [N], on the CPU.
+    """
     state, batch_size = processes(), config.eval_batch_size
     hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=state.device)
     dataset, share = LabelledDataset(val, size, crop=config.crop), share_of(len(val))
+    predicted = [torch.empty(0, dtype=torch.int64, device=state.device)]
     with Progress(-(-len(share) // batch_size), "evaluate", "batch", show=state.is_main_process) as progress:
         for batch in load_in_order(dataset, share, batch_size, workers):
             moved = batch.to(state.device)
@@ -225,6 +231,8 @@ def _accuracies(
             for row, scores in enumerate(rows):
                 hits[row, :2] += topk_hits(scores, moved.labels)
                 hits[row, 2] += len(moved.labels)
+            predicted.append(rows[-1].argmax(1))
             progress.advance()
     sums = reduce(hits, "sum")
-    return [{"top1": float(row[0] / row[2]), "top5": float(row[1] / row[2])} for row in sums]
+    accuracies = [{"top1": float(row[0] / row[2]), "top5": float(row[1] / row[2])} for row in sums]
+    return accuracies, gather_rows(torch.cat(predicted), len(val))

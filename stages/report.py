@@ -28,10 +28,13 @@ from pipeline.training.metrics import read_metrics
 
 _SCORES = ("top1", "top5")
 _PRECISIONS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # of boxes and of masks, by `detect`
-_KNOWN = (*_SCORES, *(f"{kind}_{name}" for kind in ("box", "mask") for name in _PRECISIONS))
+_SEGMENTATION = ("mIoU", "pixel_accuracy")
+_BY = ("top1", "box_AP", "mIoU")  # what the best row of an evaluation is the best by
+_KNOWN = (*_SCORES, *_SEGMENTATION, *(f"{kind}_{name}" for kind in ("box", "mask") for name in _PRECISIONS))
 # Curves in this order, then the others by name.
-_FIRST = ("loss", "mimic_loss", "pixel_loss", "top1", "box_AP", "mask_AP")
+_FIRST = ("loss", "mimic_loss", "pixel_loss", "top1", "box_AP", "mask_AP", "mIoU")
 _MOST_PICTURES = 32 * 2**20  # bytes of pictures on one page: a browser should still open it
+_MOST_CLASSES = 40  # rows of a table of classes
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -57,6 +60,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
     evaluations = _evaluations(root, runs)
     classified = [found for found in evaluations if "top1" in found[2]]
     detected = [found for found in evaluations if "box_AP" in found[2]]
+    segmented = [found for found in evaluations if "mIoU" in found[2]]
     if not runs and not evaluations:
         raise CheckpointError(f"{root} holds no run (no metrics.jsonl, no metrics.json): give an output folder")
     pictures, left_out = _pictures(root)
@@ -65,8 +69,10 @@ def run(config: ReportConfig) -> dict[str, Any]:
         note=f"{left_out} more pictures are not shown: the page would be too large" if left_out else "",
         tables=[
             _overview(root, runs),
-            *([_evaluation_table(classified)] if classified or not detected else []),
+            *([_evaluation_table(classified)] if classified or not (detected or segmented) else []),
             *([_detection_table(detected)] if detected else []),
+            *([_segmentation_table(segmented)] if segmented else []),
+            *(_class_table(*found) for found in evaluations if isinstance(found[2].get("classes"), dict)),
         ],
         curves=[embed_curve(metric, runs) for metric in _metrics(runs)],
         pictures=pictures,
@@ -159,7 +165,7 @@ def _evaluations(
     for file in sorted([*root.glob("metrics.json"), *root.glob("*/metrics.json"), *root.glob("*/*/metrics.json")]):
         where = str(file.parent.relative_to(root))
         for what, scores in read_records(file).items():
-            if isinstance(scores, dict) and ("top1" in scores or "box_AP" in scores):
+            if isinstance(scores, dict) and scores.keys() & {"top1", "box_AP", "mIoU"}:
                 found.append(("(here)" if where == "." else where, what.replace("_", " "), scores))
     for subject, scores in read_records(root / "results.json").items():
         if isinstance(scores, dict):
@@ -168,11 +174,11 @@ def _evaluations(
 
 
 def _validations(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The last and the best row of each top-1 and box AP that was logged while training, whatever stands before it."""
+    """The last and the best row of each score that was logged while training, whatever stands before its name."""
     found: list[tuple[str, Mapping[str, Any]]] = []
     numbers = {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
-    for score in sorted(key for key in numbers if key.endswith(("top1", "box_AP"))):
-        name = score.removesuffix("top1").removesuffix("box_AP")
+    for score in sorted(key for key in numbers if key.endswith(_BY)):
+        name = score.removesuffix("top1").removesuffix("box_AP").removesuffix("mIoU")
         scored = [row for row in rows if isinstance(row.get(score), int | float)]
         best = max(scored, key=lambda row: row[score])
         for when, row in (("last", scored[-1]), ("best", best)):
@@ -203,8 +209,28 @@ def _detection_table(evaluations: Sequence[tuple[str, str, Mapping[str, Any]]]) 
     return Table("Detection", ["of", "by", "what", *(name.replace("_", ", ") for name in _PRECISIONS)], rows)
 
 
+def _segmentation_table(evaluations: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Table:
+    rows = [
+        [where, what, *(_percent(scores.get(score)) for score in _SEGMENTATION)] for where, what, scores in evaluations
+    ]
+    return Table("Segmentation", ["of", "by", "mIoU", "pixels"], rows)
+
+
 def _details(scores: Mapping[str, Any]) -> str:
-    return _spelt({key: value for key, value in scores.items() if key not in _SCORES})
+    return _spelt({key: value for key, value in scores.items() if key not in (*_SCORES, "classes")})
+
+
+def _class_table(where: str, what: str, scores: Mapping[str, Any]) -> Table:
+    """What was measured of each class, the lowest first: {name: {figure: value}}."""
+    classes = [(name, figures) for name, figures in scores["classes"].items() if isinstance(figures, dict)]
+    columns = list(classes[0][1]) if classes else []
+    ordered = sorted(classes, key=lambda entry: entry[1].get(columns[-1], 0))[:_MOST_CLASSES]
+    lacking = f" (the {len(ordered)} lowest of {len(classes)})" if len(ordered) < len(classes) else ""
+    return Table(
+        f"Classes: {where}, {what}{lacking}",
+        ["class", *columns],
+        [[name, *map(_number, figures.values())] for name, figures in ordered],
+    )
 
 
 def _spelt(value: Any) -> str:

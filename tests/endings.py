@@ -19,15 +19,17 @@ from typing import Any
 import cli
 from pipeline.assembly.samples import PretrainDataset
 from pipeline.config import load_config
+from pipeline.data.crops import CentralCrops
 from pipeline.data.labelled import LabelledDataset
 from pipeline.data.rendering import ViewRenderer
 from pipeline.detection import DetectionDataset
 from pipeline.errors import DataError
+from pipeline.segmentation import SceneCrops
 from pipeline.training.engine import _Loop
 
 CLASSES = {
     "pretrain": "PretrainConfig", "finetune": "FinetuneConfig", "detect": "DetectConfig", "knn": "KnnConfig",
-    "extract-teacher-features": "ExtractConfig",
+    "extract-teacher-features": "ExtractConfig", "segment": "SegmentConfig", "embed": "EmbedConfig",
 }  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def strike(what: str) -> None:
 
         _Loop._backward = step  # type: ignore[method-assign]
         return
-    for dataset in (PretrainDataset, LabelledDataset, DetectionDataset, ViewRenderer):
+    for dataset in (PretrainDataset, LabelledDataset, DetectionDataset, ViewRenderer, SceneCrops, CentralCrops):
         dataset.__getitems__ = batch  # type: ignore[attr-defined]
 
 

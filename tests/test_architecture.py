@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 COMPOSING = {"demo"}  # stages that are made of other stages
 # Modules that lie loose in pipeline/, which any wing may use: they import no wing (a test says so)
 GROUND = {file.stem for file in (ROOT / "pipeline").glob("*.py")} | {"configs"}
-WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection", "assembly"}
+WINGS = {"data", "teachers", "cache", "models", "training", "evaluation", "detection", "segmentation"}
+WINGS |= {"assembly"}
 
 
 # Words that say nothing of what a variable holds, and that no search finds
@@ -72,6 +73,12 @@ def test_detection_knows_only_data() -> None:
     """Images and random numbers; the encoder is handed to it."""
     for file in files("pipeline/detection"):
         assert wings_of(file) <= {"detection", "data"}, file
+
+
+def test_segmentation_knows_only_data() -> None:
+    """The patch tokens are handed to it."""
+    for file in files("pipeline/segmentation"):
+        assert wings_of(file) <= {"segmentation", "data"}, file
 
 
 def test_the_cache_knows_no_other_wing() -> None:

@@ -115,6 +115,13 @@ def test_the_first_process_alone_prints_facts(
             ["detect", "output=x", "data.val=photos"],
             "data.val='photos': is a section: give its keys, as in data.val.im",
         ),
+        (["embed", "init=/absent", "images=a.jpg", "output=a.npz"], "/absent does not exist"),
+        (["predict", "init=/absent", "data=/absent"], "/absent does not exist"),
+        (["predict", "init=/absent"], "give either images=[FILE,...] or data.path=..."),
+        (
+            ["segment", "output=x", "data.val.images=a", "data.val.labels=b"],
+            "'data.train' is missing: give data.train.i",
+        ),
         (["finetune", "data=/absent", "output=x", "augment.rand_augment=m9"], "augment.rand_augment='m9' is no policy"),
         (["verify-cache", "/absent"], "no cache.json"),
         (["knn", "data.path=/absent", "val.path=/absent"], "/absent"),

@@ -37,6 +37,9 @@ SMALL = [
         r"^mrmae (extract-teacher-features|pretrain|finetune|knn|linear-probe|detect) (?!.*(--eval|images=))",
         "data.workers=0",
     ),
+    (r"^mrmae (embed|predict|segment) (?!.* images=)", "data.workers=0"),
+    (r" segment (?!.*--eval)", "batch_size=4 max_steps=2"),
+    (r" segment .*--eval", "pictures=2"),
     (r" (finetune|knn|linear-probe) .*(--config|val\.(path|share)=)", "val.workers=0"),
     (r" (teachers\.\w+|teacher)\.spec=", r"\1.weights=random \1.image_size=32"),  # no hub, and 2 x 2 patches
     (r" extract-teacher-features ", "views.image_size=32 batch_size=16"),
@@ -147,6 +150,12 @@ LEFT = {
         "runs/photos/features",
         "runs/photos/visualize.png",
         "cat_and_dog.png",
+        "photos.csv",
+        "runs/photos_coco/checkpoints/best",
+        "runs/photos_coco/metrics.json",
+        "runs/photos_coco/predictions.png",
+        "photos.safetensors",
+        "tokens.npz",
         "runs/photos/report.html",
         "exports/photos/config.json",
         "exports/photos/model.onnx",
@@ -286,15 +295,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             smooth_picture(100 * len(name) + number, 50, 60).save(file)
     images, annotations = write_coco(root / "scenes")
-    for name in ("data/coco/train2017", "data/coco/val2017", "shared/data/coco128/images/val2017"):
-        shutil.copytree(images, root / name)
-    for name in ("data/coco/annotations/instances_train2017.json", "data/coco/annotations/instances_val2017.json"):
-        (root / name).parent.mkdir(exist_ok=True)
-        shutil.copy(annotations, root / name)
-    shutil.copy(annotations, root / "shared/data/coco128/instances_val2017.json")
+    for split in ("train2017", "val2017"):
+        for name in (f"data/coco/{split}", f"shared/data/coco128/images/{split}"):
+            shutil.copytree(images, root / name)
+        for name in ("data/coco/annotations", "shared/data/coco128"):
+            (root / name).mkdir(exist_ok=True)
+            shutil.copy(annotations, root / name / f"instances_{split}.json")
     for name, tars in (("train", 10), ("val", 4)):
         for number in range(tars):
             write_tar(root / f"shared/data/imagenette224/{name}-{number:05d}.tar", 4, seed=100 * number + tars)
+    (root / "shared/data/imagenette224/classes.json").write_text('{"0": "n01440764", "1": "n02102040"}')
     weights = root / "shared/data/teachers/vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
     weights.parent.mkdir()
     save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), weights)

@@ -7,8 +7,7 @@ second command reads the images, which is cheap beside decoding them, and finds 
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pipeline.assembly.students import features_of, load_encoder
-from pipeline.assembly.teachers import load_teacher
+from pipeline.assembly.subjects import Subject, load_subject, share_or_last
 from pipeline.configs.data import ViewConfig
 from pipeline.configs.evaluation import FrozenConfig
 from pipeline.data.images import ImageSource
@@ -25,13 +23,10 @@ from pipeline.data.labelled import LabelledDataset, open_splits
 from pipeline.data.loader import Request, load_in_order
 from pipeline.data.rendering import preprocessing
 from pipeline.data.slots import Empty
-from pipeline.errors import ConfigError
 from pipeline.evaluation.features import FeatureFiles, FeatureSets, content_digest, extract_features
 from pipeline.files import hash_source
-from pipeline.models import model_record
-from pipeline.processes import gather_rows, processes, share_of
+from pipeline.processes import gather_rows, processes
 from pipeline.progress import track
-from pipeline.weights import state_digest
 
 log = logging.getLogger(__name__)
 
@@ -44,23 +39,15 @@ def frozen_features(config: FrozenConfig) -> FeatureSets:
     """
     train, val, classes = open_splits(config.data, config.val)
     torch.manual_seed(config.seed)
-    subject = _subject(config, processes().device)
+    subject = _pixels(config) if config.pixels else load_subject(config, processes().device)
     workers = config.data.workers, (config.val or config.data).workers
     train_x, train_y = _features(config, subject, train, workers[0], "train")
     val_x, val_y = _features(config, subject, val, workers[1], "val")
     return FeatureSets(train_x, train_y, val_x, val_y, classes)
 
 
-class _Subject(NamedTuple):
-    """What is measured: uint8 images → features, the side that the images should have, and what it is by its bytes."""
-
-    encode: Callable[[Tensor], Tensor]
-    size: int
-    name: str
-
-
 def _features(
-    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, split: str
+    config: FrozenConfig, subject: Subject, source: ImageSource, workers: int, split: str
 ) -> tuple[Tensor, Tensor]:
     folder = config.features or (config.output / "features" if config.output else None)
     files = FeatureFiles(folder, _description(config, subject, source, split)) if folder else None
@@ -72,7 +59,8 @@ def _features(
     if all(gather_object([kept is not None and len(kept) == len(labels)])) and kept is not None:
         return kept, labels
     hashes: list[int] = []
-    share, _ = extract_features(subject.encode, _batches(config, subject, source, workers, split, hashes))
+    batches = _batches(config, subject, source, workers, split, hashes)
+    share, _ = extract_features(lambda images: subject.tokens(images).mean(1), batches)
     features, content = gather_rows(share, len(source)), _digest(hashes, len(source))
     if files and processes().is_main_process:
         _keep(files, features, content)
@@ -87,7 +75,7 @@ def _keep(files: FeatureFiles, features: Tensor, content: str) -> None:
         log.warning("the features can't be kept for the next command: %s", error)
 
 
-def _description(config: FrozenConfig, subject: _Subject, source: ImageSource, split: str) -> dict[str, str]:
+def _description(config: FrozenConfig, subject: Subject, source: ImageSource, split: str) -> dict[str, str]:
     """What decides the features, but for the images' bytes."""
     shown = preprocessing(ViewConfig(image_size=subject.size), "zarr")
     return {
@@ -112,7 +100,7 @@ class _Hashes:
 
 def _content(source: ImageSource, workers: int, split: str) -> str:
     """The digest of the images' bytes as they are now; processes share the reading."""
-    share = _share(source)
+    share = share_or_last(len(source))
     batches = load_in_order(_Hashes(source), share, 64, workers)
     hashes: list[int] = []
     for batch in track(batches, -(-len(share) // 64), f"reading ({split})", "batch"):
@@ -125,38 +113,18 @@ def _digest(hashes: list[int], total: int) -> str:
     return content_digest(gather_rows(torch.from_numpy(np.array(hashes, np.uint64).view(np.int64)), total))
 
 
-def _subject(config: FrozenConfig, device: torch.device) -> _Subject:
-    if config.pixels:
-        return _Subject(lambda images: images.float().flatten(1) / 255, config.image_size or 224, "pixels")
-    if config.teacher is not None:
-        teacher = load_teacher(config.teacher, device)
-        # All of it: QuickGELU and GELU, or two normalisations of pixels, may share weights.
-        name = f"teacher {json.dumps(teacher.identity(), sort_keys=True)}"
-        size = config.image_size or teacher.image_size
-        return _Subject(lambda images: teacher(images.to(device)).tokens.mean(1), size, name)
-    model = load_encoder(config.init, config.student)
-    size = model.encoder.image_size[0]
-    if config.image_size not in (None, size):
-        raise ConfigError(
-            f"image_size={config.image_size}, but the model was built for {size} pixels: "
-            "leave it out, or give student.image_size as well"
-        )
-    described = json.dumps(model_record(model), sort_keys=True)
-    return _Subject(features_of(model, device), size, f"model {state_digest(model.state_dict())} {described}")
+def _pixels(config: FrozenConfig) -> Subject:
+    """Raw pixels: one token of all of them."""
+    return Subject(lambda images: images.float().flatten(1)[:, None] / 255, config.image_size or 224, (1, 1), "pixels")
 
 
 def _batches(
-    config: FrozenConfig, subject: _Subject, source: ImageSource, workers: int, split: str, hashes: list[int]
+    config: FrozenConfig, subject: Subject, source: ImageSource, workers: int, split: str, hashes: list[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of this process's share; the hashes of the files that were read are added to `hashes`."""
-    share = _share(source)
+    share = share_or_last(len(source))
     dataset = LabelledDataset(source, subject.size, crop=config.crop)
     batches = load_in_order(dataset, share, config.eval_batch_size, workers)
     for batch in track(batches, -(-len(share) // config.eval_batch_size), f"features ({split})", "batch"):
         hashes += batch.hashes
         yield batch.images, batch.labels
-
-
-def _share(source: ImageSource) -> Sequence[int]:
-    """This process's share. Where that is empty, the last image: `gather_rows` leaves that row out."""
-    return share_of(len(source)) or range(len(source) - 1, len(source))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pipeline.assembly.students import features_of
+from pipeline.assembly.students import tokens_of
 from pipeline.configs.evaluation import KnnCallbackConfig
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset, match_classes
@@ -37,12 +37,14 @@ def knn_callback(config: KnnCallbackConfig, image_size: int) -> Callable[[nn.Mod
     def features(student: nn.Module, source: ImageSource, workers: int) -> tuple[Tensor, Tensor]:
         """Of this process's share."""
         assert isinstance(student, Student)
-        encode, share = features_of(student, state.device), share_of(len(source))
+        tokens, share = tokens_of(student, state.device), share_of(len(source))
         if not share:  # fewer images than processes
             return torch.empty(0, student.encoder.dim), torch.empty(0, dtype=torch.int64)
         dataset = LabelledDataset(source, image_size, crop=config.crop)
         batches = load_in_order(dataset, share, config.eval_batch_size, workers)
-        return extract_features(encode, ((batch.images, batch.labels) for batch in batches))
+        return extract_features(
+            lambda images: tokens(images).mean(1), ((batch.images, batch.labels) for batch in batches)
+        )
 
     def evaluate(student: nn.Module, _step: int) -> dict[str, float]:
         train_x, train_y = features(student, train, config.data.workers)

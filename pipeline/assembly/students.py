@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.assembly.initial_weights import named_by_init, read_init
 from pipeline.configs.models import StudentConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models import (
     Classifier,
     Student,
@@ -18,10 +18,12 @@ from pipeline.models import (
     build_from_spec,
     build_student,
     load_weights,
+    read_export,
+    read_weights,
 )
 from pipeline.models.timm_names import is_maskable, is_timm
 from pipeline.pixels import normalise
-from pipeline.training.checkpoint import recorded_start
+from pipeline.training.checkpoint import load_checkpoint, recorded_start, resolve_checkpoint
 from pipeline.weights import state_digest
 
 log = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | 
     student = named_by_init(init, student)
     state, spec = _read(init, student) if init else (None, None)
     arguments = student_arguments(init, student, spec)
-    strict = spec is not None and spec.get("name") == arguments["name"]
+    strict = spec is not None and spec.get("kind") != "encoder" and spec.get("name") == arguments["name"]
     model: Student | Classifier
     if spec is not None and strict:
         changes = arguments if spec.get("kind") == "student" else _of_encoder(arguments)
@@ -131,11 +133,49 @@ def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | 
     return model
 
 
-def features_of(model: Student | Classifier, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """uint8 images [B, 3, S, S] → the mean of the patch tokens [B, D]: what k-NN and probes read."""
+class NamedClassifier(NamedTuple):
+    """A classifier, the names of its classes by label, and whether these are names and not only numbers."""
+
+    model: Classifier
+    names: tuple[str, ...]
+    is_named: bool
+
+
+def load_classifier(init: Path, student: StudentConfig | None, image_size: int | None) -> NamedClassifier:
+    """A fine-tuned classifier: of a run, a checkpoint, an export, or a lone weights file that `student` describes.
+
+    Args:
+        image_size: pixels; None for those that it was trained with. Positions are resampled.
+
+    Raises:
+        ConfigError: as `student_arguments`. CheckpointError: no classifier there, or the weights don't fit.
+    """
+    folder = resolve_checkpoint(init)
+    state, spec = read_weights(folder)
+    if "head.weight" not in state:
+        raise CheckpointError(f"init={init} holds no classifier but a pre-trained student: fine-tune it first")
+    arguments = encoder_arguments(init, student, spec) | ({"image_size": image_size} if image_size else {})
+    classes = len(state["head.weight"])
+    pool = (spec or {}).get("pool") or ("mean" if "fc_norm.weight" in state else "cls")
+    model = build_classifier(num_classes=classes, pool=pool, **arguments)
+    load_weights(model, state)
+    names = class_names(folder)
+    return NamedClassifier(model, names or tuple(map(str, range(classes))), bool(names))
+
+
+def class_names(checkpoint: Path) -> tuple[str, ...]:
+    """The names of a classifier's classes by label; none where the checkpoint or export knows numbers alone."""
+    if (checkpoint / "checkpoint.json").is_file():
+        identity = load_checkpoint(checkpoint, only=()).identity
+        return tuple(identity.get("class_names") or identity.get("classes") or ())
+    return tuple(((read_export(checkpoint) or {}).get("label_names")) or ())
+
+
+def tokens_of(model: Student | Classifier, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """uint8 images [B, 3, S, S] → patch tokens [B, L, D]: k-NN and probes read their mean."""
     model = model.to(device).eval()
     encoder = model if isinstance(model, Classifier) else model.encoder
-    return lambda images: encoder.forward_tokens(normalise(images.to(device))).mean(1)
+    return lambda images: encoder.forward_tokens(normalise(images.to(device)))
 
 
 def _of_encoder(arguments: Mapping[str, Any]) -> dict[str, Any]:

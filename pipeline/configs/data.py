@@ -1,10 +1,10 @@
 """Images, views, masks and their order."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, Strict, model_serializer, model_validator
 
-from pipeline.config import Config, Pair
+from pipeline.config import Config, Pair, PathField
 
 Focus = Literal["sampled", "top-k", "random"]
 OrderKind = Literal["full", "block"]
@@ -30,6 +30,21 @@ class ValConfig(DataConfig):
     def _share_is_of_data(self) -> "ValConfig":
         if self.share is not None and (self.path is not None or self.limit is not None):
             raise ValueError("val.share takes images of data.path: leave val.path and val.limit out")
+        return self
+
+
+class GivenImages(Config):
+    """Images of any kind, labelled or not: single files, or a set."""
+
+    images: Annotated[tuple[PathField, ...], Strict(False)] = ()  # image files
+    data: DataConfig | None = None  # or images by data.path, as in extraction
+    crop: float = Field(0.875, gt=0, le=1)  # central share of each image; 1 for images cut already
+    eval_batch_size: int = Field(128, ge=1)  # images of a forward pass, in each process
+
+    @model_validator(mode="after")
+    def _images_or_data(self) -> "GivenImages":
+        if bool(self.images) == (self.data is not None):
+            raise ValueError("give either images=[FILE,...] or data.path=...")
         return self
 
 

@@ -47,6 +47,7 @@ _DECODE_ERRORS = (
     OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, RuntimeError,
     AssertionError, BufferError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+_NUMBER_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of Pillow
 _SPARE = 64 << 20  # bytes that a decoder may need beside the pixels
 
 
@@ -83,6 +84,23 @@ def decode_pixels(data: bytes, out: NDArray[np.uint8]) -> None:
     if (image.height, image.width) != out.shape[:2]:
         raise DataError(f"an image of {image.height}x{image.width} pixels where {out.shape[0]}x{out.shape[1]} belong")
     out[...] = np.asarray(image)
+
+
+def decode_numbers(data: bytes) -> NDArray[np.int32]:
+    """A picture of numbers, as label files are → [H, W]: its palette's indices, or its grey values of 1 to 16 bits.
+
+    Raises:
+        DataError: no readable image, or one of colours. StorageError: as `decode`.
+    """
+    try:
+        with open_image(data) as image:
+            if image.mode not in _NUMBER_MODES:
+                raise DataError(f"its pixels are {image.mode}, not one number each: give a grey or palette PNG")
+            return np.asarray(image).astype(np.int32)
+    except MemoryError as error:
+        raise _memory_is_full() from error
+    except _DECODE_ERRORS as error:
+        raise _explain(error, 0) from error
 
 
 def _decode(data: bytes) -> NDArray[np.uint8] | Image.Image:
@@ -126,12 +144,17 @@ def _decode_all(data: bytes) -> NDArray[np.uint8] | Image.Image:
     except MemoryError as error:
         raise _memory_is_full() from error
     except _DECODE_ERRORS as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's word; a decoder's has no number
-            raise StorageError(f"an image can't be decoded: {error.strerror}; mend that, then run again") from error
-        _check_memory(pixels)
-        # Without Pillow's "<_io.BytesIO object at 0x7f...>": a tombstone must say the same whoever meets the image.
-        reason = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", str(error)).split())
-        raise DataError(f"not a readable image: {reason or type(error).__name__}") from error
+        raise _explain(error, pixels) from error
+
+
+def _explain(error: Exception, pixels: int) -> DataError:
+    """What a decoder's error means. StorageError: it says nothing about the image."""
+    if isinstance(error, OSError) and error.errno is not None:  # the system's word; a decoder's has no number
+        raise StorageError(f"an image can't be decoded: {error.strerror}; mend that, then run again") from error
+    _check_memory(pixels)
+    # Without Pillow's "<_io.BytesIO object at 0x7f...>": a tombstone must say the same whoever meets the image.
+    reason = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", str(error)).split())
+    return DataError(f"not a readable image: {reason or type(error).__name__}")
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:

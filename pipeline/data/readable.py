@@ -77,7 +77,21 @@ def leave_unreadable_out(sets: Mapping[str, I]) -> list[I]:
     return kept
 
 
-def _describe(key: str, images: Images, faults: Mapping[int, str]) -> str:
+class Named(Protocol):
+    """Images that have names."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str: ...
+
+
+def warn_of_unreadable(key: str, images: Named, faults: Mapping[int, str]) -> None:
+    """Say which images can't be read, where a command goes on without them, however many they are."""
+    if faults:
+        log.warning("%s: there is no result for them", _describe(key, images, faults))
+
+
+def _describe(key: str, images: Named, faults: Mapping[int, str]) -> str:
     shown = [f"{images.key(index)}: {faults[index]}" for index in sorted(faults)[:_SHOWN]]
     more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
     return f"{len(faults)} of {len(images)} images of {key} can't be read ({'; '.join(shown + more)})"

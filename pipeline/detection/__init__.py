@@ -7,6 +7,7 @@ from pipeline.detection.dataset import DetectionBatch, DetectionDataset, canvase
 from pipeline.detection.detector import Detector
 from pipeline.detection.pictures import annotated_scene, detected_scene, draw_scenes
 from pipeline.detection.precision import as_results, average_precision
+from pipeline.detection.semantic import semantic_labels
 
 __all__ = [
     "Backbone",
@@ -25,4 +26,5 @@ __all__ = [
     "detected_scene",
     "draw_scenes",
     "open_coco",
+    "semantic_labels",
 ]

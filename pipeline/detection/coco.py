@@ -150,6 +150,11 @@ class CocoImages:
         boxes = _inside(self.boxes[rows], self.sizes[index : index + 1])
         return Instances(boxes, self.labels[rows], [self._segment(row) for row in rows])
 
+    def crowds(self, index: int) -> list[Any]:
+        """The segments of an image's crowds, regions of many objects."""
+        rows = np.arange(self.first[index], self.first[index + 1])
+        return [segment for row in rows[self.crowd[rows]] if (segment := self._segment(row))]
+
     def to_coco(self, *, masks: bool = False) -> dict[str, Any]:
         """The annotations as pycocotools takes them, crowds included; new objects, for it changes them.
 

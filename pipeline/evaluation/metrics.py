@@ -1,6 +1,10 @@
-"""Top-1 and top-5 accuracy."""
+"""Top-1 and top-5 accuracy, and that of each class."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -23,3 +27,19 @@ def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
     highest = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
     hits = highest == labels[:, None].to(highest.device)
     return torch.stack([hits[:, :k].any(dim=1).sum(dtype=torch.float64) for k in (1, 5)])
+
+
+def class_accuracies(
+    labels: NDArray[np.int64], predicted: NDArray[np.int64], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Of each class that has images: their number, and the share that is predicted right; {name: {"images", "top1"}}.
+
+    Args:
+        labels, predicted: [N], below the number of `names`.
+    """
+    images = np.bincount(labels, minlength=len(names))
+    hits = np.bincount(labels[labels == predicted], minlength=len(names))
+    return {
+        names[label]: {"images": int(images[label]), "top1": float(hits[label] / images[label])}
+        for label in np.flatnonzero(images).tolist()
+    }

@@ -1,4 +1,4 @@
-"""Pictures: titled grids of photographs, attention maps over them, and features as colours."""
+"""Pictures: titled grids of photographs, attention maps over them, features as colours, and confusion matrices."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,9 @@ from torch import Tensor
 from pipeline.figures import save_figure
 
 matplotlib.use("Agg")
+
+_MOST_CLASSES = 40  # of a confusion matrix
+_WORTH_A_NUMBER = 0.005  # share of a true class: below, a cell stays without
 
 
 def draw_grid(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: str, names: Sequence[str] = ()) -> Path:
@@ -38,6 +41,39 @@ def draw_grid(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: 
             if column == 0 and row < len(names):
                 axis.set_ylabel(names[row], fontsize=6)
     return save_figure(figure, path, dpi=130)
+
+
+def draw_confusion(
+    path: Path, labels: NDArray[np.int64], predicted: NDArray[np.int64], names: Sequence[str], title: str
+) -> Path:
+    """Write the confusion matrix: a row for each true class, whose cells are the shares of its images by prediction.
+
+    Of more than `_MOST_CLASSES` it shows those of the lowest accuracy; what a row lacks of 1 went to other classes.
+
+    Args:
+        labels, predicted: int64 [N], below the number of `names`.
+    """
+    images = np.bincount(labels, minlength=len(names))
+    accuracy = np.bincount(labels[labels == predicted], minlength=len(names)) / np.maximum(images, 1)
+    present = np.flatnonzero(images)
+    shown = np.sort(present[np.argsort(accuracy[present], kind="stable")[:_MOST_CLASSES]])
+    shares = np.array([[np.sum(predicted[labels == row] == column) for column in shown] for row in shown])
+    shares = shares / images[shown, None]
+    side = 2.5 + 0.28 * len(shown)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.argwhere(shares >= _WORTH_A_NUMBER):
+        colour = "white" if shares[row, column] > 0.6 else "black"
+        axis.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=6, color=colour)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    which = "" if len(shown) == len(present) else f", the {len(shown)} lowest of {len(present)} classes"
+    axis.set_title(f"{title}\npercent of each true class{which}", fontsize=8, parse_math=False)
+    texts = [names[label] for label in shown]
+    axis.set_xticks(range(len(shown)), texts, rotation=90, fontsize=7, parse_math=False)
+    axis.set_yticks(range(len(shown)), texts, fontsize=7, parse_math=False)
+    return save_figure(figure, path, dpi=110)
 
 
 def as_pictures(images: Tensor) -> list[NDArray[np.float32]]:

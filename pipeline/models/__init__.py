@@ -13,6 +13,7 @@ from pipeline.models.weights import (
     load_model,
     load_weights,
     model_record,
+    read_export,
     read_weights,
     save_weights,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "load_weights",
     "model_record",
     "patchify",
+    "read_export",
     "read_weights",
     "save_weights",
     "unpatchify",

@@ -58,15 +58,17 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read a state dict, and the spec of the model if the file has one.
 
     Args:
-        path: a folder that `save_weights` wrote (or any holding its two files), read as it is, or a file that
-            `pipeline.weights.read_state` takes.
+        path: a folder that `save_weights` wrote (or any holding its two files) or an export, read as it is, or a file
+            that `pipeline.weights.read_state` takes. The spec of an export has the kind "encoder".
 
     Raises:
         CheckpointError: absent, torn, of an unknown kind, or holding no tensors.
     """
     if not path.is_dir():
         return read_state(path), None
-    return load_tensors(path / "model.safetensors"), _read_spec(path / "model.json")
+    export = read_export(path)
+    spec = _read_json(path / "model.json") if export is None else _encoder_spec(export, path)
+    return load_tensors(path / "model.safetensors"), spec
 
 
 def save_weights(model: Student | Classifier, folder: Path) -> None:
@@ -180,7 +182,27 @@ def _part(key: str) -> str:
     return key.partition(".")[0]
 
 
-def _read_spec(file: Path) -> dict[str, Any]:
+def read_export(path: Path) -> dict[str, Any] | None:
+    """The config.json of an exported folder; None of anything else.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    is_export = (path / "config.json").is_file() and not (path / "model.json").exists()
+    return _read_json(path / "config.json") if is_export else None
+
+
+def _encoder_spec(export: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    sizes = export.get("student")
+    if not isinstance(sizes, dict):
+        raise CheckpointError(
+            f"{path / 'config.json'} doesn't say which student it is of: export it again, or give "
+            f"{path / 'model.safetensors'} and student.name=..."
+        )
+    return {**sizes, "kind": "encoder"}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         spec = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from pipeline.configs.models import StudentConfig
 class ExportConfig(Config):
     """Everything `export` takes."""
 
-    init: PathField  # a run, a checkpoint, a public weights file or timm:NAME
+    init: PathField  # a run, a checkpoint, an export, a public weights file or timm:NAME
     student: StudentConfig | None = None  # for a lone weights file
     output: PathField  # a folder that isn't there yet
     onnx: bool = False  # also model.onnx: images → tokens, and logits of a classifier

@@ -45,6 +45,8 @@ class FinetuneConfig(ShardedRunConfig):
     val: ValConfig | None = None  # labelled validation images; default: val/ in data.path
     init: PathField | None = None  # a pre-training run, a checkpoint, a public weights file or timm:NAME
     student: StudentConfig | None = None  # needed from scratch and for a lone weights file
+    # Names of classes that tars know by number: a JSON list or mapping, or a text of a name a line; kept in checkpoints
+    class_names: PathField | None = None
     image_size: int | None = Field(None, ge=8, le=4096)  # pixels; default: the student's. Positions are resampled
     crop: float = Field(0.875, gt=0, le=1)  # central share of validation images; 1 for images cut already
     pool: Literal["mean", "cls"] = "mean"  # what the head sees: the mean of the patch tokens, or the class token

@@ -107,6 +107,10 @@ def test_every_command_on_images_runs_with_its_own_defaults(noise: Path, tmp_pat
     invoke("finetune", "--eval", f"init={tmp_path}/tuned", f"val.path={noise}/val")
     for command in ("knn", "linear-probe"):
         assert "top1" in invoke(command, data, init)
+    assert "0 of them unreadable" in invoke(
+        "predict", f"init={tmp_path}/tuned", f"data.path={noise}/val", f"output={tmp_path}/classes.csv"
+    )
+    assert "left_out" in invoke("embed", init, f"data.path={noise}/val", f"output={tmp_path}/features.npz")
     for what in ("mae", "tuned"):
         invoke("visualize", f"init={tmp_path}/{what}", f"data.path={noise}/val")
         invoke("export", f"init={tmp_path}/{what}", f"output={tmp_path}/exported-{what}")

@@ -165,7 +165,7 @@ def test_teachers_of_equal_weights_keep_features_apart(
         teacher.spec = f"{teacher.spec}-twin"
         return teacher
 
-    monkeypatch.setattr("pipeline.assembly.frozen_features.load_teacher", twin)
+    monkeypatch.setattr("pipeline.assembly.subjects.load_teacher", twin)
     knn.run(knn.KnnConfig.model_validate(keys))
     assert len(list((tmp_path / "features").iterdir())) == 4
 

@@ -49,7 +49,7 @@ def command(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Comma
         output = root / str(next(runs))
         images = f"{{path: {image_tree}, workers: {workers}}}"
         training = ["max_steps=4", "log_every=1", "tensorboard=false"]
-        scenes = f"{{images: {folder}, annotations: {file}}}"
+        scenes, labelled = f"{{images: {folder}, annotations: {file}}}", f"{{images: {folder}, labels: {file}}}"
         keys = {
             "pretrain": [shape(MICRO), f"data={images}", f"cache.path={root}/cache", "batch_size=8", *training],
             "finetune": [shape(ENCODER), f"data={images}", f"val={images}", "batch_size=8", *training],
@@ -59,6 +59,11 @@ def command(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Comma
                 "detector={window: 4, channels: 16, anchors: [8, 16, 24, 32, 48], rois: 16}", *training,
                 "batch_size=4",
             ],
+            "segment": [
+                shape(ENCODER), f"data={{train: {labelled}, val: {labelled}, workers: {workers}}}", *training,
+                "batch_size=4",
+            ],
+            "embed": [shape(ENCODER), f"data={images}"],
             "knn": [shape(ENCODER), f"data={images}", f"val={images}"],
             "extract-teacher-features": [
                 f"data={images}", "teacher={spec: timm:test_vit, weights: random, image_size: 64}",
@@ -66,7 +71,9 @@ def command(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Comma
                 f"cache={{path: {output}, samples_per_shard: 8, quantiser: float16}}",
             ],
         }[stage]  # fmt: skip
-        return [stage, *keys] if "extract" in stage else [stage, *keys, f"output={output}"]
+        if "extract" in stage:
+            return [stage, *keys]
+        return [stage, *keys, f"output={output}{'.npz' if stage == 'embed' else ''}"]
 
     return arguments
 

@@ -70,7 +70,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(12):
         folder = root / "images" / f"class{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        smooth_picture(number, 48 + number, 70).save(folder / f"{number:02d}.png")
+        picture = smooth_picture(number, 48 + number, 70)
+        picture.save(folder / f"{number:02d}.png")
+        labels = root / "labels" / folder.name / f"{number:02d}.png"
+        labels.parent.mkdir(parents=True, exist_ok=True)
+        picture.convert("L").point(lambda grey: grey // 86).save(labels)
     extract(extract_config(root / "images", root / "cache", views={"count": 1, "image_size": 64}, cache__max_nmse=1.0))
     student = Scenario(_pretrain(root, root / "student" / "run"), root / "student" / "run")
     student.reset()
@@ -116,12 +120,29 @@ def _scenario(name: str, root: Path, folder: Path) -> Scenario:
         ]  # fmt: skip
         return Scenario(words, out)
     init = f"init={root / 'student' / 'run'}"
+    scenes = f"{{images: {images}, labels: {root / 'labels'}}}"
     return {
         "knn": Scenario(["knn", init, *sets, f"output={out}"], out),
         "linear-probe": Scenario(
             ["linear-probe", init, *sets, f"output={out}", "epochs=1", "blrs=[0.1]", "batch_size=6"], out
         ),
         "codes": Scenario(["codes", f"cache.path={root / 'cache'}", f"output={out}", "clusters=8"], out),
+        "segment": Scenario(
+            [
+                "segment",
+                init,
+                f"data={{train: {scenes}, val: {scenes}, workers: 0}}",
+                "labels.num_classes=3",
+                f"output={out}",
+                "batch_size=4",
+                "max_steps=4",
+                "checkpoint_every=2",
+                "log_every=1",
+                "tensorboard=false",
+            ],
+            out,
+        ),
+        "embed": Scenario(["embed", init, sets[0], f"output={out / 'features.safetensors'}"], out),
         "export": Scenario(["export", init, f"output={out}"], out),
         "report": Scenario(["report", str(root / "student" / "run"), "--output", str(out / "report.html")], out),
         "visualize": Scenario(
@@ -143,7 +164,7 @@ def _damage(cache: Path, out: Path) -> None:
 
 SCENARIOS = [
     "extract zarr", "extract webdataset", "repair", "codes", "pretrain", "finetune", "knn", "linear-probe", "export",
-    "report", "visualize", "ablate",
+    "report", "visualize", "embed", "segment", "ablate",
 ]  # fmt: skip
 
 
