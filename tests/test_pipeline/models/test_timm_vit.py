@@ -88,7 +88,8 @@ def test_with_all_patches_kept_it_is_timms_model(kind: str) -> None:
      ("vit_medium_patch16_reg4_gap_256", 256), ("vit_small_patch14_reg4_dinov2", 224)],
 )  # fmt: skip
 def test_real_sizes_with_all_patches_kept(name: str, size: int) -> None:
-    check_all_patches_kept(build_classifier(f"timm:{name}", 1, pool="mean", image_size=size).encoder.eval())
+    decoder = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+    check_all_patches_kept(build_student(f"timm:{name}", objective="mae", image_size=size, **decoder).encoder.eval())
 
 
 @pytest.mark.parametrize("kind", NAMES)
