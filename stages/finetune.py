@@ -120,9 +120,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = processes().device
     models = []
     for path in config.init:
-        model, names, is_named = load_classifier(path, config.student, config.image_size)
+        model, names, folders = load_classifier(path, config.student, config.image_size)
         models.append(model.to(device).eval())
-        val = match_classes(val, names if is_named else (), len(names), f"init={path}")
+        val = match_classes(val, folders, len(names), f"init={path}")
     sizes = {model.image_size[0] for model in models}
     if len(sizes) > 1:
         raise ConfigError(f"the classifiers take images of {sorted(sizes)} pixels: set image_size, for all of them")

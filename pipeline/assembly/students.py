@@ -134,11 +134,11 @@ def load_encoder(init: Path | None, student: StudentConfig | None) -> Student | 
 
 
 class NamedClassifier(NamedTuple):
-    """A classifier, the names of its classes by label, and whether these are names and not only numbers."""
+    """A classifier and what its labels mean."""
 
     model: Classifier
-    names: tuple[str, ...]
-    is_named: bool
+    names: tuple[str, ...]  # by label; numbers where nothing names them
+    folders: tuple[str, ...]  # the class folders that it was trained on; none where its images had numbers
 
 
 def load_classifier(init: Path, student: StudentConfig | None, image_size: int | None) -> NamedClassifier:
@@ -160,7 +160,7 @@ def load_classifier(init: Path, student: StudentConfig | None, image_size: int |
     model = build_classifier(num_classes=classes, pool=pool, **arguments)
     load_weights(model, state)
     names = class_names(folder)
-    return NamedClassifier(model, names or tuple(map(str, range(classes))), bool(names))
+    return NamedClassifier(model, names or tuple(map(str, range(classes))), _class_folders(folder))
 
 
 def class_names(checkpoint: Path) -> tuple[str, ...]:
@@ -169,6 +169,13 @@ def class_names(checkpoint: Path) -> tuple[str, ...]:
         identity = load_checkpoint(checkpoint, only=()).identity
         return tuple(identity.get("class_names") or identity.get("classes") or ())
     return tuple(((read_export(checkpoint) or {}).get("label_names")) or ())
+
+
+def _class_folders(checkpoint: Path) -> tuple[str, ...]:
+    """The class folders that a classifier was trained on; of an export what it calls its classes."""
+    if (checkpoint / "checkpoint.json").is_file():
+        return tuple(load_checkpoint(checkpoint, only=()).identity.get("classes") or ())
+    return class_names(checkpoint)
 
 
 def tokens_of(model: Student | Classifier, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -118,7 +118,9 @@ def test_an_export_knows_the_names(colours: Path, tmp_path: Path, student: dict[
 
 
 @pytest.mark.parametrize("form", ["json list", "json mapping", "lines"])
-def test_classes_that_are_numbers_get_names(colours: Path, tmp_path: Path, form: str) -> None:
+def test_classes_that_are_numbers_get_names(
+    colours: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
     names = ["sky", "grass", "fire, or so"]
     file = tmp_path / ("names.txt" if form == "lines" else "names.json")
     mapping = {str(number): name for number, name in reversed(list(enumerate(names)))}
@@ -139,6 +141,9 @@ def test_classes_that_are_numbers_get_names(colours: Path, tmp_path: Path, form:
     found = rows(tmp_path / "b.csv", init=str(tmp_path / "named"), **numbered)
     assert {row["class_3"] for row in found} <= set(names)
     assert load_checkpoint(resolve_checkpoint(tmp_path / "named")).identity["class_names"] == names
+    scored = finetune.EvaluateConfig(init=[tmp_path / "named"], val=numbered["data"], crop=1.0)
+    assert set(finetune.evaluate(scored)["lowest"]) == set(names)
+    assert "nothing tells" not in caplog.text  # numbers are compared with numbers
     # A run from before there were names goes on with them.
     finetune.run(finetune_config(colours, tmp_path / "plain", **{**keys, "max_steps": 2}, class_names=str(file)))
     with pytest.raises(ConfigError, match="class_names is for classes that are numbers"):
