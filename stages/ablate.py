@@ -14,8 +14,8 @@ equal for all. Where the section `pretrain` measures k-NN on the way (pretrain.k
 and at equal seconds.
 
 Writes caches, runs with their commands.log, and table.md, table.csv, bars.png, curves.png to ablate.output, anew when a
-run ends. Costs a pre-training and its measures for each variant and seed. Started again, it skips what is done and goes
-on where a run stopped, also on another machine that was given the folder.
+run ends. Each variant and seed costs a pre-training and its measures. Started again, it skips what is done and goes on
+where a run stopped, also on another machine that was given the folder.
 """
 
 import json

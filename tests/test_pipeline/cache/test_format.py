@@ -174,15 +174,18 @@ def test_numpy_alone_reads_codes_as_documented(tmp_path: Path, monkeypatch: pyte
         np.testing.assert_allclose(names["tokens"], reader.read(index, view, dequantise=True).tokens, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dim", [8, 22])
-def test_numpy_alone_reads_int4_as_documented(tmp_path: Path, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dim", "summary"), [(8, None), (22, None), (8, "class")])
+def test_numpy_alone_reads_int4_as_documented(
+    tmp_path: Path, dim: int, summary: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     (example,) = (e for e in examples if "levels" in e)
     assert set(re.findall(r"(?:import|from) (\w+)", example)) == {"json", "pathlib", "numpy", "Path"}
-    path = make_cache(tmp_path / "cache", make_header("zarr", quantiser_name="int4", dim=dim))
+    path = make_cache(tmp_path / "cache", make_header("zarr", quantiser_name="int4", dim=dim, summary=summary))
+    assert "first, 0, 0" in example
     monkeypatch.chdir(tmp_path)
     for index, view in ((0, 0), (6, 1)):
         names: dict[str, object] = {}
-        exec(example.replace("view = rows * columns, 0, 0", f"view = rows * columns, {index}, {view}"), names)
+        exec(example.replace("first, 0, 0", f"first, {index}, {view}"), names)
         expected = open_cache(path).read(index, view, dequantise=True).tokens
         np.testing.assert_allclose(names["tokens"], expected, rtol=1e-4, atol=1e-4)
