@@ -33,6 +33,7 @@ STUDENT = "student.dim=48 student.num_heads=3"
 DECODER = "student.decoder_dim=32 student.decoder_depth=1 student.decoder_heads=2"
 # A call that fits gets these words too; the last word of a key counts.
 SMALL = [
+    (r"cache\.quantiser=codes .*cache\.clusters=", "cache.clusters=8"),
     (
         r"^mrmae (extract-teacher-features|pretrain|finetune|knn|linear-probe|detect) (?!.*(--eval|images=))",
         "data.workers=0",

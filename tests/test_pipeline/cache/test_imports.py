@@ -19,7 +19,8 @@ ALLOWED = {  # folder or file → what it may import of the cache, itself aside
     "shard_writing": {"format", "writer"},
     "budget": {"format"},
     "card": {"budget", "format"},
-    "check": {"files", "format", "stores", "reader", "writer"},
+    "output": {"files", "format", "stores", "writer", "remote", "budget"},
+    "check": {"files", "format", "stores", "reader", "writer", "remote", "budget"},
 }
 
 
