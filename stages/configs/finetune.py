@@ -31,7 +31,7 @@ class AugmentConfig(Config):
             raise ValueError(f"augment.scale={list(self.scale)}: needs 0 < low <= high <= 1")
         if self.rand_augment is not None and not _POLICY.fullmatch(self.rand_augment):
             raise ValueError(
-                f"augment.rand_augment={self.rand_augment!r} is no policy of timm's: write for instance "
+                f"augment.rand_augment={self.rand_augment!r} is no policy of timm's: write it as in "
                 "rand-m9-mstd0.5-inc1, or null"
             )
         return self
