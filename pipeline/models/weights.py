@@ -66,8 +66,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """
     if not path.is_dir():
         return read_state(path), None
-    state, export = load_tensors(path / "model.safetensors"), read_export(path)
-    return state, _read_json(path / "model.json") if export is None else _encoder_spec(export, path)
+    export = read_export(path)
+    if export is not None:
+        spec = _encoder_spec(export, path)
+        return load_tensors(path / "model.safetensors"), spec
+    return load_tensors(path / "model.safetensors"), _read_json(path / "model.json")
 
 
 def save_weights(model: Student | Classifier, folder: Path) -> None:
