@@ -17,6 +17,8 @@ from tests import forked
 from tests.pictures import smooth_picture
 
 _patch = pytest.MonkeyPatch()  # for the whole session
+_thaw = gc.unfreeze
+_ended = 0  # tests
 REAL_DATA = Path(os.environ.get("MRMAE_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
@@ -35,14 +37,27 @@ def pytest_collection_finish() -> None:
 
     So a run of training, which freezes what it finds and thaws it in the end, must not thaw either.
     """
+    _collect_all()
+    _patch.setattr(gc, "unfreeze", lambda: None)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Now and then all garbage goes: what trainings froze holds open files."""
+    global _ended
+    _ended += 1
+    if _ended % 500 == 0:
+        _collect_all()
+
+
+def _collect_all() -> None:
+    _thaw()
     gc.collect()
     gc.freeze()
-    _patch.setattr(gc, "unfreeze", lambda: None)
 
 
 def pytest_unconfigure() -> None:
     _patch.undo()
-    gc.unfreeze()  # libraries tell of objects that are left at the end
+    _thaw()  # libraries tell of objects that are left at the end
     forked.close()
 
 

@@ -87,9 +87,12 @@ class Popen:
         self.send_signal(signal.SIGKILL)
 
     def _ended(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._news], [], [], timeout)[0]:
-            self.returncode = int(self._news.read(16))
-            self._news.close()
+        if self.returncode is None:
+            news = select.poll()  # select.select knows no descriptor above 1,023
+            news.register(self._news, select.POLLIN)
+            if news.poll(None if timeout is None else 1000 * timeout):
+                self.returncode = int(self._news.read(16))
+                self._news.close()
         return self.returncode
 
     def _output(self, number: int) -> str | bytes | None:
