@@ -119,7 +119,7 @@ def _ranking(curves: Mapping[str, Sequence[Curve]]) -> str:
     }
     by_steps, by_seconds = (sorted(of, key=lambda name: -statistics.mean(of[name])) for of in (last, in_time))
     lines = [
-        f"| rank by steps | k-NN at the last step | k-NN after {shortest:.0f} s of training | rank by seconds |",
+        f"| rank by steps | k-NN at the last step | k-NN after {shortest:.3g} s of training | rank by seconds |",
         "|---|---|---|---|",
         *(
             f"| {place}. {name} | {_cell(last[name])} | {_cell(in_time[name])} | {by_seconds.index(name) + 1} |"
