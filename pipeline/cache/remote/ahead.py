@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import NoReturn
@@ -14,6 +15,7 @@ from pipeline.forking import fork, settle
 
 log = logging.getLogger(__name__)
 
+_AT_ONCE = 4  # shards that are fetched side by side, as cache-copy does
 _PAUSE = 0.5  # seconds before it looks again for room, or for what another process fetches
 
 
@@ -33,7 +35,7 @@ class FetchAhead:
         far_end.close()
 
     def want(self, shards: Sequence[int]) -> None:
-        """Fetch these, the first ones first, and nothing else from now on. It doesn't wait."""
+        """Fetch these, four at once in this order, and nothing else from now on. It doesn't wait."""
         try:
             self._socket.send(list(shards))
         except OSError:
@@ -63,15 +65,17 @@ def _serve(socket: Connection, mirrors: Sequence[Mirror]) -> NoReturn:
 def _fetch(socket: Connection, mirrors: Sequence[Mirror]) -> NoReturn:
     wanted: list[int] = socket.recv()
     failed = set[tuple[Mirror, int]]()
+    pool = ThreadPoolExecutor(_AT_ONCE, "ahead")
     while True:
         for mirror in mirrors:
             mirror.touch(wanted)
         complete = True
-        for shard in wanted:
+        for start in range(0, len(wanted), _AT_ONCE):
             if socket.poll():
                 break
-            for mirror in mirrors:
-                complete &= _is_done(mirror, shard, wanted, failed)
+            group = wanted[start : start + _AT_ONCE]
+            tasks = [pool.submit(_is_done, mirror, shard, wanted, failed) for shard in group for mirror in mirrors]
+            complete &= all([task.result() for task in tasks])
         if socket.poll(None if complete else _PAUSE):
             wanted = socket.recv()
 

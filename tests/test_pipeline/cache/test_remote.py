@@ -16,7 +16,7 @@ from pipeline.cache import CacheReader, FetchAhead, LocalFolder, Mirror, RemoteC
 from pipeline.cache.files import hash_file
 from pipeline.cache.format.commits import read_commit, write_commit
 from pipeline.cache.format.header import read_header
-from pipeline.cache.remote import folder, objects
+from pipeline.cache.remote import ahead, folder, objects
 from pipeline.cache.remote import mirror as mirror_module
 from pipeline.errors import CacheError, ConfigError, StorageError
 from tests.servers import FilesServer
@@ -286,7 +286,8 @@ def test_reasons_hold_no_signature() -> None:
     assert "https://host/file" in objects._reason(error)
 
 
-def test_shards_are_fetched_ahead(server: FilesServer, tmp_path: Path) -> None:
+def test_shards_are_fetched_ahead(server: FilesServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_AT_ONCE", 1)
     mirror = open_mirror(remote(server, tmp_path))
     fetcher = FetchAhead([mirror])
     try:
