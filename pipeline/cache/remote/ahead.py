@@ -75,7 +75,8 @@ def _fetch(socket: Connection, mirrors: Sequence[Mirror]) -> NoReturn:
                 break
             group = wanted[start : start + _AT_ONCE]
             tasks = [pool.submit(_is_done, mirror, shard, wanted, failed) for shard in group for mirror in mirrors]
-            complete &= all([task.result() for task in tasks])
+            results = [task.result() for task in tasks]
+            complete = complete and all(results)
         if socket.poll(None if complete else _PAUSE):
             wanted = socket.recv()
 
