@@ -98,9 +98,11 @@ def test_a_killed_sharded_run_ends_as_one_that_was_not(image_tree: Path, tmp_pat
         assert time.monotonic() < deadline
         time.sleep(0.02)
     launcher = psutil.Process(process.pid)
-    for started in (*launcher.children(recursive=True), launcher):
-        started.kill()
+    started = [*launcher.children(recursive=True), launcher]
+    for victim in started:
+        victim.kill()
     process.communicate()
+    psutil.wait_procs(started, timeout=30)  # the run's lock is theirs until they are gone
     in_two_processes("pretrain", keys, killed, "fsdp")
     last = "checkpoints/step-00000012/model.safetensors"
     assert column(killed, "loss") == column(tmp_path / "through", "loss")
