@@ -21,6 +21,7 @@ from pathlib import Path
 
 import xxhash
 
+from pipeline.errors import ConfigError
 from pipeline.locks import is_alive, taking_turns
 
 PARTIAL = ".partial"
@@ -42,8 +43,11 @@ def whole_file(path: Path, *, durable: bool = False, exclusive: bool = False) ->
 
     Raises:
         FileExistsError: with `exclusive`, `path` exists; it stays as it is.
+        ConfigError: `path` is a device, a pipe or a socket, such as /dev/null: a rename would replace it.
         OSError: disk full, read-only, ...; a former file stays as it is, and no temporary file stays behind.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{path} is no regular file, which it would become: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, file = _create(path)
     try:

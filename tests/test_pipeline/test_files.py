@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import ConfigError
 from pipeline.files import remove_dead_partials, whole_file, whole_folder, write_text
 
 
@@ -133,3 +134,14 @@ def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError), whole_folder(tmp_path / "folder") as partial:
         partial.mkdir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path: Path) -> None:
+    """As root, `output=/dev/null` made a regular file of it, which every program of the machine then filled."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(ConfigError, match="is no regular file, which it would become: choose another name"):
+            write_text(path, "content")
+        assert path.is_fifo()
+    assert (tmp_path / "link").is_symlink()
