@@ -23,6 +23,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from pipeline.assembly.ablation import describe_spread, mean_and_spread
 from pipeline.assembly.chain import Chain
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.errors import ConfigError
@@ -136,11 +137,10 @@ def _write(config: BootstrapConfig, results: list[Result]) -> str:
     stages = sorted({row.stage for row in results})
     for stage in stages:
         rows = [result for result in results if result.stage == stage]
-        top1 = " | ".join(_cell([row.top1[measure] for row in rows]) for measure in measures)
+        top1 = " | ".join(mean_and_spread([row.top1[measure] for row in rows]) for measure in measures)
         lines.append(f"| {stage} | {top1} | {statistics.mean(row.seconds for row in rows) / 60:.1f} |")
     seeds = len({row.seed for row in results})
-    spread = f"mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else "one seed: no spread was measured"
-    text = f"Top-1 of each stage's student, {spread}.\n\n" + "\n".join(lines) + "\n"
+    text = f"Top-1 of each stage's student, {describe_spread(seeds)}.\n\n" + "\n".join(lines) + "\n"
     write_text(config.output / "table.md", text)
     csv_lines = [",".join(["seed", "stage", *measures, "seconds"])]
     for row in results:
@@ -164,9 +164,3 @@ def _draw(path: Path, results: list[Result], measures: list[str]) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     save_figure(figure, path, dpi=130)
-
-
-def _cell(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"

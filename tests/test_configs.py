@@ -91,3 +91,24 @@ def test_the_tiny_pair_of_teachers(real_data: Path, tmp_path: Path, monkeypatch:
     for command in ("extract-teacher-features", "ablate"):
         run(command, "two_teachers_imagenette_tiny.yaml")
     assert "| PHI-S |" in (tmp_path / "runs/two_teachers_tiny/table.md").read_text()
+
+
+def test_the_tiny_evidence_has_all_rows() -> None:
+    whole, tiny = (OmegaConf.load(FOLDER / f"evidence_gpu{twin}.yaml") for twin in ("", "_tiny"))
+    assert whole.ablate.variants == tiny.ablate.variants
+    assert list(whole.ablate.caches) == list(tiny.ablate.caches)
+    assert len(whole.ablate.variants) == 13
+
+
+@pytest.mark.slow  # 26 commands
+@pytest.mark.usefixtures("forked_commands")
+def test_the_tiny_evidence(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRMAE_DATA", str(real_data))
+    monkeypatch.chdir(tmp_path)
+    run("ablate", "evidence_gpu_tiny.yaml")
+    table = (tmp_path / "runs/evidence_tiny/table.md").read_text()
+    assert "to come" not in table
+    for name in OmegaConf.load(FOLDER / "evidence_gpu_tiny.yaml").ablate.variants:
+        assert f"| {name} |" in table
+    run("bootstrap", "evidence_gpu_tiny.yaml")
+    assert "| 2 |" in (tmp_path / "runs/evidence_tiny_bootstrap/table.md").read_text()

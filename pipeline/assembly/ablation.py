@@ -92,6 +92,20 @@ def write_tables(folder: Path, rows: Mapping[str, Row], seeds: Sequence[int], me
     return text
 
 
+def mean_and_spread(values: Sequence[float]) -> str:
+    """A cell of a table: "0.487 ± 0.002" of several seeds, the value of one, "–" of none."""
+    if not values:
+        return "–"
+    mean = statistics.mean(values)
+    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def describe_spread(seeds: int) -> str:
+    """What the cells of a table are, for its heading."""
+    several = f"mean ± sample standard deviation of {seeds} seeds"
+    return several if seeds > 1 else "one seed: no spread was measured"
+
+
 def _table(rows: Mapping[str, Row], seeds: Sequence[int], measures: Sequence[str]) -> str:
     lines = [f"| | {' | '.join(measures)} | minutes a seed |", "|---|" + "---|" * (len(measures) + 1)]
     group = None
@@ -99,34 +113,41 @@ def _table(rows: Mapping[str, Row], seeds: Sequence[int], measures: Sequence[str
         if row.group != group and row.group:
             lines.append(f"| *{row.group}* |" + " |" * (len(measures) + 1))
         group = row.group
-        cells = [_cell(row.values(measure)) for measure in measures]
+        cells = [mean_and_spread(row.values(measure)) for measure in measures]
         minutes = f"{statistics.mean(row.seconds.values()) / 60:.1f}" if row.seconds else "–"
         lines.append(f"| {name} | {' | '.join(cells)} | {minutes} |")
-    many = len(seeds) > 1
-    spread = f"mean ± sample standard deviation of {len(seeds)} seeds" if many else "one seed: no spread was measured"
     missing = sum(len(seeds) - len(row.seconds) for row in rows.values())
     state = f" {missing} runs are still to come." if missing else ""
-    return f"Top-1, {spread}.{state}\n\n" + "\n".join(lines) + "\n"
+    return f"Top-1, {describe_spread(len(seeds))}.{state}\n\n" + "\n".join(lines) + "\n"
 
 
 def _ranking(curves: Mapping[str, Sequence[Curve]]) -> str:
-    """Variants by k-NN at the last step, beside k-NN after the seconds that the fastest one took."""
+    """Variants by k-NN at the last step, beside k-NN after the seconds that the fastest one took.
+
+    A curve that begins later than that says nothing of it.
+    """
     shortest = min(curve.seconds[-1] for several in curves.values() for curve in several)
     last = {name: [float(curve.top1[-1]) for curve in several] for name, several in curves.items()}
     in_time = {
-        name: [float(np.interp(shortest, curve.seconds, curve.top1)) for curve in several]
+        name: [float(np.interp(shortest, c.seconds, c.top1)) for c in several if c.seconds[0] <= shortest]
         for name, several in curves.items()
     }
-    by_steps, by_seconds = (sorted(of, key=lambda name: -statistics.mean(of[name])) for of in (last, in_time))
+    by_steps, by_seconds = _ranked(last), _ranked(in_time)
     lines = [
         f"| rank by steps | k-NN at the last step | k-NN after {shortest:.3g} s of training | rank by seconds |",
         "|---|---|---|---|",
-        *(
-            f"| {place}. {name} | {_cell(last[name])} | {_cell(in_time[name])} | {by_seconds.index(name) + 1} |"
-            for place, name in enumerate(by_steps, 1)
-        ),
     ]
+    for place, name in enumerate(by_steps, 1):
+        rank = str(by_seconds.index(name) + 1) if name in by_seconds else "–"
+        cells = mean_and_spread(last[name]), mean_and_spread(in_time[name]), rank
+        lines.append(f"| {place}. {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _ranked(values: Mapping[str, Sequence[float]]) -> list[str]:
+    """Names by their means, the highest first."""
+    means = {name: statistics.mean(of) for name, of in values.items() if of}
+    return sorted(means, key=lambda name: -means[name])
 
 
 def _csv(rows: Mapping[str, Row], measures: Sequence[str]) -> str:
@@ -138,13 +159,6 @@ def _csv(rows: Mapping[str, Row], measures: Sequence[str]) -> str:
             figures = [row.figures.get(measure, {}).get(seed, "") for measure in measures]
             writer.writerow([row.group, name, seed, *figures, round(row.seconds[seed], 1)])
     return stream.getvalue()
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = statistics.mean(values)
-    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 def _draw_bars(path: Path, rows: Mapping[str, Row], measures: Sequence[str]) -> None:

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 from omegaconf import OmegaConf
 
 from pipeline.assembly import chain as chain_of_commands
+from pipeline.assembly.ablation import Curve, Row, write_tables
 from pipeline.assembly.jobs import environments, run_jobs
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
@@ -277,3 +279,22 @@ def test_records_of_before_count_on_their_machine(tmp_path: Path) -> None:
     (tmp_path / "done.json").write_text(json.dumps({"knn": {"what": former, "seconds": 2.0, "top1": 0.25}}))
     with chain_of_commands.Chain(file) as chain:
         assert chain.run("knn", ["seed=1"], tmp_path, "k-NN", tmp_path) == (2.0, 0.25)
+
+
+def test_variants_are_ranked_at_equal_steps_and_at_equal_seconds(tmp_path: Path) -> None:
+    """The slower one is better at the last step, and behind when the faster one has ended."""
+    steps = np.array([10.0, 20.0])
+    slow = Curve(steps, np.array([4.0, 8.0]), np.array([0.2, 0.6]))
+    fast = Curve(steps, np.array([2.5, 5.0]), np.array([0.3, 0.5]))
+    late = Curve(steps, np.array([6.0, 12.0]), np.array([0.1, 0.4]))  # it says nothing of 5 seconds
+    rows = {
+        name: Row("", {"knn": {0: float(curve.top1[-1])}}, {0: 1.0}, {0: curve})
+        for name, curve in (("slow", slow), ("fast", fast), ("late", late))
+    }
+    lines = write_tables(tmp_path, rows, [0], ["knn"]).splitlines()
+    assert "| rank by steps | k-NN at the last step | k-NN after 5 s of training | rank by seconds |" in lines
+    assert lines[-3:] == [
+        "| 1. slow | 0.600 | 0.300 | 2 |",
+        "| 2. fast | 0.500 | 0.500 | 1 |",
+        "| 3. late | 0.400 | – | – |",
+    ]
