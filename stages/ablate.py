@@ -10,12 +10,12 @@ of their own, with keys that anybody could type:
 
 Caches that differ (views, quantiser) are extracted first, each once. jobs=N runs N variants at once, on the GPUs in
 turn. minutes=M bounds the time: a few steps of every variant are timed, and then all train for as many steps as fit,
-equal for all. Where the section `pretrain` measures k-NN on the way (pretrain.knn), variants are ranked at equal steps
-and at equal seconds.
+equal for all; checkpoints and k-NN on the way come on top. Where the section `pretrain` measures k-NN on the way
+(pretrain.knn), variants are ranked at equal steps and at equal seconds.
 
 Writes caches, runs with their commands.log, and table.md, table.csv, bars.png, curves.png to ablate.output, anew when a
 run ends. Each variant and seed costs a pre-training and its measures. Started again, it skips what is done and goes on
-where a run stopped, also on another machine that was given the folder.
+where a run stopped, also on another machine that has the folder under the same path.
 """
 
 import json
@@ -77,11 +77,12 @@ class _Ablation:
 
     def run(self) -> str:
         config, began = self.config, time.monotonic()
+        kept = self._kept_steps()
         for name in dict.fromkeys(variant.cache for variant in config.chosen.values() if variant.cache is not None):
             folder = config.output / "caches"
             keys = [*config.caches[name], f"cache.path={folder / name}"]
             self.chain.run("extract-teacher-features", keys, folder / "logs" / name, f"cache {name}")
-        length = [] if config.minutes is None else _length(self._steps_in(config.minutes, began))
+        length = [] if config.minutes is None else _length(kept or self._decide_steps(config.minutes, began))
         rows = {name: Row(variant.group) for name, variant in config.chosen.items()}
         # Seed by seed: a whole table comes early, its spread later.
         runs = [(name, seed) for seed in config.seeds for name in config.chosen]
@@ -100,22 +101,26 @@ class _Ablation:
             table = write_tables(config.output, rows, config.seeds, config.measures)
         return table
 
-    def _steps_in(self, minutes: float, began: float) -> int:
-        """The equal steps of every pre-training; decided once and kept, so a folder that goes on has them too.
+    def _kept_steps(self) -> int | None:
+        """The steps that an earlier start of this folder decided on.
 
         Raises:
-            ConfigError: too few minutes, or others than those that were kept.
+            ConfigError: they were decided for another number of minutes.
         """
         kept = self.config.output / "steps.json"
-        if kept.exists():
-            decided = json.loads(kept.read_text(encoding="utf-8"))
-            if decided["minutes"] != minutes:
-                raise ConfigError(
-                    f"{self.config.output} holds runs for minutes={decided['minutes']:g}: give that, or another output"
-                )
-            return int(decided["steps"])
+        if self.config.minutes is None or not kept.exists():
+            return None
+        decided = json.loads(kept.read_text(encoding="utf-8"))
+        if decided["minutes"] != self.config.minutes:
+            raise ConfigError(
+                f"{self.config.output} holds runs for minutes={decided['minutes']:g}: give that, or another output"
+            )
+        return int(decided["steps"])
+
+    def _decide_steps(self, minutes: float, began: float) -> int:
+        """The equal steps of every pre-training; they are kept, so a folder that goes on has them too."""
         steps = self._fitting_steps(minutes * 60, began)
-        write_text(kept, json.dumps({"minutes": minutes, "steps": steps}) + "\n")
+        write_text(self.config.output / "steps.json", json.dumps({"minutes": minutes, "steps": steps}) + "\n")
         return steps
 
     def _fitting_steps(self, budget: float, began: float) -> int:
@@ -130,12 +135,10 @@ class _Ablation:
             partial(self._run_one, name, config.seeds[0], folder, _length(_TIMED_STEPS))
             for name, folder in zip(names, folders, strict=True)
         ]
-        if not tasks:
-            raise ConfigError("minutes bounds pre-trainings, and no variant has one: leave it out")
         step, beside = list[float](), list[float]()  # seconds, by variant
         for number, found in run_jobs(tasks, config.jobs):
             step.append(step_seconds(folders[number] / "pretrained"))
-            beside.append(found.seconds - _TIMED_STEPS * step[-1])
+            beside.append(max(0.0, found.seconds - _TIMED_STEPS * step[-1]))
         turns = math.ceil(len(config.chosen) * len(config.seeds) / config.jobs)  # runs that follow each other
         left = (budget - (time.monotonic() - began)) * _MARGIN / turns - statistics.mean(beside)
         steps = int(left / statistics.mean(step))

@@ -129,7 +129,8 @@ def _evaluate_only(config: SegmentConfig) -> dict[str, Any]:
     weights, spec = read_weights(folder)
     if spec is None or spec.get("kind") != "segmentation head":
         raise CheckpointError(f"{folder} holds no segmentation head: give the output of a `segment` run")
-    labels = config.labels if config.labels.model_fields_set else LabelConfig.model_validate(spec["labels"])
+    given = config.labels.model_dump(mode="json", exclude_unset=True)
+    labels = LabelConfig.model_validate(spec["labels"] | given)  # what isn't given is as the head was trained
     val = OpenScenes("data.val", config.data.val, labels, names=spec["classes"])
     torch.manual_seed(config.seed)
     subject = load_subject(config, state.device)

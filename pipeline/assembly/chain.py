@@ -105,9 +105,9 @@ class Chain:
             ConfigError: the step was done with other keys.
             PipelineError: the command failed. Interrupted: it was stopped, and has saved.
         """
-        record = folder / "done.json"
+        record, digests = folder / "done.json", self._digests(step, keys)
         done = _read(record)
-        if step in done and done[step]["what"] not in self._digests(step, keys):
+        if step in done and done[step]["what"] not in digests:
             raise ConfigError(
                 f"{folder} holds {step} with other keys than now: choose another output, or remove that folder"
             )
@@ -118,7 +118,7 @@ class Chain:
             arguments = [step, "--config", str(self.file), *keys]
             seconds = _command(arguments, folder / "commands.log", self._interruption, env or {})
             top1 = None if output is None else _top1(step, output)
-            done[step] = {"what": self._digests(step, keys)[0], "seconds": seconds, "top1": top1}
+            done[step] = {"what": digests[0], "seconds": seconds, "top1": top1}
             write_text(record, json.dumps(done, indent=1) + "\n")
         return Done(done[step]["seconds"], done[step].get("top1"))
 
@@ -163,7 +163,7 @@ def _command(arguments: list[str], log: Path, interruption: Interruption, env: M
             if interruption.requested and not passed_on:
                 child.terminate()
                 passed_on = True
-    if interruption.requested or child.returncode == _INTERRUPTED:
+    if child.returncode == _INTERRUPTED or (child.returncode < 0 and interruption.requested):
         raise Interrupted(f"{arguments[0]} was stopped; the same command goes on from there")
     if child.returncode:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1]

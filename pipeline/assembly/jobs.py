@@ -18,6 +18,7 @@ def run_jobs(tasks: Sequence[Callable[[Environment], T]], jobs: int) -> Iterator
 
     Once a task has failed no other begins; its error is raised when those in hand have ended.
     """
+    jobs = max(1, min(jobs, len(tasks)))
     places, stopped = SimpleQueue[Environment](), Event()
     for environment in environments(jobs):
         places.put(environment)

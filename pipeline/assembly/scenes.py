@@ -46,6 +46,7 @@ class OpenScenes:
         self.scenes: Scenes
         if config.labels.suffix == ".json":
             (coco,) = leave_unreadable_out({key: open_coco(config.images, config.labels, config.limit)})
+            coco.check_trainable(key)  # an object without a mask would be background in silence
             self.scenes, self.digest = CocoScenes(coco), coco.digest
             self.names = ("background", *(name for _, name in coco.categories))
             return

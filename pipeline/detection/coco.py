@@ -126,7 +126,7 @@ class CocoImages:
         if len(boxed):
             raise DataError(
                 f"{key}: {len(boxed)} of {len(self.boxed)} annotations (the first is {self.annotation_ids[boxed[0]]}) "
-                "have a box and no mask ('segmentation' is empty or absent), and Mask R-CNN learns from masks: give an "
+                "have a box and no mask ('segmentation' is empty or absent), and masks are what is learned: give an "
                 "instances file, draw these objects' outlines, or take the annotations away"
             )
         self.check_scorable(key)

@@ -27,7 +27,7 @@ class AblateConfig(Config):
         default=["knn", "linear-probe", "finetune"], min_length=1
     )  # commands that measure each run
     caches: dict[str, list[str]]  # name → keys for `extract-teacher-features`
-    variants: dict[str, VariantConfig]
+    variants: dict[str, VariantConfig] = Field(min_length=1)
     jobs: int = Field(1, ge=1, le=1024)  # variants that run at once, on the GPUs in turn and an even share of the cores
     minutes: float | None = Field(None, gt=0)  # for all runs together, at equal steps; null: as long as `pretrain` says
     groups: list[str] = Field(default_factory=list)  # run the variants of these groups alone; default: all
@@ -47,4 +47,6 @@ class AblateConfig(Config):
         groups = {variant.group for variant in self.variants.values()}
         if strange := set(self.groups) - groups:
             raise ValueError(f"groups={sorted(strange)}: the variants have {', '.join(sorted(groups))}")
+        if self.minutes is not None and all(variant.pretrain is None for variant in self.chosen.values()):
+            raise ValueError("minutes bounds pre-trainings, and no variant has one: leave it out")
         return self
