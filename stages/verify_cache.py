@@ -99,11 +99,12 @@ class Verification:
 
     def _verdict(self) -> str:
         report = self.report
-        mend = "--repair of a copy" if is_url(report.path) else "--repair"
+        mend = "copy it: --repair" if is_url(report.path) else "--repair"
         if report.unfinished:
+            repair = "" if is_url(report.path) else f", or `mrmae verify-cache {report.path} --repair`"
             return (
                 f"unfinished, {len(report.missing)} of {report.counts['shards']} shards are missing (`mrmae extract-"
-                f"teacher-features` as before goes on, or `mrmae verify-cache {report.path} --repair`), the rest sound"
+                f"teacher-features` as before goes on{repair}), the rest sound"
             )
         return "sound" if self.sound else f"DAMAGED, {len(report.findings)} findings ({mend} mends what it can)"
 

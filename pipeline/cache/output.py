@@ -122,7 +122,8 @@ class RemoteWriter(CacheWriter):
     def __init__(self, objects: Objects, folder: Path, header: CacheHeader) -> None:
         super().__init__(folder, header)
         self._objects = objects
-        self._copying = Copying(Folder(folder), objects, header, full=False)
+        # A shard that another run left there half may have the same sizes: what is there is read.
+        self._copying = Copying(Folder(folder), objects, header, full=True)
         self._uploaded = set(shards_named(objects.names(FOLDER), header))
         for shard in self._uploaded & set(committed_shards(folder, header)):
             self._remove(shard)

@@ -102,6 +102,7 @@ class CacheReader:
         self._store = store_of(path, header, shards)
         self._seal = Seal(header.fingerprint)
         self._has_summary, self._quantiser = header.summary is not None, header.quantiser
+        self._has_codes = self._quantiser.name == "codes"
         self._count, self._views, self._size = header.count, header.views, header.samples_per_shard
         self._tables = Tables()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -156,13 +157,8 @@ class CacheReader:
         """
         if index in self.tombstones or not 0 <= index < self._count or not 0 <= view < self._views:
             self._refuse(index, view)
-        shard, row = divmod(index, self._size)
         try:
-            raw = self._open(shard, view).read(row, keep)
-            if self._seal(index, view, raw) != raw.crc32c:
-                raise CacheDamage("its checksum differs")
-            if self._quantiser.clusters and not self._quantiser.sound(raw.tokens):
-                raise CacheDamage("a token is of no cluster of the codebook")  # no loss could take it
+            raw = self._read_checked(index, view, keep)
         except CacheDamage as error:
             raw = self._read_again(index, view, keep, error)
         record = Record(index, view, raw, self._has_summary)
@@ -203,23 +199,29 @@ class CacheReader:
                 f"sample {index} is a tombstone ({self.tombstones[index]}); take samples from live_indices()"
             )
 
+    def _read_checked(self, index: int, view: int, keep: bool) -> Raw:
+        """CacheDamage without the place, where the record isn't what was written."""
+        shard, row = divmod(index, self._size)
+        raw = self._open(shard, view).read(row, keep)
+        if self._seal(index, view, raw) != raw.crc32c:
+            raise CacheDamage("its checksum differs")
+        if self._has_codes and not self._quantiser.sound(raw.tokens):
+            raise CacheDamage("a token is of no cluster of the codebook")  # no loss could take it
+        return raw
+
     def _read_again(self, index: int, view: int, keep: bool, error: CacheDamage) -> Raw:
         """A damaged record once more where it came by a request of its own: the damage may have come on the way.
 
         Raises:
             CacheDamage: it is local, or damaged again.
         """
-        shard, row = divmod(index, self._size)
         if self.shards.by_range:
             log.warning("%s: sample %d, view %d: %s; it is fetched once more", self.path, index, view, error)
             try:
-                raw = self._open(shard, view).read(row, keep)
+                return self._read_checked(index, view, keep)
             except CacheDamage as again:
                 error = again
-            else:
-                if self._seal(index, view, raw) == raw.crc32c:
-                    return raw
-        raise CacheDamage(self._damage(shard, index, view, error)) from error
+        raise CacheDamage(self._damage(index // self._size, index, view, error)) from error
 
     def _open_view(self, shard: int, view: int) -> OpenView:
         if not self._committed[shard]:

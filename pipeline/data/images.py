@@ -252,13 +252,15 @@ def _say_what_is_left(path: str, listing: Listing, files: tuple[str, ...]) -> No
 def _find_files(path: str) -> tuple[str, ...]:
     """The tars or parquet files that a folder, a file, a glob or a brace pattern names; () for a folder of images."""
     if os.path.isdir(path):
-        found = [name for kind in _KINDS for name in sorted(glob(os.path.join(escape(path), f"*{kind}")))]
-        if found and (stray := first_image(path)):
+        tars, tables = (sorted(glob(os.path.join(escape(path), f"*{kind}"))) for kind in _KINDS)
+        stray = first_image(path) if tars or tables else None
+        if tars and stray:
             raise DataError(
-                f"data.path={path}: tars ({os.path.basename(found[0])}) and images ({stray}) side by side: name the "
+                f"data.path={path}: tars ({os.path.basename(tars[0])}) and images ({stray}) side by side: name the "
                 "tars by a pattern such as '*.tar', or move one kind away"
             )
-        return _of_one_kind(path, found)
+        # Tables beside tars or images describe them: those of img2dataset, or a metadata.parquet.
+        return tuple(tars or ([] if stray else tables))
     try:
         patterns = [path] if os.path.isfile(path) else list(braceexpand.braceexpand(path))
     except ValueError as error:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +109,7 @@ def _list_file(path: str) -> _File:
 
 def _columns(schema: Any) -> _Columns:
     """Raises Damage: no column of images."""
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    features = _features(schema.metadata or {})
     image = _choose("image", schema.names, [name for name, facts in features.items() if facts["_type"] == "Image"])
     label = _choose("label", schema.names, [name for name, facts in features.items() if facts["_type"] == "ClassLabel"])
     if not image:
@@ -122,8 +122,18 @@ def _columns(schema: Any) -> _Columns:
         image=f"{image}.bytes" if children else image,
         path=f"{image}.path" if "path" in children else "",
         label=label,
-        classes=tuple(features.get(label, {}).get("names", ())),
+        classes=tuple(features.get(label, {}).get("names") or ()),
     )
+
+
+def _features(metadata: Mapping[bytes, bytes]) -> dict[str, dict[str, Any]]:
+    """What Hugging Face's metadata say of plain columns; nested features, which are structs or lists, are left out."""
+    try:
+        described = json.loads(metadata.get(b"huggingface", b"{}"))
+    except ValueError as error:
+        raise Damage("its Hugging Face metadata are no JSON") from error
+    features = ((described or {}).get("info") or {}).get("features") or {}
+    return {name: facts for name, facts in features.items() if isinstance(facts, dict) and "_type" in facts}
 
 
 def _choose(name: str, present: Sequence[str], described: Sequence[str]) -> str:

@@ -46,11 +46,15 @@ def snappy_blocks(stored: bytes, size: int) -> list[int] | None:
             extra = max(0, length - 60)  # bytes of a length that doesn't fit in the tag
             if extra:
                 length = int.from_bytes(stored[at + 1 : at + 1 + extra], "little") + 1
-            at += 1 + extra + length
+            reach, at = 0, at + 1 + extra + length
         elif kind == 1:
+            reach = (tag >> 5) << 8 | stored[at + 1]
             length, at = (tag >> 2 & 7) + 4, at + 2
         else:
-            at += 3 if kind == 2 else 5
+            after = at + (3 if kind == 2 else 5)
+            reach, at = int.from_bytes(stored[at + 1 : after], "little"), after
+        if reach > position - (len(starts) - 1) * BLOCK:  # a copy from an earlier block
+            return None
         position, elements = position + length, elements - 1
         boundary = len(starts) * BLOCK
         if position >= boundary or at >= len(stored):

@@ -173,6 +173,7 @@ class Copying:
                 raise CacheDamage(f"{file} is not what its commit record states")
             self._target.upload(file, file_of(self._source.root, file))
             if self._measure(self._target, file, entry) != entry:
+                self._target.remove(file)  # else its size would let it pass next time
                 raise CacheDamage(f"{file} arrived otherwise than it was sent")
 
     def _blocks(self, file: str, size: int) -> Generator[bytes, None, None]:

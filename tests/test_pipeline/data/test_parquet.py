@@ -171,9 +171,50 @@ def test_sets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "b.parquet", [JPEG], described(["cat", "dog", "yak"]))
     refused(tmp_path, r"b\.parquet has other classes than .*a\.parquet: name files of one data set")
     write_tar(tmp_path / "c.tar", {"a.jpg": JPEG})
-    refused(tmp_path, r"\.tar and \.parquet files side by side: name one kind by a pattern")
+    refused(tmp_path / "{a.parquet,c.tar}", r"\.tar and \.parquet files side by side: name one kind by a pattern")
     (tmp_path / "d.jpg").write_bytes(JPEG)
-    refused(tmp_path, r"and images .* side by side")
+    refused(tmp_path, r"tars \(c\.tar\) and images \(d\.jpg\) side by side")
+
+
+def test_a_copy_from_an_earlier_block_is_no_stream_of_blocks() -> None:
+    """The format allows it, though its usual writer packs each 64 KiB for itself."""
+    block = bytes(parquet_bytes.BLOCK)
+    head = (
+        parquet_bytes.varint_bytes(len(block) + 4) + bytes([61 << 2]) + (len(block) - 1).to_bytes(2, "little") + block
+    )
+    literal, copy = bytes([3 << 2]) + b"abcd", bytes([3 << 2 | 2]) + (4).to_bytes(2, "little")
+    assert parquet_bytes.snappy_blocks(head + literal, len(block) + 4) == [len(size), len(head), len(head + literal)]
+    assert parquet_bytes.snappy_blocks(head + copy, len(block) + 4) is None
+
+
+def test_tables_beside_tars_or_images_are_passed_over(tmp_path: Path) -> None:
+    """img2dataset writes a table beside each tar, and folders of images come with a metadata.parquet."""
+    for folder in ("tars", "images"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "0.parquet", [JPEG] * 3)
+    write_tar(tmp_path / "tars/0.tar", {"a.jpg": JPEG})
+    (tmp_path / "images/cat").mkdir()
+    (tmp_path / "images/cat/a.jpg").write_bytes(JPEG)
+    for folder, kind in (("tars", "tar"), ("images", "tree")):
+        source = open_images(str(tmp_path / folder))
+        assert (source.kind, len(source)) == (kind, 1)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"objects": {"bbox": {"_type": "Sequence"}}},
+        {"boxes": [{"_type": "Value"}]},
+        {"label": {"_type": "ClassLabel", "names": None}},
+        None,
+    ],
+)
+def test_metadata_of_other_columns_are_no_fault(tmp_path: Path, features: Any) -> None:
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    write(tmp_path / "a.parquet", [JPEG], metadata)
+    assert len(open_images(str(tmp_path / "a.parquet"))) == 1
+    write(tmp_path / "b.parquet", [JPEG], {"huggingface": "{"})
+    refused(tmp_path / "b.parquet", "its Hugging Face metadata are no JSON")
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
