@@ -179,9 +179,8 @@ def test_sets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_copy_from_an_earlier_block_is_no_stream_of_blocks() -> None:
     """The format allows it, though its usual writer packs each 64 KiB for itself."""
     block = bytes(parquet_bytes.BLOCK)
-    head = (
-        parquet_bytes.varint_bytes(len(block) + 4) + bytes([61 << 2]) + (len(block) - 1).to_bytes(2, "little") + block
-    )
+    size = parquet_bytes.varint_bytes(len(block) + 4)
+    head = size + bytes([61 << 2]) + (len(block) - 1).to_bytes(2, "little") + block
     literal, copy = bytes([3 << 2]) + b"abcd", bytes([3 << 2 | 2]) + (4).to_bytes(2, "little")
     assert parquet_bytes.snappy_blocks(head + literal, len(block) + 4) == [len(size), len(head), len(head + literal)]
     assert parquet_bytes.snappy_blocks(head + copy, len(block) + 4) is None
