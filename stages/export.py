@@ -95,6 +95,7 @@ def _write_timm(model: Student | Classifier, folder: Path, names: Sequence[str])
             "embed_dim": encoder.dim,
             "depth": len(encoder.blocks),
             "num_heads": _heads(encoder),
+            "mlp_ratio": encoder.mlp_ratio,
             "fc_norm": norms_mean,
         }
     preprocessing = {

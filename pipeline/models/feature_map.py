@@ -10,6 +10,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from pipeline.errors import ConfigError
 from pipeline.models.sizes import Size
 from pipeline.models.timm_names import OwnPixels, TimmModel
 
@@ -37,7 +38,12 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.named, self.image_size, self.patch_size = named, size.image_size, size.patch_size
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-        model: Any = timm.create_model(named.name, num_classes=0, **options)
+        try:
+            model: Any = timm.create_model(named.name, num_classes=0, **options)
+        except TypeError as error:
+            if not drop_path or "drop_path_rate" not in str(error):
+                raise
+            raise ConfigError(f"timm:{named.name} has no stochastic depth: set drop_path=0") from error
         if hasattr(model, "set_input_size"):  # windows and positions fit one size
             model.set_input_size(size.image_size)
         if gradient_checkpointing:
@@ -86,9 +92,10 @@ class FeatureMap(nn.Module):
         """Channels and cells of the last map of one black image; freezes the parameters that it doesn't depend on."""
         training = self.training
         self.eval()
-        (last,) = self.forward_maps(torch.zeros(1, 3, *self.image_size))
         parameters = list(self.model.parameters())
-        used = torch.autograd.grad(last.sum(), parameters, allow_unused=True)
+        with torch.enable_grad():
+            (last,) = self.forward_maps(torch.zeros(1, 3, *self.image_size))
+            used = torch.autograd.grad(last.sum(), parameters, allow_unused=True)
         for parameter, grad in zip(parameters, used, strict=True):
             parameter.requires_grad_(grad is not None)
         self.train(training)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 from pipeline.errors import ConfigError, suggest
-from pipeline.models.timm_names import PREFIX, is_timm, timm_model
+from pipeline.models.timm_names import PREFIX, is_maskable, is_timm, timm_model
 
 
 class EncoderSizes(TypedDict, total=False):
@@ -97,8 +97,10 @@ def resolve_size(name: str, **overrides: Unpack[StudentSizes]) -> Size:
         given["dim"] = _per_level("dim", given["dim"], named.dim, keep_ratio=True)
     if "depth" in given:
         given["depth"] = _per_level("depth", given["depth"], named.depth, keep_ratio=False)
+    if "conv_mlp_ratio" in given and not named.is_conv:
+        raise ConfigError(f"conv_mlp_ratio={given['conv_mlp_ratio']}: {name} has no convolution levels: leave it out")
     size = replace(named, **given)
-    _check(size)
+    _check(size, is_transformer=is_maskable(name))
     return size
 
 
@@ -151,7 +153,7 @@ def _per_level(key: str, value: int | Sequence[int], named: tuple[int, ...], kee
     return tuple(value)
 
 
-def _check(size: Size) -> None:
+def _check(size: Size, is_transformer: bool) -> None:
     if size.patch_size < 1 or (size.is_conv and size.patch_size % 4):
         raise ConfigError(f"patch_size={size.patch_size}: give a positive number, for ConvViT a multiple of 4")
     for side in size.image_size:
@@ -161,7 +163,8 @@ def _check(size: Size) -> None:
                 f"image_size={side} is no multiple of patch_size={size.patch_size}: the nearest that fit are"
                 f" {below} and {below + size.patch_size}"
             )
-    _check_transformer("", size.dim[-1], size.num_heads, size.depth)
+    if is_transformer:  # and no network of timm that shows whole maps
+        _check_transformer("", size.dim[-1], size.num_heads, size.depth)
     _check_transformer("decoder_", size.decoder_dim, size.decoder_heads, (size.decoder_depth,))
     if size.conv_mlp_ratio < 1:
         raise ConfigError(f"conv_mlp_ratio={size.conv_mlp_ratio}: give 1 or more")

@@ -97,6 +97,7 @@ class ViT(PlainViT):
         self.patch_embed = PatchEmbed(size.patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid, prefix=1), requires_grad=False)
+        self.mlp_ratio = size.mlp_ratio
         self.blocks = transformer(dim, size.num_heads, drop_rates(drop_path, size.depth[0]), size.mlp_ratio)
         self.norm = LayerNorm(dim) if final_norm else nn.Identity()
         initialise(self)

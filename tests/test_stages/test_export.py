@@ -56,6 +56,15 @@ def tokens_of(model: Student | Classifier, images: torch.Tensor) -> torch.Tensor
         return (model if isinstance(model, Classifier) else model.encoder).forward_tokens(images)
 
 
+def test_wider_mlps_are_exported(tmp_path: Path) -> None:
+    """ViT-g's are 48/11 times as wide as its tokens."""
+    sizes = {"dim": 44, "depth": 2, "num_heads": 2, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+    model = build_student("mrmae_vit_giant_patch14", objective="mae", image_size=28, **sizes)
+    (tmp_path / "run").mkdir()
+    save_weights(model, tmp_path / "run")
+    assert stages.export.run(ExportConfig(init=tmp_path / "run", output=tmp_path / "out"))["cosine"] >= 0.99999
+
+
 def test_timm_alone_gives_the_same_features(tmp_path: Path) -> None:
     """Three kinds of models, exported here and all read by one interpreter without this project."""
     images = torch.randn(2, 3, 64, 64)

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import NoReturn
 
 from pipeline.cache.remote.mirror import Mirror
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StorageError
 from pipeline.forking import fork, settle
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def _serve(socket: Connection, mirrors: Sequence[Mirror]) -> NoReturn:
         _fetch(socket, mirrors)
     except (EOFError, ConnectionResetError):
         os._exit(0)
+    except Exception:
+        log.warning("shards are no longer fetched ahead", exc_info=True)
     finally:
         os._exit(1)
 
@@ -87,6 +89,9 @@ def _is_done(mirror: Mirror, shard: int, wanted: Sequence[int], failed: set[tupl
         return True
     try:
         return mirror.fetch_ahead(shard, wanted)
+    except StorageError as error:  # the server may be back soon
+        log.debug("shard %d isn't fetched ahead yet: %s", shard, error)
+        return False
     except PipelineError as error:
         log.debug("shard %d isn't fetched ahead: %s", shard, error)
         failed.add((mirror, shard))

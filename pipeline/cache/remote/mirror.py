@@ -93,7 +93,8 @@ class Mirror:
 
     def __init__(self, remote: RemoteCache, header: CacheHeader) -> None:
         self.remote, self.header, self._local = remote, header, remote.local
-        self._cache = header.fingerprint[:_NAME]
+        # Whole shards and single records keep books of their own: one must not clear away what the other counts on.
+        self._cache = header.fingerprint[:_NAME] + ("-range" if remote.by_range else "")
         self.root = remote.local.path / self._cache
         self._objects, self._store = Objects(remote.url), store_of(self.root, header)
         self._ranges = Ranges(self._objects)

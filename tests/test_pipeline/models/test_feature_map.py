@@ -109,3 +109,16 @@ def test_a_classifier_reads_the_mean_of_the_map_and_its_layers_are_the_stages() 
         build_classifier(RESNET, 3, image_size=64, dim=48)
     with pytest.raises(ConfigError, match="has no CLS token"):
         build_classifier(RESNET, 3, image_size=64, pool="cls")
+
+
+def test_a_network_without_stochastic_depth_is_told() -> None:
+    """drop_path is 0.1 by default in fine-tuning, and timm's own answer is a TypeError."""
+    with pytest.raises(ConfigError, match=r"timm:densenet121 has no stochastic depth: set drop_path=0"):
+        build_classifier("timm:densenet121", num_classes=3, drop_path=0.1, image_size=64)
+
+
+def test_widths_need_no_positions_and_no_gradient_mode() -> None:
+    """185 channels divide by nothing; built while nothing is recorded, as where features are asked for."""
+    with torch.no_grad():
+        built = student("timm:rexnet_100")
+    assert built.encoder.dim == timm.create_model("rexnet_100", features_only=True).feature_info.channels()[-1]
