@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -130,6 +131,7 @@ def s3_server() -> Iterator[str]:
     os.close(write_end)
     with open(read_end, "rb") as answer:
         url = answer.readline().decode().strip()
+    assert url.startswith("http://127.0.0.1:"), f"the S3 server has ended: {os.waitpid(server, 0)}"
     environment = {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "test",
@@ -156,14 +158,17 @@ def _serve_s3(write_end: int) -> NoReturn:
     try:
         from moto.server import ThreadedMotoServer
 
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)  # its log
         server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         server.start()
         host, port = server.get_host_and_port()
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)  # its log
         os.write(write_end, f"http://{host}:{port}\n".encode())
-        while True:
-            signal.pause()
+        owner = os.getppid()
+        while os.getppid() == owner:
+            time.sleep(1)
+    except BaseException:  # noqa: BLE001 - the end of a process
+        traceback.print_exc()
     finally:
         os._exit(1)
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -136,12 +137,16 @@ def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_or_pipe_is_not_replaced(tmp_path: Path) -> None:
+def test_a_pipe_or_socket_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As root, `output=/dev/null` made a regular file of it, which every program of the machine then filled."""
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to("pipe")
-    for path in (tmp_path / "pipe", tmp_path / "link"):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    os.mkfifo("pipe")
+    Path("link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+    for path in (Path("pipe"), Path("link"), Path("socket")):
+        kind = path.stat().st_mode
         with pytest.raises(ConfigError, match="is no regular file, which it would become: choose another name"):
             write_text(path, "content")
-        assert path.is_fifo()
-    assert (tmp_path / "link").is_symlink()
+        assert path.stat().st_mode == kind
+    assert Path("link").is_symlink()
