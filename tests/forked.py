@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -254,3 +255,16 @@ if __name__ == "__main__":
     if code is None:
         os._exit(0)
     _run(code)
+
+
+def exit_code(pid: int, seconds: float) -> int | None:
+    """That of a child of this process, negative after a signal; None: it hung, and was killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None

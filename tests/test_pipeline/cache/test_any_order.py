@@ -37,6 +37,7 @@ from pipeline.errors import CacheDamage, CacheError
 from pipeline.files import PARTIAL
 from pipeline.forking import fork
 from tests.failing_disk import KINDS, failing, install
+from tests.forked import exit_code
 from tests.test_pipeline.cache.samples import key_of, make_cache, make_header, make_shard
 
 SHARDS, VIEWS = 3, 2
@@ -241,7 +242,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def end(self, pid: int) -> int:
         """Wait for a process. It ended well, with a line, or by the kill."""
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = exit_code(pid, 120)
+        assert code is not None, "it hangs"
         assert code in (0, 2, -signal.SIGKILL)
         return code
 

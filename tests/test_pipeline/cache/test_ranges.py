@@ -2,9 +2,7 @@
 
 import logging
 import os
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from pipeline.cache import CacheReader, LocalFolder, RemoteCache, open_cache
 from pipeline.cache.remote import objects
 from pipeline.errors import CacheDamage
 from pipeline.forking import fork
+from tests.forked import exit_code
 from tests.servers import FilesServer, s3_server, upload
 from tests.test_pipeline.cache.samples import make_cache, make_header
 from tests.test_pipeline.cache.test_remote import same
@@ -134,7 +133,7 @@ def test_damage_at_the_source_is_named_at_the_record(
 @pytest.mark.parametrize("times", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_processes_forked_while_threads_read_s3_do_not_hang(times: int, cache: Path, tmp_path: Path) -> None:
     """By ranges and by shards: each process reads all records, while two threads of its parent do."""
-    local, stop = open_cache(cache), threading.Event()
+    local, stop, ends, differing = open_cache(cache), threading.Event(), list[int | None](), list[str]()
     with s3_server():
         upload(cache, "s3://bucket/forks")
         by_range, by_shard = (
@@ -145,18 +144,22 @@ def test_processes_forked_while_threads_read_s3_do_not_hang(times: int, cache: P
         def read_on(reader: CacheReader) -> None:
             while not stop.is_set():
                 reader.expect([(0, 0), (1, 1)])
-                assert same(reader, local)
+                if not same(reader, local):
+                    differing.append(threading.current_thread().name)
 
-        threads = [threading.Thread(target=read_on, args=(reader,)) for reader in (by_range, by_shard)]
+        threads = [threading.Thread(target=read_on, args=(reader,), daemon=True) for reader in (by_range, by_shard)]
         for thread in threads:
             thread.start()
         try:
-            ends = [_end_of_fork(lambda: same(by_range, local) and same(by_shard, local)) for _ in range(times)]
+            while len(ends) < times and None not in ends:
+                ends.append(_end_of_fork(lambda: same(by_range, local) and same(by_shard, local)))
         finally:
             stop.set()
             for thread in threads:
-                thread.join()
+                thread.join(60)
     assert ends == [0] * times
+    assert differing == []
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def _end_of_fork(succeeds: Callable[[], bool]) -> int | None:
@@ -167,12 +170,4 @@ def _end_of_fork(succeeds: Callable[[], bool]) -> int | None:
             os._exit(0 if succeeds() else 1)
         finally:
             os._exit(2)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    return exit_code(pid, 120)
