@@ -159,10 +159,9 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
     Raises:
         ConfigError: the student is given another size than the views have.
     """
-    settled = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
-    if config.batch_size == "auto":
-        settled = _settle_rate(settled)
-    config = settled
+    was_auto = config.batch_size == "auto"
+    config = settle_batch_size(config, len(knowledge.samples), config.mask.masks_per_sample)
+    config = _settle_rate(config, was_auto)
     student, size = named_by_init(config.init, config.student), knowledge.views.image_size
     assert student is not None  # it has defaults
     if student.image_size not in (None, size):
@@ -179,13 +178,17 @@ def _fit_to(knowledge: Knowledge, config: PretrainConfig) -> PretrainConfig:
     return config.model_copy(update={"student": student})
 
 
-def _settle_rate(config: PretrainConfig) -> PretrainConfig:
-    """The config with the rate that small batches chosen by `auto` learn at; a run that goes on keeps its own."""
+def _settle_rate(config: PretrainConfig, was_auto: bool) -> PretrainConfig:
+    """The config with the rate that small batches chosen by `auto` learn at.
+
+    A run that goes on keeps its own: one from before has none, and one whose `auto` is given as a number by now has it.
+    """
     assert config.batch_size != "auto"
-    recorded = recorded_config(config.output)
-    if config.optim.lr is not None or config.batch_size >= _BATCH or (recorded and recorded.optim.lr is None):
+    if config.optim.lr is not None or config.batch_size >= _BATCH:
         return config
-    optim = config.optim.model_copy(update={"lr": config.optim.peak_lr(_BATCH)})
+    rate, recorded = config.optim.peak_lr(_BATCH), recorded_config(config.output)
+    applies = (recorded.batch_size, recorded.optim.lr) == (config.batch_size, rate) if recorded else was_auto
+    optim = config.optim.model_copy(update={"lr": rate if applies else None})
     return config.model_copy(update={"optim": optim})
 
 

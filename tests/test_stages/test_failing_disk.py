@@ -230,6 +230,7 @@ def _check_whole(out: Path, expected: dict[str, Any]) -> None:
     for path in (out / "checkpoints").glob("[!.]*"):
         load_checkpoint(path)  # every byte of it, against its record
     for name, content in _whole(out).items():
+        assert name in expected or name.startswith("checkpoints/") or name == "run.lock", name
         if name.endswith("done.json"):  # grows by a step at a time
             assert content.items() <= expected[name].items(), name
         elif name in expected and not name.startswith("checkpoints/best") and name not in _TABLES:

@@ -36,6 +36,11 @@ def test_the_batch_fits_the_images(image_tree: Path, cache: Path, tmp_path: Path
     settled = OmegaConf.load(tmp_path / "run/config.yaml")
     assert settled.batch_size == 2
     assert settled.optim.lr == 6e-4 == OptimConfig().peak_lr(1024)
+    given = pretrain_config(
+        tmp_path / "run", data=data, cache={"path": str(cache)}, batch_size=2, optim={}, max_steps=8
+    )
+    pretrain.run(given.model_copy(update={"epochs": 2}))  # the same run, its batch as a number
+    assert OmegaConf.load(tmp_path / "run/config.yaml").optim.lr == 6e-4
 
 
 def test_a_run_that_goes_on_keeps_its_batch(image_tree: Path, cache: Path, tmp_path: Path) -> None:
