@@ -27,7 +27,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pipeline.cache import CacheHeader, ShardData, create_cache, open_cache, open_writer, remove_left_overs, repair, verify
+from pipeline.cache import (
+    CacheHeader,
+    ShardData,
+    create_cache,
+    open_cache,
+    open_writer,
+    remove_left_overs,
+    repair,
+    verify,
+)
 from pipeline.cache.format.commits import commit_file
 from pipeline.cache.format.header import FILE
 from pipeline.cache.format.records import Record
