@@ -15,7 +15,8 @@ MimicLoss = Literal["smooth_l1", "mse", "cosine"]
 SummarySource = Literal["class", "mean"]
 MimicHead = Literal["linear", "mlp"]
 MimicTarget = Literal["tokens", "codes"]
-MIMIC_WEIGHT = 10.0  # measured: docs/results.md. At 1 the pixel loss outweighs the mimic loss
+MIMIC_LOSS: MimicLoss = "mse"
+TARGET_SCALE = 4.0  # measured: docs/results.md. With 1 no weight reaches what this one does
 
 
 class StudentConfig(Config):
@@ -50,10 +51,11 @@ class MimicConfig(Config):
     fusion: Fusion = "fused"  # which blocks the mimic loss reaches, and how
     fusion_blocks: list[int] | None = None  # default: four, evenly spread
     target_norm: TargetNorm = "layernorm"  # how the teacher's tokens are normalised
+    target_scale: float = Field(TARGET_SCALE, gt=0)  # of the normalised target: a larger one asks more of the encoder
     resize_targets: Literal["bilinear"] | None = None  # teachers on another grid than the student's; null: refuse them
-    mimic_loss: MimicLoss = "smooth_l1"  # between prediction and target
+    mimic_loss: MimicLoss = MIMIC_LOSS  # between prediction and target
     mimic_head: MimicHead = "linear"  # what maps the student's tokens to the teacher's width
-    mimic_weight: float = Field(MIMIC_WEIGHT, ge=0)  # of the mimic loss
+    mimic_weight: float = Field(1.0, ge=0)  # of the mimic loss
     summary_weight: float = Field(0.0, ge=0)  # of the loss on the teachers' class tokens (cache.summary=true)
     summary_source: SummarySource | None = None  # what predicts them; default: the student's class token, if it has one
     pixel_weight: float = Field(1.0, ge=0)  # of the pixel loss

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Unpack, get_args
 
 from pipeline.configs.models import (
-    MIMIC_WEIGHT,
+    MIMIC_LOSS,
+    TARGET_SCALE,
     DecoderKind,
     DropTeachers,
     Fusion,
@@ -40,6 +41,7 @@ _LATER = {
     "summary_source": None,
     "conv_mlp_ratio": None,
     "grid": None,
+    "target_scale": 1.0,
 }
 
 
@@ -54,9 +56,10 @@ def build_student(
     fusion: Fusion = "fused",
     fusion_blocks: Sequence[int] | None = None,
     target_norm: TargetNorm = "layernorm",
-    mimic_loss: MimicLoss = "smooth_l1",
+    target_scale: float = TARGET_SCALE,
+    mimic_loss: MimicLoss = MIMIC_LOSS,
     mimic_head: MimicHead = "linear",
-    mimic_weight: float = MIMIC_WEIGHT,
+    mimic_weight: float = 1.0,
     pixel_weight: float = 1.0,
     summary_weight: float = 0.0,
     summary_source: SummarySource | None = None,
@@ -83,6 +86,7 @@ def build_student(
         fusion: "fused" | "each" | "last": how encoder blocks mimic (objective "mr_mae" alone).
         fusion_blocks: 0-based transformer blocks for "fused" and "each"; four evenly spaced ones unless given.
         target_norm: "layernorm" | "channel" | "phi_s" | "none".
+        target_scale: the normalised target is multiplied by it; above 0.
         mimic_loss: "smooth_l1" | "mse" | "cosine".
         mimic_head: "linear" | "mlp".
         mimic_weight, pixel_weight: of the two losses, 0 or more.
@@ -110,6 +114,8 @@ def build_student(
     check_choice("target_norm", target_norm, get_args(TargetNorm))
     check_choice("mimic_loss", mimic_loss, get_args(MimicLoss))
     check_choice("mimic_head", mimic_head, get_args(MimicHead))
+    if not 0 < target_scale < math.inf:
+        raise ConfigError(f"target_scale={target_scale}: give a number above 0")
     check_choice("decoder", decoder, _DECODERS)
     share = _PREDICT_SHARES[decoder] if predict_share is None else predict_share
     if not 0 < share <= 1:
@@ -147,6 +153,7 @@ def build_student(
     of_tokens: dict[str, Any] = {
         "target_norm": target_norm,
         "standardise": standardise_teachers and balanced,
+        "scale": target_scale,
         "loss": mimic_loss,
     }
     kind, options = (CodeMimic, {}) if target == "codes" else (Mimic, of_tokens)
@@ -255,7 +262,8 @@ def _summary_source(name: str, encoder: Encoder, source: SummarySource | None) -
 def _check_target(target: str, target_norm: str, mimic_loss: str, summary_weight: float) -> None:
     """What is predicted of a teacher; codes leave no other choice."""
     check_choice("target", target, get_args(MimicTarget))
-    if target == "codes" and (target_norm, mimic_loss) != ("layernorm", "smooth_l1"):
+    defaults = (MIMIC_LOSS, "smooth_l1")  # of now, and of the specs of earlier versions
+    if target == "codes" and (target_norm != "layernorm" or mimic_loss not in defaults):
         raise ConfigError("target=codes is learned by cross-entropy: leave target_norm and mimic_loss out")
     if target == "codes" and summary_weight:
         raise ConfigError("target=codes comes without class tokens: set summary_weight=0, or use target=tokens")

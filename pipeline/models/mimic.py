@@ -86,6 +86,8 @@ class Mimic(_Predictor):
         target_norm: "layernorm" per token without parameters | "channel" standardised per channel | "phi_s" rotated, so
             that one scale standardises all channels (see `pipeline.models.phi_s`) | "none".
         standardise: with target_norm "none", shift by the channel means and divide by the one overall deviation.
+        scale: the normalised target is multiplied by it. AdamW's steps don't depend on a loss's size, so this is no
+            weight: the head's predictions start small beside it and follow slowly, and more is left to the encoder.
         width: channels of the teacher's tokens.
         head: the other arguments of `_Predictor`.
     """
@@ -101,11 +103,12 @@ class Mimic(_Predictor):
         width: int,
         target_norm: TargetNorm = "layernorm",
         standardise: bool = False,
+        scale: float = 1.0,
         loss: MimicLoss = "smooth_l1",
         **head: Any,
     ) -> None:
         super().__init__(teacher, width=width, **head)
-        self.target_norm, self.standardise, self.loss = target_norm, standardise, loss
+        self.target_norm, self.standardise, self.scale, self.loss = target_norm, standardise, scale, loss
         # Not in the checkpoint: they belong to the targets, and whoever brings targets sets them again. But a rotation
         # computed again may differ, by another library or number of threads: the heads know this one alone.
         is_rotated = target_norm == "phi_s"
@@ -163,7 +166,10 @@ class Mimic(_Predictor):
 
     def normalise(self, target: Tensor) -> Tensor:
         """The target [B, N, width] as the loss sees it, in fp32."""
-        target = target.float()
+        normalised = self._normalise(target.float())
+        return normalised if self.scale == 1.0 else normalised * self.scale
+
+    def _normalise(self, target: Tensor) -> Tensor:
         if self.target_norm == "layernorm":
             return F.layer_norm(target, target.shape[-1:])
         if self.target_norm == "none" and not self.standardise:

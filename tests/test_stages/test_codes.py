@@ -31,7 +31,7 @@ from tests.test_stages.test_summary import verify
 
 Make = Callable[..., Path]
 CODES = {"cache__quantiser": "codes", "cache__clusters": 16}
-TARGET = {"target": "codes", "mimic_weight": 1.0}
+TARGET = {"target": "codes"}
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,11 @@ def test_what_codes_cannot_be_combined_with_is_one_line(
     for keys, error, message in (
         (plain, CacheError, "cache test_vit holds int8 tokens, and mimic.target=codes needs codes: extract into a new"),
         (live, ConfigError, "mimic.target=codes needs a cache of codes: give cache.path=..., extracted with"),
-        (keys_of(codes, image_tree, mimic_loss="mse"), ConfigError, "target=codes is learned by cross-entropy: leave"),
+        (
+            keys_of(codes, image_tree, mimic_loss="cosine"),
+            ConfigError,
+            "target=codes is learned by cross-entropy: leave",
+        ),
     ):
         with pytest.raises(error, match=message) as refused:
             pretrain.run(pretrain_config(run, **keys))

@@ -8,6 +8,7 @@ import pytest
 from pipeline.configs.models import ObjectiveName
 from pipeline.errors import ConfigError
 from pipeline.models import OBJECTIVES, Student, build_classifier, build_student
+from pipeline.models.weights import build_from_spec
 
 Build = Callable[..., Student]
 
@@ -19,6 +20,16 @@ def test_the_spec_rebuilds_the_student_even_through_json(micro: Build, kind: str
     again.load_state_dict(student.state_dict())
     assert again.spec == student.spec
     assert again.grid == (2, 4)
+
+
+def test_a_spec_from_before_targets_were_scaled_has_them_as_they_were(micro: Build) -> None:
+    spec = micro("vit", target_scale=1.0).spec
+    assert "target_scale" not in spec
+    again = build_from_spec({"kind": "student", **spec})
+    assert isinstance(again, Student)
+    assert [mimic.scale for mimic in again.mimic.values()] == [1.0]
+    former = {**micro("vit", target="codes").spec, "mimic_loss": "smooth_l1"}  # the default, which codes don't use
+    assert isinstance(build_from_spec({"kind": "student", **former}), Student)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +47,10 @@ def test_fusion_takes_four_evenly_spaced_blocks_and_the_last(micro: Build, depth
         ({"mimic_loss": "l1"}, "use one of smooth_l1, mse, cosine"),
         ({"mimic_head": "conv"}, "use one of linear, mlp"),
         ({"target": "pixels"}, "use one of tokens, codes"),
-        ({"target": "codes", "mimic_loss": "mse"}, "target=codes is learned by cross-entropy: leave target_norm and"),
+        (
+            {"target": "codes", "mimic_loss": "cosine"},
+            "target=codes is learned by cross-entropy: leave target_norm and",
+        ),
         (
             {"target": "codes", "target_norm": "phi_s"},
             "target=codes is learned by cross-entropy: leave target_norm and",
@@ -53,6 +67,7 @@ def test_fusion_takes_four_evenly_spaced_blocks_and_the_last(micro: Build, depth
         ({"teachers": {"a.b": 8, "a_b": 8}}, "differ only in '.' and '_'"),
         ({"teacher_weights": {"clip": 1.0}}, "teacher_weights='clip' is unknown"),
         ({"teacher_weights": {"dino": 0.0}}, "no positive width or weight"),
+        ({"target_scale": 0.0}, "target_scale=0.0: give a number above 0"),
         ({"mimic_weight": -1.0}, "mimic_weight=-1.0: give 0 or more"),
         ({"pixel_weight": float("nan")}, "pixel_weight=nan: give 0 or more"),
     ],

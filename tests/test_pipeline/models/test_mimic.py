@@ -44,6 +44,13 @@ def test_layernormed_targets_forget_scale_and_offset() -> None:
     torch.testing.assert_close(mimic.normalise(target), mimic.normalise(300 * target + 7), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("target_norm", ["layernorm", "none"])
+def test_normalised_targets_are_multiplied_by_the_scale(target_norm: TargetNorm) -> None:
+    plain, scaled = (Mimic("dino", dim=12, width=8, target_norm=target_norm, scale=scale) for scale in (1.0, 4.0))
+    target = torch.randn(2, 5, 8)
+    torch.testing.assert_close(scaled.normalise(target), 4 * plain.normalise(target))
+
+
 def test_channel_targets_are_standardised_by_the_given_statistics() -> None:
     mimic, target = Mimic("dino", dim=12, width=8, target_norm="channel"), torch.randn(2, 5, 8)
     mean, std = torch.randn(8), torch.rand(8) + 0.5
