@@ -114,7 +114,7 @@ def _pretrain(config: DemoConfig, data: dict[str, Any], objective: str) -> dict[
         "output": config.output / objective,
         "student": _STUDENT,
         # A patch is one pixel of the scan: normalised by itself, nothing of it would be left to predict.
-        "mimic": {"objective": objective, "norm_pix_loss": False, "mimic_weight": 1.0},
+        "mimic": {"objective": objective, "norm_pix_loss": False},
         "mask": {"focus": "sampled" if objective == "mr_mae" else "random"},
         "optim": {"lr": 1.5e-3, "warmup_epochs": 1},
         "batch_size": 64,
