@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pipeline.errors import ConfigError
 from pipeline.models.sizes import Size
@@ -65,7 +66,7 @@ class FeatureMap(nn.Module):
     def forward_blocks(self, images: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """The last map of whole images as tokens [B, h*w, C]."""
         assert ids_keep is None
-        return self.forward_maps(images)[0].flatten(2).transpose(1, 2), []
+        return self(images).flatten(2).transpose(1, 2), []
 
     def forward_tokens(self, images: Tensor) -> Tensor:
         """The last map of images [B, 3, H, W] as tokens [B, h*w, C]."""
@@ -88,15 +89,37 @@ class FeatureMap(nn.Module):
         groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
         return {f"model.{name}": stage for name, stage in groups.items()}, max(groups.values()) + 1
 
+    def forward(self, images: Tensor) -> Tensor:
+        """The last map [B, C, h, w]."""
+        return self.forward_maps(images)[0]
+
     def _probe(self) -> tuple[int, tuple[int, int]]:
-        """Channels and cells of the last map of one black image; freezes the parameters that it doesn't depend on."""
+        """Channels and cells of the last map; freezes the parameters that it doesn't depend on.
+
+        On the meta device, so that nothing is computed.
+
+        Raises:
+            ConfigError: the network can't be asked for its last map.
+        """
         training = self.training
         self.eval()
-        parameters = list(self.model.parameters())
-        with torch.enable_grad():
-            (last,) = self.forward_maps(torch.zeros(1, 3, *self.image_size))
-            used = torch.autograd.grad(last.sum(), parameters, allow_unused=True)
-        for parameter, grad in zip(parameters, used, strict=True):
+        with torch.inference_mode(False), torch.enable_grad():
+            parameters = {name: _shape_of(value).requires_grad_() for name, value in self.named_parameters()}
+            buffers = {name: _shape_of(value) for name, value in self.named_buffers()}
+            images = torch.empty(1, 3, *self.image_size, device="meta")
+            try:
+                last = functional_call(self, {**parameters, **buffers}, (images,))
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"timm:{self.named.name} gives no map of features for images of {self.image_size[0]} x "
+                    f"{self.image_size[1]} pixels ({str(error).splitlines()[0]}): choose another model or size"
+                ) from error
+            used = torch.autograd.grad(last.sum(), list(parameters.values()), allow_unused=True)
+        for parameter, grad in zip(self.parameters(), used, strict=True):
             parameter.requires_grad_(grad is not None)
         self.train(training)
         return last.shape[1], (last.shape[2], last.shape[3])
+
+
+def _shape_of(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="meta")
