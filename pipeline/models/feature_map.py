@@ -10,6 +10,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.errors import ConfigError
 from pipeline.models.sizes import Size
@@ -26,7 +27,7 @@ class FeatureMap(nn.Module):
         named: what timm has under the student's name.
         size: of the images; all else is the model's.
         drop_path: stochastic depth, for models that know it.
-        gradient_checkpointing: as timm does it for the model.
+        gradient_checkpointing: as timm does it for the model; batch norms count each batch once.
     """
 
     num_prefix_tokens = 0
@@ -47,12 +48,19 @@ class FeatureMap(nn.Module):
             raise ConfigError(f"timm:{named.name} has no stochastic depth: set drop_path=0") from error
         if hasattr(model, "set_input_size"):  # windows and positions fit one size
             model.set_input_size(size.image_size)
-        if gradient_checkpointing:
-            model.set_grad_checkpointing(True)
         self.model = model
+        self._in_forward = False
+        self._held: dict[_BatchNorm, float | None] = {}  # momentum, while a batch norm computes something again
         self.blocks, self.norm = nn.ModuleList(), nn.Identity()  # as other encoders have them
         self.to_own = OwnPixels(named)
         self.dim, self.grid = self._probe()
+        if gradient_checkpointing:
+            model.set_grad_checkpointing(True)
+            for norm in model.modules():
+                if isinstance(norm, _BatchNorm):
+                    norm.register_forward_pre_hook(self._hold_statistics)
+                    # Always: torch ends the second forward pass by an exception, within the last module that it needs.
+                    norm.register_forward_hook(self._release_statistics, always_call=True)
 
     def own_pixels(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] as students take them, normalised as the weights were trained."""
@@ -79,10 +87,25 @@ class FeatureMap(nn.Module):
 
     def forward_maps(self, images: Tensor) -> list[Tensor]:
         """The last map [B, C, h, w]."""
-        maps: list[Tensor] = self.model.forward_intermediates(
-            self.own_pixels(images), 1, output_fmt="NCHW", intermediates_only=True
-        )
+        self._in_forward = True
+        try:
+            maps: list[Tensor] = self.model.forward_intermediates(
+                self.own_pixels(images), 1, output_fmt="NCHW", intermediates_only=True
+            )
+        finally:
+            self._in_forward = False
         return maps[-1:]
+
+    def _hold_statistics(self, norm: _BatchNorm, _arguments: Any) -> None:
+        """What gradient checkpointing computes again in the backward pass is no further batch."""
+        if norm.training and not self._in_forward:
+            self._held[norm], norm.momentum = norm.momentum, 0.0
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)
+
+    def _release_statistics(self, norm: _BatchNorm, _arguments: Any, _result: Any) -> None:
+        if norm in self._held:
+            norm.momentum = self._held.pop(norm)
 
     def layers(self) -> tuple[dict[str, int], int]:
         """The stage of every parameter, the stem's is 0, and the number of stages."""

@@ -22,7 +22,8 @@ def average_statistics(model: nn.Module) -> None:
     kept = _statistics(model)
     if not kept or processes().num_processes == 1:
         return
-    means = reduce(torch.cat([values.flatten() for values in kept]), "mean")
+    # In float64, so that equal ones stay what they are.
+    means = reduce(torch.cat([values.flatten() for values in kept]).double(), "mean")
     for values, mean in zip(kept, means.split([values.numel() for values in kept]), strict=True):
         values.copy_(mean.view_as(values))
 

@@ -139,6 +139,32 @@ def test_to_be_built_costs_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> N
     assert devices == {"meta"}
 
 
+@pytest.mark.parametrize("name", [RESNET, MOBILE])
+def test_gradient_checkpointing_counts_each_batch_once(name: str) -> None:
+    """Its second forward pass leaves no trace in the batch norms, and the gradients are what they were."""
+    torch.manual_seed(0)
+    plain = build_classifier(name, 3, image_size=64)
+    spared = build_classifier(name, 3, image_size=64, gradient_checkpointing=True)
+    spared.load_state_dict(plain.state_dict())
+    calls = []
+    norms = {key: module for key, module in spared.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    last = list(norms)[-1]
+    norms[last].register_forward_hook(lambda *_: calls.append(1), always_call=True)
+    for _ in range(2):
+        images = torch.rand(4, 3, 64, 64)
+        for model in (plain, spared):
+            model.zero_grad()
+            model.train()(images).square().sum().backward()
+    former, state = plain.state_dict(), spared.state_dict()
+    assert len(calls) == 4  # twice for each batch
+    assert norms[last].num_batches_tracked == 2
+    assert all(torch.equal(former[key], state[key]) for key in state)
+    gradients = dict(plain.named_parameters())
+    for key, value in spared.named_parameters():
+        if value.requires_grad:
+            torch.testing.assert_close(value.grad, gradients[key].grad)
+
+
 def test_a_network_without_a_map_is_told() -> None:
     with pytest.raises(ConfigError, match=r"timm:hiera_tiny_224 gives no map of features .*: choose another") as caught:
         student("timm:hiera_tiny_224", size=224)
