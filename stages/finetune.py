@@ -4,7 +4,7 @@ Starts from a pre-trained checkpoint (init=RUN), or from scratch (student.name=.
 
     mrmae finetune init=runs/convvit data.path=/data/imagenet output=runs/convvit-ft
     mrmae finetune --eval 'init=[runs/clip-ft,runs/dino-ft]' val.path=/data/imagenet/val
-    mrmae finetune --eval 'init=[runs/a,runs/b,runs/c]' combine=greedy data.path=/data/imagenet/train val.share=0.02 \
+    mrmae finetune --eval 'init=[runs/a,runs/b,runs/c]' combine=greedy data.path=/data/imagenet/train val.share=0.02 \\
         test.path=/data/imagenet/val output=runs/abc
 
 Reads labelled images: data.path and val.path, or data.path alone if it holds train/ and val/. Writes to output as

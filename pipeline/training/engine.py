@@ -110,8 +110,10 @@ class _Loop(Generic[B]):
             restore_weights(run.resumed, task.model, self.result)
         self.blank = blank_copy(task.model) if run.sharded else None  # to evaluate: whole again
         if run.accelerator.num_processes > 1:
-            # Once. Batch norms then keep the statistics of their process's batches; `average_statistics` joins them.
-            broadcast([*task.model.buffers(), *self.result.buffers()])
+            # Once: then each keeps the batch norms' statistics of its own batches, and `average_statistics` joins them.
+            # What isn't contiguous, and can't be sent, is a constant.
+            buffers = [*task.model.buffers(), *self.result.buffers()]
+            broadcast([buffer for buffer in buffers if buffer.is_contiguous()])
         if run.sharded:
             for model in dict.fromkeys((task.model, self.result)):
                 shard(model, run.device, run.accelerator.mixed_precision == "bf16")

@@ -233,6 +233,7 @@ def _check_whole(out: Path, expected: dict[str, Any]) -> None:
     for name, content in _whole(out).items():
         assert name in expected or name.startswith("checkpoints/") or name == "run.lock", name
         if name.endswith("done.json"):  # grows by a step at a time
+            content.pop("attempts", None)  # seconds of what failed
             assert content.items() <= expected[name].items(), name
         elif name in expected and not name.startswith("checkpoints/best") and name not in _TABLES:
             assert content == expected[name], name
