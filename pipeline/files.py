@@ -123,7 +123,7 @@ def remove_dead_partials(path: Path) -> None:
     stay: nothing reads them.
     """
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
-        _remove_if_dead(partial)
+        remove_if_dead(partial)
 
 
 def clean_folder(folder: Path) -> None:
@@ -141,7 +141,8 @@ def _writer_of(partial: Path) -> tuple[str, str]:
     return host, writer
 
 
-def _remove_if_dead(partial: Path) -> None:
+def remove_if_dead(partial: Path) -> None:
+    """Remove one temporary file, unless its writer is at work: see `remove_dead_partials`."""
     host, writer = _writer_of(partial)
     # Opened for writing, though nothing is written: NFS grants an exclusive lock to no other.
     with contextlib.suppress(OSError), partial.open("r+b") as file:

@@ -11,7 +11,8 @@ of their own, with keys that anybody could type:
 Caches that differ (views, quantiser) are extracted first, each once. jobs=N runs N variants at once, on the GPUs in
 turn. minutes=M bounds the time: a few steps of every variant are timed, and then all train for as many steps as fit,
 equal for all, k-NN on the way counted; checkpoints come on top. Where the section `pretrain` measures k-NN on the way
-(pretrain.knn), variants are ranked at equal steps and at equal seconds.
+(pretrain.knn), variants are ranked at equal steps and at equal seconds. transfer names further labelled data sets, on
+which k-NN and linear probe are measured too.
 
 Writes caches, runs with their commands.log, and table.md, table.csv, bars.png, curves.png to ablate.output, anew when a
 run ends. Each variant and seed costs a pre-training and its measures. Started again, it skips what is done and goes on
@@ -107,8 +108,8 @@ class _Ablation:
             if found.curve is not None:
                 rows[name].curves[seed] = found.curve
             # Runs of an earlier start come one after the other: they are written together.
-            table = write_tables(config.output, rows, config.seeds, config.measures) if found.is_new else ""
-        return table or write_tables(config.output, rows, config.seeds, config.measures)
+            table = write_tables(config.output, rows, config.seeds, config.columns) if found.is_new else ""
+        return table or write_tables(config.output, rows, config.seeds, config.columns)
 
     def _kept_steps(self) -> int | None:
         """The steps that an earlier start of this folder decided on.
@@ -165,11 +166,12 @@ class _Ablation:
     def _run_one(self, name: str, seed: int, folder: Path, length: list[str], environment: Environment) -> Found:
         """The commands of one variant and seed, in one folder."""
         top1, seconds, before = dict[str, float](), 0.0, self.chain.commands
-        for step, keys, output in _steps(self.config, name, seed, folder, length):
-            done = self.chain.run(step, keys, folder, f"{name}, seed {seed}", output, environment)
+        for step in _steps(self.config, name, seed, folder, length):
+            title = f"{name}, seed {seed}" + (f", {step.folder.name}" if step.folder != folder else "")
+            done = self.chain.run(step.command, step.keys, step.folder, title, step.output, environment)
             seconds += done.seconds
             if done.top1 is not None:
-                top1[step] = done.top1
+                top1[step.column] = done.top1
         trained = self.config.variants[name].pretrain is not None
         curve = read_curve(folder / "pretrained") if trained else None
         return Found(top1, seconds, curve, self.chain.commands > before)
@@ -180,20 +182,38 @@ def _length(steps: int) -> list[str]:
     return [f"epochs={steps}", f"max_steps={steps}"]
 
 
-Step = tuple[str, list[str], Path | None]  # a command, its keys, where a measure leaves its top-1
+class Step(NamedTuple):
+    """A command of one variant and seed.
+
+    Attributes:
+        folder: of its done.json and commands.log.
+        output: where a measure leaves its top-1; None of a pre-training.
+        column: of the table, for a measure.
+    """
+
+    command: str
+    keys: list[str]
+    folder: Path
+    output: Path | None = None
+    column: str = ""
 
 
 def _steps(config: AblateConfig, name: str, seed: int, folder: Path, length: list[str]) -> Iterator[Step]:
     """The commands of one variant and seed, in order."""
     variant = config.variants[name]
-    start = [f"init={folder / 'pretrained'}"]
+    start = [f"init={folder / 'pretrained'}", f"seed={seed}"]
     if variant.pretrain is None:
-        start = ["init=null", *variant.student]
+        start = ["init=null", *variant.student, f"seed={seed}"]
     else:
         cache = "cache=null" if variant.cache is None else f"cache.path={config.output / 'caches' / variant.cache}"
         named = {key.partition("=")[0] for key in length}
         changes = [*(key for key in variant.pretrain if key.partition("=")[0] not in named), *length]
-        yield "pretrain", [cache, f"output={folder / 'pretrained'}", f"seed={seed}", *changes], None
+        yield Step("pretrain", [cache, f"output={folder / 'pretrained'}", f"seed={seed}", *changes], folder)
     for measure in config.measures:
         output = folder / "finetuned" if measure == "finetune" else folder
-        yield measure, [*start, f"seed={seed}", f"output={output}"], output
+        yield Step(measure, [*start, f"output={output}"], folder, output, measure)
+    for data_set, keys in config.transfer.items():
+        for measure in config.measures:
+            if measure != "finetune":
+                place = folder / data_set
+                yield Step(measure, [*start, f"output={place}", *keys], place, place, f"{measure}, {data_set}")

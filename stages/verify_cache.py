@@ -37,6 +37,7 @@ from pipeline.cache import (
     compare,
     read_commit,
     read_header,
+    remove_left_overs,
     repair,
     revivable,
     verify,
@@ -136,6 +137,8 @@ def run(config: VerifyConfig) -> Verification:
 
         mended = repair(path, report, extract_shard, revived)
         report = _verify(config, path, source)
+    if config.repair:
+        remove_left_overs(path, report)
     return Verification(report, mended, images)
 
 

@@ -66,13 +66,13 @@ class FailingDisk:
             failed = len(self.operations) == self.at
         if not failed:
             return
+        if self.how == "stop":  # it goes on with the whole operation
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
         if half is not None:
             half()
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.how == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-            return
         number = getattr(errno, self.how)
         raise OSError(number, os.strerror(number), os.fsdecode(path) if path else None)
 

@@ -16,7 +16,7 @@ Imports go one way: files.py ← format ← zarr, tar ← stores.py ← remote �
 
 from pipeline.cache.check.deep import Reextracted, compare
 from pipeline.cache.check.remote import verify_remote
-from pipeline.cache.check.repair import Repair, repair, revivable
+from pipeline.cache.check.repair import Repair, remove_left_overs, repair, revivable
 from pipeline.cache.check.report import Finding, Report
 from pipeline.cache.check.verify import Source, verify
 from pipeline.cache.format.commits import Commit, Tombstone, read_commit
@@ -78,6 +78,7 @@ __all__ = [
     "output_at",
     "read_commit",
     "read_header",
+    "remove_left_overs",
     "repair",
     "revivable",
     "shard_span",

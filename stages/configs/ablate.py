@@ -26,6 +26,8 @@ class AblateConfig(Config):
     measures: list[Measure] = Field(
         default=["knn", "linear-probe", "finetune"], min_length=1
     )  # commands that measure each run
+    # name of a further labelled data set → keys for `knn` and `linear-probe` there (data.path, val.path)
+    transfer: dict[str, list[str]] = Field(default_factory=dict)
     caches: dict[str, list[str]]  # name → keys for `extract-teacher-features`
     variants: dict[str, VariantConfig] = Field(min_length=1)
     jobs: int = Field(1, ge=1, le=1024)  # variants that run at once, on the GPUs in turn and an even share of the cores
@@ -38,6 +40,12 @@ class AblateConfig(Config):
         return {
             name: variant for name, variant in self.variants.items() if not self.groups or variant.group in self.groups
         }
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the table: the measures, and those of further data sets."""
+        further = [f"{measure}, {name}" for name in self.transfer for measure in self.measures if measure != "finetune"]
+        return [*self.measures, *further]
 
     @model_validator(mode="after")
     def _known_caches(self) -> "AblateConfig":

@@ -111,6 +111,24 @@ def test_every_measure_ends_in_the_table(image_tree: Path, tmp_path: Path) -> No
     assert table.startswith("Top-1, one seed: no spread was measured.")
 
 
+@pytest.mark.usefixtures("forked_commands")
+def test_a_further_data_set_has_columns_of_its_own(image_tree: Path, tmp_path: Path) -> None:
+    small = f"{{path: {image_tree}, workers: 0, limit: 8}}"
+    changes = {"seeds": [3], "measures": ["knn", "finetune"], "transfer": {"few": [f"data={small}", f"val={small}"]}}
+    file, said = write_config(tmp_path, image_tree, **changes), list[str]()
+    table = ablate.run(load_config(AblateConfig, file, section="ablate"), file, said.append)
+    assert table.splitlines()[2] == "| | knn | finetune | knn, few | minutes a seed |"
+    run = tmp_path / "ablation/runs/mr_mae/seed3"
+    records = [json.loads((folder / "metrics.json").read_text())["knn"] for folder in (run, run / "few")]
+    assert "limit: 8" in (run / "few/commands.log").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| mr_mae")).split(" | ")
+    assert [row[1], row[3]] == [f"{record['top1']:.3f}" for record in records]
+    assert "mr_mae, seed 3, few: knn" in said
+    said.clear()
+    assert ablate.run(load_config(AblateConfig, file, section="ablate"), file, said.append) == table
+    assert said == []
+
+
 def test_a_command_that_is_stopped_may_save_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ctrl-C or SIGTERM waits for the command, which needs a second here."""
     child = tmp_path / "child.py"

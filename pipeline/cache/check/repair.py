@@ -12,6 +12,7 @@ from pipeline.cache.format.records import ShardData
 from pipeline.cache.stores import store_of
 from pipeline.cache.writer import open_writer
 from pipeline.errors import CacheDamage, CacheError
+from pipeline.files import remove_if_dead
 
 ExtractShard = Callable[[int], ShardData]
 """Makes the whole content of one shard again from the images, as extraction does."""
@@ -64,6 +65,16 @@ def repair(path: Path, report: Report, extract_shard: ExtractShard, also: Iterab
         writer.write_shard(shard, data)
         done.shards.append(shard)
     return done
+
+
+def remove_left_overs(path: Path, report: Report) -> None:
+    """Remove the temporary files that `report` notes, unless their writer is at work, and note those that went."""
+    for note in [note for note in report.notes if note.kind == "partial"]:
+        assert note.file is not None
+        remove_if_dead(file_of(path, note.file))
+        if not file_of(path, note.file).exists():
+            report.notes.remove(note)
+            report.note("removed", f"{note.file}, which a killed writer left", file=note.file)
 
 
 def _make_way(path: Path, files: Iterable[str]) -> None:

@@ -173,7 +173,8 @@ class Verifier:
             if name in expected or name in shards.get(shard, ()):
                 continue
             if name.endswith(PARTIAL):
-                report.note("partial", f"{name} is what a killed writer left, or one is at work; harmless", file=name)
+                whose = "of a writer that was killed (--repair removes it), or is at work"
+                report.note("partial", f"{name} is harmless: {whose}", file=name)
             else:
                 report.note("stray", f"{name} is not part of the cache", file=name)
 

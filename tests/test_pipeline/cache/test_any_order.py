@@ -27,7 +27,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pipeline.cache import CacheHeader, ShardData, create_cache, open_cache, open_writer, repair, verify
+from pipeline.cache import (
+    CacheHeader,
+    ShardData,
+    create_cache,
+    open_cache,
+    open_writer,
+    remove_left_overs,
+    repair,
+    verify,
+)
 from pipeline.cache.format.commits import commit_file
 from pipeline.cache.format.header import FILE
 from pipeline.cache.format.records import Record
@@ -283,6 +292,39 @@ def run(store: str, examples: int, steps: int, derandomize: bool) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
+
+
+def stop_at_each(store: str, number: signal.Signals, operations: range) -> None:
+    """A writer is stopped at an operation, another writes the same shard, and the first goes on, or is killed."""
+    machine = type("Machine", (CacheMachine,), {"store": store})()
+    try:
+        for at in operations:
+            shutil.rmtree(machine.path, ignore_errors=True)
+            create_cache(machine.path, machine.header)
+            machine.stop_a_writer(0, at)
+            if not machine.stopped:  # it has fewer operations
+                assert at > 30
+                return
+            machine.write_the_same_shard()
+            machine.let_it_go_on(number)
+            assert machine.state(0) == "sound", at
+            report = verify(machine.path, "full")
+            assert (report.missing, report.unfinished) == ([1, 2], True), at
+            remove_left_overs(machine.path, report)
+            assert not [file for file in machine.path.rglob("*") if file.name.endswith(PARTIAL)], at
+    finally:
+        machine.teardown()
+
+
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
+def test_a_stopped_writer_and_a_second_one_spoil_nothing(store: str, number: signal.Signals) -> None:
+    stop_at_each(store, number, range(2, 1000, 5 if store == "webdataset" else 19))
+
+
+@pytest.mark.slow  # hundreds of writers
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
+def test_a_writer_stopped_at_any_operation_and_a_second_one_spoil_nothing(store: str, number: signal.Signals) -> None:
+    stop_at_each(store, number, range(1, 1000))
 
 
 def test_whatever_happens_to_a_cache(store: str) -> None:

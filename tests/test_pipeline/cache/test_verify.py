@@ -23,6 +23,7 @@ from pipeline.cache import (
     open_cache,
     open_writer,
     read_header,
+    remove_left_overs,
     repair,
     verify,
 )
@@ -602,6 +603,9 @@ def test_leftovers_are_noted_and_no_damage(cache: Path) -> None:
         ("partial", "commits/.000000.json.ab12.partial"),
         ("stray", "notes.txt"),
     }
+    remove_left_overs(cache, report)
+    assert not (cache / "commits" / ".000000.json.ab12.partial").exists()
+    assert {f.kind for f in report.notes} == {"removed", "stray"}
 
 
 def test_metadata_is_rebuilt_without_extraction(cache: Path, store: str) -> None:
