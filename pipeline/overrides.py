@@ -10,7 +10,8 @@
 `null` is none wherever none is allowed. `${key}` and `${oc.env:NAME}` are filled in later, in all of them.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -41,6 +42,17 @@ def read_overrides(cls: type[BaseModel], words: Sequence[str]) -> dict[str, Any]
         given.add(path)
         _put(values, path, value)
     return values
+
+
+def override_words(values: Mapping[str, Any], section: str = "") -> list[str]:
+    """Nested keys and values, as `model_dump(mode="json")` gives them, as words: what `read_overrides` reads."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            words += override_words(value, f"{section}{name}.")
+        else:
+            words.append(f"{section}{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return words
 
 
 def _read(cls: type[BaseModel], path: tuple[str, ...], text: str) -> tuple[tuple[str, ...], Any]:

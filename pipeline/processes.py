@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DynamoBackend,
     GradientAccumulationPlugin,
     ProjectConfiguration,
@@ -70,6 +71,8 @@ def open_accelerator(mixed_precision: str, folder: Path) -> Accelerator:
         mixed_precision=mixed_precision,
         # As a plugin: a number alone is overruled by ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Else the statistics of batch norms would be the first process's alone, and sent before each forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
         step_scheduler_with_optimizer=False,

@@ -10,7 +10,7 @@ of their own, with keys that anybody could type:
 
 Caches that differ (views, quantiser) are extracted first, each once. jobs=N runs N variants at once, on the GPUs in
 turn. minutes=M bounds the time: a few steps of every variant are timed, and then all train for as many steps as fit,
-equal for all; checkpoints and k-NN on the way come on top. Where the section `pretrain` measures k-NN on the way
+equal for all, k-NN on the way counted; checkpoints come on top. Where the section `pretrain` measures k-NN on the way
 (pretrain.knn), variants are ranked at equal steps and at equal seconds. transfer names further labelled data sets, on
 which k-NN and linear probe are measured too.
 
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.assembly.ablation import Curve, Row, read_curve, step_seconds, write_tables
+from pipeline.assembly.ablation import Curve, Row, read_cost, read_curve, write_tables
 from pipeline.assembly.chain import Chain
 from pipeline.assembly.jobs import Environment, run_jobs
 from pipeline.errors import ConfigError
@@ -42,11 +42,19 @@ _MARGIN = 0.95  # of the time that is left: the last jobs don't end together
 
 
 class Found(NamedTuple):
-    """What one variant and seed reached: measure → top-1, the seconds of all commands, and its k-NN curve."""
+    """What one variant and seed reached.
+
+    Attributes:
+        top1: measure → top-1.
+        seconds: of all commands.
+        curve: of k-NN on the way.
+        is_new: whether commands were started meanwhile; else all was done before.
+    """
 
     top1: dict[str, float]
     seconds: float
     curve: Curve | None
+    is_new: bool
 
 
 def run(config: AblateConfig, file: Path, say: Callable[[str], None] = lambda line: None) -> str:
@@ -99,8 +107,9 @@ class _Ablation:
                 rows[name].figures.setdefault(measure, {})[seed] = top1
             if found.curve is not None:
                 rows[name].curves[seed] = found.curve
-            table = write_tables(config.output, rows, config.seeds, config.columns)
-        return table
+            # Runs of an earlier start come one after the other: they are written together.
+            table = write_tables(config.output, rows, config.seeds, config.columns) if found.is_new else ""
+        return table or write_tables(config.output, rows, config.seeds, config.columns)
 
     def _kept_steps(self) -> int | None:
         """The steps that an earlier start of this folder decided on.
@@ -131,20 +140,23 @@ class _Ablation:
         """
         config = self.config
         names = [name for name, variant in config.chosen.items() if variant.pretrain is not None]
-        folders = [config.output / "timed" / name for name in names]
-        tasks = [
-            partial(self._run_one, name, config.seeds[0], folder, _length(_TIMED_STEPS))
-            for name, folder in zip(names, folders, strict=True)
-        ]
-        step, beside = list[float](), list[float]()  # seconds, by variant
+        runs = len(config.chosen) * len(config.seeds)
+        at_once = min(config.jobs, runs)
+        # As many side by side as later, so that a step is timed under the load that it will have.
+        copies = -(-at_once // len(names))
+        timed = [(name, config.output / f"timed{copy or ''}" / name) for copy in range(copies) for name in names]
+        tasks = [partial(self._run_one, name, config.seeds[0], folder, _length(_TIMED_STEPS)) for name, folder in timed]
+        rates, beside = list[float](), list[float]()  # seconds, by timed run
         for number, found in run_jobs(tasks, config.jobs):
-            step.append(step_seconds(folders[number] / "pretrained"))
-            beside.append(max(0.0, found.seconds - _TIMED_STEPS * step[-1]))
-        turns = math.ceil(len(config.chosen) * len(config.seeds) / config.jobs)  # runs that follow each other
+            cost = read_cost(timed[number][1] / "pretrained")
+            rates.append(cost.rate)
+            starts = found.seconds - _TIMED_STEPS * cost.step - cost.knns(_TIMED_STEPS)
+            beside.append(max(0.0, starts) + cost.knn)
+        turns = math.ceil(runs / config.jobs)  # runs that follow each other
         left = (budget - (time.monotonic() - began)) * _MARGIN / turns - statistics.mean(beside)
-        steps = int(left / statistics.mean(step))
+        steps = int(left / statistics.mean(rates))
         if steps < _TIMED_STEPS:
-            lacking = (_TIMED_STEPS * statistics.mean(step) - left) * turns / _MARGIN
+            lacking = (_TIMED_STEPS * statistics.mean(rates) - left) * turns / _MARGIN
             raise ConfigError(
                 f"minutes={budget / 60:g} leaves no time to train, for starts and measures take most of it: give "
                 f"{math.ceil((budget + lacking) / 60)} or more, or fewer variants, seeds or measures"
@@ -153,7 +165,7 @@ class _Ablation:
 
     def _run_one(self, name: str, seed: int, folder: Path, length: list[str], environment: Environment) -> Found:
         """The commands of one variant and seed, in one folder."""
-        top1, seconds = dict[str, float](), 0.0
+        top1, seconds, before = dict[str, float](), 0.0, self.chain.commands
         for step in _steps(self.config, name, seed, folder, length):
             title = f"{name}, seed {seed}" + (f", {step.folder.name}" if step.folder != folder else "")
             done = self.chain.run(step.command, step.keys, step.folder, title, step.output, environment)
@@ -161,7 +173,8 @@ class _Ablation:
             if done.top1 is not None:
                 top1[step.column] = done.top1
         trained = self.config.variants[name].pretrain is not None
-        return Found(top1, seconds, read_curve(folder / "pretrained") if trained else None)
+        curve = read_curve(folder / "pretrained") if trained else None
+        return Found(top1, seconds, curve, self.chain.commands > before)
 
 
 def _length(steps: int) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.assembly.caches import open_caches, place_of, spread_records
 from pipeline.cache import (
@@ -83,8 +84,7 @@ def _open(config: CodesConfig, source: CacheReader) -> CacheHeader:
     wish = header_of({"name": "codes", "clusters": config.clusters})
     if not (config.output / "cache.json").is_file():
         samples = samples_for(config.clusters, source.header.tokens, config.calibration)
-        records = spread_records(source, source.live_indices(), samples)
-        tokens = torch.stack([torch.from_numpy(record.tokens) for record in records]).to(processes().device)
+        tokens = _tokens(source, list(spread_records(source, source.live_indices(), samples, dequantise=False)))
         state = Quantiser.calibrate("codes", tokens, config.clusters).to_json()
         create_cache(config.output, header_of(state | {"calibration": samples}))
     found = read_header(config.output)
@@ -111,19 +111,28 @@ def _encode(source: CacheReader, header: CacheHeader, shard: int, arrays: ShardA
     fidelity = Fidelity()
     places = [(index, view) for index in span if index not in lost for view in range(views)]
     for start in range(0, len(places), _BATCH):
-        records = [source.read(*place, dequantise=True) for place in places[start : start + _BATCH]]
-        _add(data, records, span.start, header, fidelity)
+        records = [source.read(*place) for place in places[start : start + _BATCH]]
+        _add(data, records, _tokens(source, records), header, fidelity)
     data.fidelity = fidelity.figures(header.quantiser.std).model_dump(exclude_none=True)
     return data
 
 
-def _add(data: ShardData, records: Sequence[Record], first: int, header: CacheHeader, fidelity: Fidelity) -> None:
-    """Put records where they belong; `first` is the shard's first sample."""
-    tokens = torch.from_numpy(np.stack([record.tokens for record in records])).to(processes().device)
+def _tokens(source: CacheReader, records: Sequence[Record]) -> Tensor:
+    """The tokens of records, float32 [N, L, D], dequantised on the device."""
+    device = processes().device
+    stored = torch.from_numpy(np.stack([record.tokens for record in records])).to(device)
+    scales = [record.scale for record in records if record.scale is not None]
+    scale = torch.from_numpy(np.stack(scales)).to(device) if scales else None
+    tokens: Tensor = source.header.quantiser.dequantise(stored, scale)
+    return tokens
+
+
+def _add(data: ShardData, records: Sequence[Record], tokens: Tensor, header: CacheHeader, fidelity: Fidelity) -> None:
+    """Put records of one shard where they belong, `tokens` as codes."""
     codes, _ = header.quantiser.quantise(tokens)
     fidelity.update(tokens, header.quantiser.dequantise(codes, None))
     for record, code in zip(records, codes.cpu().numpy(), strict=True):
-        row, view = record.index - first, record.view
+        row, view = record.index % header.samples_per_shard, record.view
         data.tokens[row, view] = code
         if data.attention is not None:
             data.attention[row, view] = record.attention

@@ -134,7 +134,7 @@ def _write_feature_map(model: Student | Classifier, folder: Path, names: Sequenc
     preprocessing = {"input_size": (3, *encoder.image_size), "mean": encoder.named.mean, "std": encoder.named.std}
     twin = timm.create_model(encoder.named.name, pretrained_cfg=preprocessing, **arguments)
     twin.load_state_dict(encoder.model.state_dict(), strict=True)
-    _save_timm(twin, folder, {"label_names": names}, arguments)
+    _save_timm(twin, folder, {"student": _sizes(model), "label_names": names}, arguments)
     if isinstance(model, Classifier):
         save_tensors(dict(model.head.state_dict()), folder / "head.safetensors")
     again: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -4,6 +4,8 @@ Starts from a pre-trained checkpoint (init=RUN), or from scratch (student.name=.
 
     mrmae finetune init=runs/convvit data.path=/data/imagenet output=runs/convvit-ft
     mrmae finetune --eval 'init=[runs/clip-ft,runs/dino-ft]' val.path=/data/imagenet/val
+    mrmae finetune --eval 'init=[runs/a,runs/b,runs/c]' combine=greedy data.path=/data/imagenet/train val.share=0.02 \\
+        test.path=/data/imagenet/val output=runs/abc
 
 Reads labelled images: data.path and val.path, or data.path alone if it holds train/ and val/. Writes to output as
 pretrain does, and checkpoints/best by top-1; --eval writes metrics.json and confusion.png to output if given. Prints
@@ -11,23 +13,24 @@ top-1 and top-5 on the validation set. Costs a full training of the encoder on a
 
 The defaults are MAE's fine-tuning recipe for ViT-B (layer decay, mixup, cutmix, RandAugment, erasing, smoothing).
 --eval needs init and val.path alone. Several classifiers are evaluated by the mean of their logits, as the paper joins
-students of different teachers.
+students of different teachers. combine=uniform or greedy also averages the weights of several fine-tunings of one
+student, and writes that soup to output/soup.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from pipeline.assembly.accuracies import LabelledCrops, accuracies
+from pipeline.assembly.soups import Candidates, check_unseen, make_soup, save_soup
 from pipeline.assembly.students import Start, load_classifier, read_start
-from pipeline.configs.data import ViewConfig
+from pipeline.configs.data import DataConfig, ViewConfig
 from pipeline.data.augment import Augment, rand_augment
 from pipeline.data.class_names import read_class_names
 from pipeline.data.images import ImageSource
@@ -38,18 +41,17 @@ from pipeline.data.labelled import (
     open_labelled,
     open_splits,
 )
-from pipeline.data.loader import Samples, load_in_order
+from pipeline.data.loader import Samples
 from pipeline.data.order import EpochOrder
 from pipeline.data.readable import leave_unreadable_out
 from pipeline.errors import ConfigError
-from pipeline.evaluation.metrics import class_accuracies, topk_hits
+from pipeline.evaluation.metrics import class_accuracies
 from pipeline.evaluation.pictures import draw_confusion
 from pipeline.evaluation.records import write_record
 from pipeline.models import Classifier, build_classifier, layer_ids, load_weights, model_record
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
-from pipeline.processes import gather_rows, processes, share_of
-from pipeline.progress import Progress
+from pipeline.processes import processes
 from pipeline.steps import StepPlan
 from pipeline.training.engine import fit
 from pipeline.training.journal import command
@@ -87,8 +89,10 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     views = ViewConfig(image_size=size, scale=config.augment.scale, hflip=config.augment.hflip, seed=config.seed)
     dataset = LabelledDataset(train, size, views=views, augment=_augment(config, size))
 
+    crops = _crops(config, val, size, (config.val or config.data).workers)
+
     def score(model: nn.Module, _step: int) -> dict[str, float]:
-        return _accuracies(config, [model], val, size, (config.val or config.data).workers)[0][0]
+        return accuracies([model], crops)[0][0]
 
     task = Task(
         name="finetune",
@@ -110,36 +114,63 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 @stage
 @torch.inference_mode()
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Top-1 and top-5 of fine-tuned classifiers in fp32; of several, also of the mean of their logits.
+    """Top-1 and top-5 of fine-tuned classifiers in fp32; of several, also of the mean of their logits or weights.
 
     Raises:
-        ConfigError, CheckpointError: one of them is no classifier, or they take different sizes.
+        ConfigError, CheckpointError: one of them is no classifier, they take different sizes, or make no soup.
         DataError: they know other classes than `val` has.
     """
-    val = _open_val(config)
+    train, val = _open_val(config)
+    measured = val if config.test is None else _open_only("test", config.test)
     device = processes().device
     models = []
     for path in config.init:
         model, names, folders = load_classifier(path, config.student, config.image_size)
         models.append(model.to(device).eval())
+        measured = match_classes(measured, folders, len(names), f"init={path}")
         val = match_classes(val, folders, len(names), f"init={path}")
     sizes = {model.image_size[0] for model in models}
     if len(sizes) > 1:
         raise ConfigError(f"the classifiers take images of {sorted(sizes)} pixels: set image_size, for all of them")
     if len({model.head.out_features for model in models}) > 1:
         raise ConfigError("the classifiers have different numbers of classes: their logits can't be averaged")
-    rows, predicted = _accuracies(config, models, val, sizes.pop(), config.val.workers)
-    result: dict[str, Any] = {**rows[-1], "images": len(val)}
+    size, workers = sizes.pop(), config.val.workers
+    soup = None
+    if config.combine != "logits" and config.output is not None:
+        candidates = Candidates(
+            config.init, models, _trained_on(config, train, size), _crops(config, val, size, workers)
+        )
+        soup = make_soup(candidates, config.combine, config.output / "soup")
+    rows, predicted = accuracies(models, _crops(config, measured, size, workers), soup and soup.model)
+    result: dict[str, Any] = {**rows[-1], "images": len(measured)}
     if len(models) > 1:
         result["each"] = {str(path): row["top1"] for path, row in zip(config.init, rows, strict=False)}
-    names = val.classes if len(val.classes) == len(names) else names  # folders may name what the checkpoint numbers
-    classes = class_accuracies(val.labels, predicted.numpy(), names)
+    if soup:
+        result |= {"logits": rows[len(models)], **soup.facts}
+        if processes().is_main_process:
+            save_soup(soup, result, config)
+        result["written"] = str(soup.path)
+    names = measured.classes if len(measured.classes) == len(names) else names  # the checkpoint may know numbers alone
+    classes = class_accuracies(measured.labels, predicted.numpy(), names)
     inits = [str(path) for path in config.init]
     write_record(config.output, "finetune_eval", {**result, "init": inits, "classes": classes})
     if config.output is not None and processes().is_main_process:
-        draw_confusion(config.output / "confusion.png", val.labels, predicted.numpy(), names, ", ".join(inits))
+        draw_confusion(config.output / "confusion.png", measured.labels, predicted.numpy(), names, ", ".join(inits))
     lowest = sorted(classes, key=lambda name: classes[name]["top1"])[:_LOWEST]
     return {**result, "lowest": {name: classes[name]["top1"] for name in lowest}}
+
+
+def _crops(config: FinetuneConfig, source: ImageSource, size: int, workers: int) -> LabelledCrops:
+    return LabelledCrops(LabelledDataset(source, size, crop=config.crop), config.eval_batch_size, workers)
+
+
+def _trained_on(config: EvaluateConfig, train: ImageSource | None, size: int) -> LabelledCrops | None:
+    """The images of the training, where `data.path` names them, after a look whether they leave those of `val` out."""
+    if train is None:
+        return None
+    if config.val.share is not None:
+        check_unseen(config.init, train.digest())
+    return _crops(config, train, size, config.val.workers)
 
 
 def _class_names(file: Path, train: ImageSource, classes: int) -> tuple[str, ...]:
@@ -148,12 +179,20 @@ def _class_names(file: Path, train: ImageSource, classes: int) -> tuple[str, ...
     return read_class_names(file, classes)
 
 
-def _open_val(config: EvaluateConfig) -> ImageSource:
+def _open_val(config: EvaluateConfig) -> tuple[ImageSource | None, ImageSource]:
+    """The images of the training, where they are needed, and those that are held out."""
     if config.val.share is None:
-        return leave_unreadable_out({"val.path": open_labelled("val.path", config.val)})[0]
+        needed = config.combine != "logits" and config.data is not None
+        train = _open_only("data", config.data) if needed and config.data else None
+        return train, _open_only("val", config.val)
     if config.data is None:
         raise ConfigError(f"val.share={config.val.share} is a share of data.path: give data.path=..., as in training")
-    return open_splits(config.data, config.val)[1]
+    return open_splits(config.data, config.val)[:2]
+
+
+def _open_only(section: str, data: DataConfig) -> ImageSource:
+    key = f"{section}.path"
+    return leave_unreadable_out({key: open_labelled(key, data)})[0]
 
 
 def _build(config: FinetuneConfig, start: Start, classes: int) -> Classifier:
@@ -210,29 +249,3 @@ class _Losses:
             images, labels = self.mixup(images, labels)
         loss = self.soft if labels.ndim == 2 else self.hard
         return {"loss": loss(model(images).float(), labels)}
-
-
-def _accuracies(
-    config: FinetuneConfig, models: Sequence[nn.Module], val: ImageSource, size: int, workers: int
-) -> tuple[list[dict[str, float]], Tensor]:
-    """Over all processes, top-1 and top-5 of each model and, if they are several, of the mean of their logits.
-
-    Also the class that the last of these predicts for each image: int64 [N], on the CPU.
-    """
-    state, batch_size = processes(), config.eval_batch_size
-    hits = torch.zeros(len(models) + (len(models) > 1), 3, dtype=torch.float64, device=state.device)
-    dataset, share = LabelledDataset(val, size, crop=config.crop), share_of(len(val))
-    predicted = [torch.empty(0, dtype=torch.int64, device=state.device)]
-    with Progress(-(-len(share) // batch_size), "evaluate", "batch", show=state.is_main_process) as progress:
-        for batch in load_in_order(dataset, share, batch_size, workers):
-            moved = batch.to(state.device)
-            logits = [model(normalise(moved.images)).float() for model in models]
-            rows = [*logits, torch.stack(logits).mean(0)] if len(models) > 1 else logits
-            for row, scores in enumerate(rows):
-                hits[row, :2] += topk_hits(scores, moved.labels)
-                hits[row, 2] += len(moved.labels)
-            predicted.append(rows[-1].argmax(1))
-            progress.advance()
-    sums = reduce(hits, "sum")
-    accuracies = [{"top1": float(row[0] / row[2]), "top5": float(row[1] / row[2])} for row in sums]
-    return accuracies, gather_rows(torch.cat(predicted), len(val))

@@ -53,7 +53,7 @@ from pipeline.training.journal import command
 from pipeline.training.run import Run, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 from pipeline.weights import state_digest
-from stages.configs.pretrain import PretrainConfig
+from stages.configs.pretrain import MaskConfig, PretrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -267,10 +267,8 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
             )
         if len(knowledge.dims) > 1 and processes().is_main_process:
             log.info("masks are drawn by the attention of %s", knowledge.attended)
-    if config.mask.masks_per_sample > 1 and not student.objective.masks:
-        raise ConfigError(
-            f"mask.masks_per_sample={config.mask.masks_per_sample}, but objective=distil masks nothing: leave it out"
-        )
+    if not student.objective.masks:
+        _check_whole_views(config.mask)
     patches = student.grid[0] * student.grid[1]
     keep = visible_count(patches, config.mask.mask_ratio) if student.objective.masks else patches
     masks = MaskSampler(
@@ -282,6 +280,18 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
         predict=predicted_count(patches, keep, student.predict_share),
     )
     return replace(masks, independent=masks.shares_a_draw and _drew_masks_apart(config))
+
+
+def _check_whole_views(mask: MaskConfig) -> None:
+    """ConfigError for several masks of a sample; other keys of masks are told to have no effect."""
+    if mask.masks_per_sample > 1:
+        raise ConfigError(
+            f"mask.masks_per_sample={mask.masks_per_sample}, but objective=distil masks nothing: leave it out"
+        )
+    default = MaskConfig()
+    given = [f"mask.{name}" for name in MaskConfig.model_fields if getattr(mask, name) != getattr(default, name)]
+    if given and processes().is_main_process:
+        log.warning("%s has no effect: objective=distil masks nothing", " and ".join(given))
 
 
 def _drew_masks_apart(config: PretrainConfig) -> bool:

@@ -21,24 +21,28 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import reduce
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.assembly.scenes import OpenScenes
 from pipeline.assembly.subjects import Subject, load_subject
 from pipeline.configs.data import ViewConfig
+from pipeline.configs.evaluation import SubjectConfig
 from pipeline.configs.segmentation import LabelConfig
+from pipeline.confusion import confusion_counts
 from pipeline.data.loader import Samples, load_in_order
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.pictures import draw_grid
 from pipeline.evaluation.records import write_record
 from pipeline.models import read_weights
+from pipeline.overrides import override_words
 from pipeline.ownership import stage
 from pipeline.processes import processes, share_of
 from pipeline.progress import track
 from pipeline.segmentation import (
+    FolderScenes,
     SceneBatch,
     SceneCrops,
     SceneWindows,
@@ -46,13 +50,13 @@ from pipeline.segmentation import (
     WindowBatch,
     class_scores,
     colour_labels,
-    confusion_counts,
     decode_scene,
     label_scene,
     mean_scores,
     segmentation_loss,
 )
 from pipeline.training.checkpoint import resolve_checkpoint
+from pipeline.training.device import autocast_by
 from pipeline.training.engine import fit
 from pipeline.training.journal import command
 from pipeline.training.run import Run, plan_steps, settle_batch_size
@@ -86,6 +90,7 @@ def _train(config: SegmentConfig) -> dict[str, Any]:
         "classes": list(train.names),
         "data": train.digest,
         "labels": head.spec["labels"],
+        **({"label_files": train.scenes.label_digest()} if isinstance(train.scenes, FolderScenes) else {}),
         "crops": {"scale": list(config.scale), "hflip": config.hflip},
     }
     training = Run(config, identity)
@@ -98,7 +103,6 @@ def _train(config: SegmentConfig) -> dict[str, Any]:
 
     def evaluate(model: nn.Module, _step: int) -> dict[str, float]:
         assert isinstance(model, SegmentationHead)
-        broadcast(list(model.buffers()))  # the norm's means are each process's own; those of the first are kept
         return mean_scores(_count(subject, model, val, _batches(config, val, subject)))
 
     task = Task(
@@ -117,10 +121,11 @@ def _train(config: SegmentConfig) -> dict[str, Any]:
 
 def _next_command(config: SegmentConfig) -> str:
     """Score the newest checkpoint, and draw what it says."""
-    val = config.data.val
-    subject = [f"init={config.init}"] if config.init else ["..."]
-    words = (f"data.val.images={val.images}", f"data.val.labels={val.labels}", f"output={config.output}")
-    return command("segment", "--eval", *subject, *words, "pictures=8")
+    keys = {*SubjectConfig.model_fields, "seed", "precision", "labels", "output"}  # an untrained student is its seed's
+    given = config.model_dump(
+        mode="json", include={**dict.fromkeys(keys, True), "data": {"val"}}, exclude_unset=True, exclude_none=True
+    )
+    return command("segment", "--eval", *override_words(given), "pictures=8")
 
 
 def _evaluate_only(config: SegmentConfig) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def _evaluate_only(config: SegmentConfig) -> dict[str, Any]:
         raise DataError("data.val has other classes than the head was trained on: give matching labels")
     head.load_state_dict(weights)
     head.to(state.device).eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast_by(config.precision):
         batches = _batches(config, val, subject)
         steps = -(-len(share_of(len(val.scenes))) // config.eval_batch_size)
         counts = _count(subject, head, val, track(batches, steps, "segment", "batch"))

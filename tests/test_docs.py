@@ -17,6 +17,7 @@ from torch.distributed.run import get_args_parser
 import cli
 from pipeline.config import Config
 from pipeline.keys import annotation_at
+from stages.configs.finetune import EvaluateConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -134,7 +135,8 @@ def test_commands_exist_and_know_their_keys(document: str, line: str) -> None:
         assert not word.startswith("--") or word in options(command), f"{document}: {command.name} has no {word}"
         assert not word.startswith("configs/") or (ROOT / word).exists(), f"{document}: there is no {word}"
     keys = [word.partition("=")[0] for word in words if re.match(r"[a-z_.]+=", word)]
-    config = CONFIGS.get(" ".join(name))
+    evaluates = " ".join(name) == "finetune" and "--eval" in line.split()
+    config = EvaluateConfig if evaluates else CONFIGS.get(" ".join(name))
     assert config is not None or not keys
     for key in keys:
         assert config is not None

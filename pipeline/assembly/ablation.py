@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,10 +70,39 @@ def read_curve(run: Path) -> Curve | None:
     return Curve(np.array(steps), np.array(seconds), np.array(top1)) if len(steps) > 1 else None
 
 
-def step_seconds(run: Path) -> float:
-    """What a step of a pre-training took, by the last row of its metrics."""
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if "images_per_s" in row]
-    return _batch_size(run) / float(rows[-1]["images_per_s"])
+class Cost(NamedTuple):
+    """What a pre-training takes, in seconds.
+
+    Attributes:
+        step: of a step.
+        knn: of a k-NN on the way; 0 without.
+        knn_every: steps from one to the next.
+    """
+
+    step: float
+    knn: float
+    knn_every: int
+
+    def knns(self, steps: int) -> float:
+        """Of all k-NN of a run of so many steps; the last step has one too."""
+        return self.knn * math.ceil(steps / self.knn_every)
+
+    @property
+    def rate(self) -> float:
+        """Of a step with its share of the k-NN on the way."""
+        return self.step + self.knn / self.knn_every
+
+
+def read_cost(run: Path) -> Cost:
+    """What a short pre-training took, by the last rows of its metrics."""
+    rows = read_metrics(run / "metrics.jsonl")
+    step = _batch_size(run) / float([row for row in rows if "images_per_s" in row][-1]["images_per_s"])
+    evaluated = [row for row in rows if "knn_top1" in row]
+    if not evaluated:
+        return Cost(step, 0.0, 1)
+    steps_per_epoch = rows[0]["step"] / rows[0]["epoch"]
+    every = OmegaConf.load(run / "config.yaml").knn.every * steps_per_epoch
+    return Cost(step, float(evaluated[-1].get("evaluation_s", 0.0)), max(1, round(every)))
 
 
 def _batch_size(run: Path) -> int:

@@ -179,12 +179,14 @@ def check_records(
     return f"{count} random records of {', '.join(caches)}: checksums, and {against}"
 
 
-def spread_records(cache: CacheReader, samples: NDArray[np.int64], count: int) -> Iterator[Record]:
-    """Dequantised records of so many samples, spread evenly over all: of view 0, and of others if there are fewer."""
+def spread_records(
+    cache: CacheReader, samples: NDArray[np.int64], count: int, dequantise: bool = True
+) -> Iterator[Record]:
+    """Records of so many samples, spread evenly over all: of view 0, and of others if there are fewer."""
     chosen = samples[np.arange(min(count, len(samples))) * len(samples) // min(count, len(samples))]
     for view in range(min(cache.header.views, math.ceil(count / len(samples)))):
         for index in chosen.tolist():
-            yield cache.read(index, view, dequantise=True)
+            yield cache.read(index, view, dequantise=dequantise)
 
 
 def _check_stored(name: str, record: Record, size: int) -> None:

@@ -5,10 +5,12 @@
     with chain:
         done = chain.run("pretrain", ["output=runs/a/pretrained"], folder=Path("runs/a"), title="a")
 
-A folder's done.json holds for each step what was asked (a digest of its section), its seconds, and the top-1 of a
-measure; its commands.log what the commands printed. Several threads may run steps of different folders at once.
+A folder's done.json holds for each step what was asked (a digest of its section), its seconds over all attempts, and
+the top-1 of a measure; its commands.log what the commands printed. Several threads may run steps of different folders
+at once.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -31,11 +33,12 @@ _STOPPING = "stopping as soon as the commands in hand have saved; ctrl-C again e
 _INTERRUPTED = 130  # exit code of a command that was stopped and has saved
 # A setting of this machine, such as where its data lies. The digest has its name: a folder may go on elsewhere.
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)[^{}]*\}")
+_ATTEMPTS = "attempts"  # in done.json, beside the names of steps
 _CLI = Path(__file__).parents[2] / "cli.py"  # by its path: `-m cli` would run a cli.py of the working folder
 
 
 class Done(NamedTuple):
-    """A step that ended well: its wall time, and the top-1 of a measure."""
+    """A step that ended well: its wall time, that of stopped and failed attempts too, and the top-1 of a measure."""
 
     seconds: float
     top1: float | None
@@ -54,6 +57,7 @@ class Chain:
         self.file, self._say = file, say
         self._root = cast(DictConfig, OmegaConf.load(file))
         self._interruption = Interruption(_STOPPING)
+        self.commands = 0  # that were started
 
     def __enter__(self) -> Self:
         self._interruption.__enter__()
@@ -115,11 +119,22 @@ class Chain:
             if self._interruption.requested:
                 raise Interrupted(f"stopped before {step}; the same command goes on from there")
             self._say(f"{title}: {step}")
+            self.commands += 1
             arguments = [step, "--config", str(self.file), *keys]
-            seconds = _command(arguments, folder / "commands.log", self._interruption, env or {})
+            attempts = done.pop(_ATTEMPTS, {})
+            former = attempts.pop(step, {})
+            began = time.perf_counter() - (former["seconds"] if former.get("what") == digests[0] else 0.0)
+            try:
+                _command(arguments, folder / "commands.log", self._interruption, env or {})
+            except BaseException:
+                attempts[step] = {"what": digests[0], "seconds": time.perf_counter() - began}
+                with contextlib.suppress(OSError):  # a full disk may be what the command failed of, and has said
+                    _write(record, done, attempts)
+                raise
+            seconds = time.perf_counter() - began
             top1 = None if output is None else _top1(step, output)
             done[step] = {"what": digests[0], "seconds": seconds, "top1": top1}
-            write_text(record, json.dumps(done, indent=1) + "\n")
+            _write(record, done, attempts)
         return Done(done[step]["seconds"], done[step].get("top1"))
 
     def _digests(self, step: str, keys: Sequence[str]) -> tuple[str, str]:
@@ -144,13 +159,17 @@ def _read(record: Path) -> dict[str, Any]:
         raise PipelineError(f"{record} is damaged ({error}): remove it, and what it stood for runs again") from error
 
 
-def _command(arguments: list[str], log: Path, interruption: Interruption, env: Mapping[str, str]) -> float:
-    """Run one command in a process of its own; seconds. Its output goes to the log, after the command itself.
+def _write(record: Path, done: Mapping[str, Any], attempts: Mapping[str, Any]) -> None:
+    """What is done; and step → what was asked, and the seconds of attempts that were stopped or failed."""
+    write_text(record, json.dumps({**done, **({_ATTEMPTS: attempts} if attempts else {})}, indent=1) + "\n")
+
+
+def _command(arguments: list[str], log: Path, interruption: Interruption, env: Mapping[str, str]) -> None:
+    """Run one command in a process of its own. Its output goes to the log, after the command itself.
 
     Stopped, it waits until the command has saved: ctrl-C reaches both, a SIGTERM is passed on.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     with log.open("a", encoding="utf-8") as stream:
         stream.write("$ mrmae " + " ".join(arguments) + "\n")
         stream.flush()
@@ -168,7 +187,6 @@ def _command(arguments: list[str], log: Path, interruption: Interruption, env: M
     if child.returncode:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
         raise PipelineError(f"{arguments[0]} failed: {last} (all of it in {log})")
-    return time.perf_counter() - began
 
 
 def _top1(measure: str, folder: Path) -> float:

@@ -80,11 +80,15 @@ class MaskSampler:
         Uniform in (0, 1); for focus "sampled" Gumbel, to be added to the attention's logarithm.
         """
         shape = len(samples), self.count, self.patches
+        if self.keep == self.patches:  # whole views: nothing is drawn
+            return np.zeros(shape)
         noise = uniforms_of_each(self.count * self.patches, Stream.MASK, self.seed, samples).reshape(shape)
         return -np.log(-np.log(noise)) if self.focus == "sampled" else noise
 
     def ids_keep(self, attention: NDArray[Any] | None, noise: NDArray[np.float64]) -> NDArray[np.int64]:
         """`ids_keep` int64 [M, K] of one sample, ascending in each row, by its `noise` [M, L]."""
+        if self.keep == self.patches:
+            return np.tile(np.arange(self.patches), (len(noise), 1))
         if self.focus == "top-k" and attention is not None:
             best = np.argsort(-attention.astype(np.float64), kind="stable")[: self.keep]
             ids = np.tile(best, (len(noise), 1))

@@ -29,6 +29,13 @@ def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([hits[:, :k].any(dim=1).sum(dtype=torch.float64) for k in (1, 5)])
 
 
+def class_hits(
+    labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The samples of each class, and how many of them are predicted right: [C] each."""
+    return np.bincount(labels, minlength=classes), np.bincount(labels[labels == predicted], minlength=classes)
+
+
 def class_accuracies(
     labels: NDArray[np.int64], predicted: NDArray[np.int64], names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
@@ -37,8 +44,7 @@ def class_accuracies(
     Args:
         labels, predicted: [N], below the number of `names`.
     """
-    images = np.bincount(labels, minlength=len(names))
-    hits = np.bincount(labels[labels == predicted], minlength=len(names))
+    images, hits = class_hits(labels, predicted, len(names))
     return {
         names[label]: {"images": int(images[label]), "top1": float(hits[label] / images[label])}
         for label in np.flatnonzero(images).tolist()

@@ -7,12 +7,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from pipeline.confusion import confusion_counts
+from pipeline.evaluation.metrics import class_hits
 from pipeline.figures import save_figure
 
 matplotlib.use("Agg")
@@ -53,12 +56,15 @@ def draw_confusion(
     Args:
         labels, predicted: int64 [N], below the number of `names`.
     """
-    images = np.bincount(labels, minlength=len(names))
-    accuracy = np.bincount(labels[labels == predicted], minlength=len(names)) / np.maximum(images, 1)
+    images, hits = class_hits(labels, predicted, len(names))
+    accuracy = hits / np.maximum(images, 1)
     present = np.flatnonzero(images)
     shown = np.sort(present[np.argsort(accuracy[present], kind="stable")[:_MOST_CLASSES]])
-    shares = np.array([[np.sum(predicted[labels == row] == column) for column in shown] for row in shown])
-    shares = shares / images[shown, None]
+    place = np.full(len(names), -1)
+    place[shown] = np.arange(len(shown))
+    rows = np.where(place[predicted] < 0, -1, place[labels])
+    counts = confusion_counts(torch.from_numpy(rows), torch.from_numpy(place[predicted]), len(shown))
+    shares = counts.numpy() / images[shown, None]
     side = 2.5 + 0.28 * len(shown)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()

@@ -19,6 +19,7 @@ from pipeline.models.build import build_classifier, build_student
 from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
 from pipeline.models.mr_mae import FOR_DECODER, Student
+from pipeline.models.timm_names import is_maskable
 from pipeline.models.timm_vit import TimmViT
 from pipeline.tensor_files import save_tensors
 from pipeline.weights import load_tensors, misfit, read_state
@@ -69,8 +70,19 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     export = read_export(path)
     if export is not None:
         spec = _encoder_spec(export, path)
-        return load_tensors(path / "model.safetensors"), spec
+        state = load_tensors(path / "model.safetensors")
+        return _of_feature_map(state, path, spec) if not is_maskable(spec["name"]) else (state, spec)
     return load_tensors(path / "model.safetensors"), _read_json(path / "model.json")
+
+
+def _of_feature_map(
+    state: Mapping[str, Tensor], path: Path, spec: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An export of another network of timm by our names, with the classifier that lies beside it."""
+    named, head = {f"model.{name}": value for name, value in state.items()}, path / "head.safetensors"
+    if not head.is_file():
+        return named, spec
+    return named | {f"head.{name}": value for name, value in load_tensors(head).items()}, {**spec, "pool": "mean"}
 
 
 def save_weights(model: Student | Classifier, folder: Path) -> None:

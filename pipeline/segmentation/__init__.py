@@ -3,7 +3,7 @@
 from pipeline.segmentation.dataset import SceneBatch, SceneCrops, SceneWindows, WindowBatch
 from pipeline.segmentation.head import SegmentationHead, label_scene, segmentation_loss
 from pipeline.segmentation.scenes import FolderScenes, LabelCode, Scenes, decode_scene
-from pipeline.segmentation.scoring import class_scores, colour_labels, confusion_counts, mean_scores
+from pipeline.segmentation.scoring import class_scores, colour_labels, mean_scores
 
 __all__ = [
     "FolderScenes",
@@ -16,7 +16,6 @@ __all__ = [
     "WindowBatch",
     "class_scores",
     "colour_labels",
-    "confusion_counts",
     "decode_scene",
     "label_scene",
     "mean_scores",

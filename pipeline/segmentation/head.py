@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.segmentation.scenes import IGNORED
 
+_AT_ONCE = 8  # maps that are enlarged together: what they fill stays in a CPU's caches
+
 
 class SegmentationHead(nn.Module):
     """Patch tokens → scores of classes.
@@ -63,5 +65,32 @@ def label_scene(
     for window, (row, column) in zip(logits, corners, strict=True):
         total[:, row : row + h, column : column + w] += window
         count[row : row + h, column : column + w] += 1
-    enlarged = F.interpolate((total / count)[None], size=size, mode="bilinear")
-    return enlarged[0].argmax(0)
+    return enlarged_argmax(total / count, size)
+
+
+def enlarged_argmax(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class [H, W] of the highest value, once maps [C, h, w] are enlarged to (H, W).
+
+    Only classes that can be the highest anywhere are enlarged, a few at a time: the same labels as of all of them.
+    """
+    candidates = _candidates(maps)
+    best = maps.new_full(size, -torch.inf)
+    labels = torch.zeros(size, dtype=torch.int64, device=maps.device)
+    for numbers in candidates.split(_AT_ONCE):
+        values, places = F.interpolate(maps[numbers][None], size=size, mode="bilinear")[0].max(0)
+        higher = (values > best) | (values.isnan() & ~best.isnan())  # as in argmax, the first of equals counts
+        best = torch.where(higher, values, best)
+        labels = torch.where(higher, numbers[places], labels)
+    return labels
+
+
+def _candidates(maps: Tensor) -> Tensor:
+    """The classes of maps [C, h, w] that may be the highest at some pixel, ascending.
+
+    A pixel lies among four cells, or beside the last ones, and its value between theirs. So a class whose value in each
+    of the four is below the lowest of another class there is never the highest.
+    """
+    padded = F.pad(maps[None], (0, 1, 0, 1), mode="replicate")
+    highest, lowest = (F.max_pool2d(sign * padded, 2, 1)[0] * sign for sign in (1, -1))
+    slack = 1e-4 * highest.abs().amax() + 1e-30  # interpolation rounds
+    return (~(highest + slack < lowest.amax(0))).flatten(1).any(1).nonzero()[:, 0]

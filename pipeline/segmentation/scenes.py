@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.decoding import decode, decode_numbers
 from pipeline.data.images import ImageSource
+from pipeline.data.listing import spread
 from pipeline.errors import DataError
 
 IGNORED = -1  # label of a pixel that is neither trained on nor scored
@@ -92,16 +94,33 @@ class FolderScenes:
 
     def label_map(self, index: int) -> NDArray[np.int16]:
         file = self._label_file(index)
+        content = _content(file)
         try:
-            numbers = decode_numbers(file.read_bytes())
-        except OSError as error:
-            raise DataError(f"label file {file}: {error.strerror or error}") from error
+            numbers = decode_numbers(content)
         except DataError as error:
             raise DataError(f"label file {file}: {error}") from error
         return self._code.read(numbers, str(file))
 
+    def label_digest(self) -> str:
+        """xxh3-128 of the content of all label files, in the order of the images. Raises DataError, as `label_map`."""
+        hasher = xxhash.xxh3_128()
+        for content in spread(self._read_labels, range(len(self)), "label file"):
+            hasher.update(content.to_bytes(8, "little"))
+        return hasher.hexdigest()
+
+    def _read_labels(self, index: int) -> int:
+        """The hash of a label file."""
+        return xxhash.xxh3_64_intdigest(_content(self._label_file(index)))
+
     def _label_file(self, index: int) -> Path:
         return (self._folder / self._source.key(index)).with_suffix(".png")
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"label file {file}: {error.strerror or error}") from error
 
 
 def decode_scene(scenes: Scenes, index: int) -> tuple[Image.Image, NDArray[np.int16]]:

@@ -3,21 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.segmentation.scenes import IGNORED
 
 _COLOURS = np.array(colormaps["tab20"].colors, np.float32)  # type: ignore[attr-defined]
-
-
-def confusion_counts(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """Pixels by true (row) and predicted (column) class, without those that have no class: int64 [C, C]."""
-    scored = labels != IGNORED
-    pairs = labels[scored].long() * num_classes + predicted[scored]
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def class_scores(counts: NDArray[np.int64], names: Sequence[str]) -> dict[str, dict[str, float]]:

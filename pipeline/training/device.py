@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
-from pipeline.processes import float32_products
+from pipeline.processes import float32_products, processes
 from pipeline.training.flops import peak_tflops
-from pipeline.training.run import Run
+from pipeline.training.run import Run, mixed_precision_of
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +19,11 @@ def float32_products_of(run: Run) -> AbstractContextManager[None]:
     """Where bf16 is allowed, what stays in fp32 may take TF32's products."""
     reduced = run.device.type == "cuda" and run.accelerator.mixed_precision == "bf16"
     return float32_products("high") if reduced else nullcontext()
+
+
+def autocast_by(precision: str) -> torch.autocast:
+    """What a run with this `precision` computes in, for a command that trains nothing."""
+    return torch.autocast(processes().device.type, torch.bfloat16, enabled=mixed_precision_of(precision) == "bf16")
 
 
 def generators_of(device: torch.device) -> list[torch.Generator]:

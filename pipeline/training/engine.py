@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from pipeline.configs.training import OptimConfig
@@ -19,6 +20,7 @@ from pipeline.errors import TrainingError
 from pipeline.progress import Progress
 from pipeline.steps import StepPlan
 from pipeline.training.ahead import ahead
+from pipeline.training.batch_norms import average_statistics
 from pipeline.training.checkpoint import (
     Checkpoint,
     best_checkpoint,
@@ -107,6 +109,11 @@ class _Loop(Generic[B]):
         if run.resumed:
             restore_weights(run.resumed, task.model, self.result)
         self.blank = blank_copy(task.model) if run.sharded else None  # to evaluate: whole again
+        if run.accelerator.num_processes > 1:
+            # Once: then each keeps the batch norms' statistics of its own batches, and `average_statistics` joins them.
+            # What isn't contiguous, and can't be sent, is a constant.
+            buffers = [*task.model.buffers(), *self.result.buffers()]
+            broadcast([buffer for buffer in buffers if buffer.is_contiguous()])
         if run.sharded:
             for model in dict.fromkeys((task.model, self.result)):
                 shard(model, run.device, run.accelerator.mixed_precision == "bf16")
@@ -243,6 +250,7 @@ class _Loop(Generic[B]):
         self._check_finite(done, weights=True)  # nothing else may become the best
         # Not inference mode: tensors born in it, as a moved model's buffers, could take no part in training.
         with torch.no_grad(), self.run.accelerator.autocast(), self.garbage.as_ever():
+            average_statistics(self.result)
             result = fill(self.blank, self.result, self.run.device) if self.blank else self.result
             values = evaluation.measure(result.eval(), done)
             if self.blank:
@@ -254,12 +262,15 @@ class _Loop(Generic[B]):
             if self.run.is_main:
                 make_best(best)
             self.watch.saved += time.perf_counter() - saving
-        self._write(done, values)  # last: a row says that there is nothing to catch up on
+        seconds = time.perf_counter() - began
+        self._write(done, {**values, "evaluation_s": seconds})  # last: a row says that there is nothing to catch up on
         self.watch.leave_out(time.perf_counter() - began)
 
     def save(self, done: int) -> None:
         began = time.perf_counter()
         self._check_finite(done, weights=True)
+        for model in dict.fromkeys((self.plain_model, self.result)):
+            average_statistics(model)
         meter = {"count": self.meter.count, "sums": self._mean(self.meter.sums), "norms": self._mean(self.meter.norms)}
         path = self._save(f"step-{done:08d}", done, meter, resumable=True)
         if self.run.is_main:

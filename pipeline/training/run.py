@@ -102,7 +102,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, identity: dict[str, Any], may_change: Collection[str] = ()) -> None:
-        mixed_precision = _precision(config.precision)
+        mixed_precision = mixed_precision_of(config.precision)
         numbers = {"precision": mixed_precision.replace("no", "fp32"), "compile": config.compile}
         self.config = config
         self.identity = {"seed": config.seed, "batch_size": config.batch_size} | identity | numbers
@@ -261,7 +261,8 @@ def _wandb_id(file: Path) -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-def _precision(choice: str) -> str:
+def mixed_precision_of(choice: str) -> str:
+    """accelerate's word, "bf16" or "no", for a config's `precision`."""
     if choice == "auto":
         return "bf16" if not without_cuda() and torch.cuda.is_bf16_supported() else "no"
     return "no" if choice == "fp32" else choice

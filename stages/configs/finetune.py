@@ -68,4 +68,21 @@ class EvaluateConfig(FinetuneConfig):
     init: Annotated[tuple[PathField, ...], BeforeValidator(_several), Strict(False)] = Field(min_length=1)  # type: ignore[assignment]  # one classifier or several
     val: ValConfig
     data: DataConfig | None = None  # type: ignore[assignment]  # read where val.share is given
-    output: PathField | None = None  # type: ignore[assignment]  # folder for metrics.json
+    test: DataConfig | None = None  # labelled images that a greedy soup is measured on: val has chosen it
+    # what top1 is of, for several: the mean of their logits, or of their weights (a soup), greedily chosen by val
+    combine: Literal["logits", "uniform", "greedy"] = "logits"
+    output: PathField | None = None  # type: ignore[assignment]  # folder for metrics.json and the soup
+
+    @model_validator(mode="after")
+    def _soup_is_whole(self) -> "EvaluateConfig":
+        if self.combine != "logits" and (len(self.init) < 2 or self.output is None):
+            raise ValueError(f"combine={self.combine} writes a soup of runs: give init=[RUN,RUN,...] and output")
+        if (self.combine == "greedy") != (self.test is not None):
+            raise ValueError(
+                "combine=greedy wants test.path: images that did not choose the soup"
+                if self.test is None
+                else "test.path is for combine=greedy, which val chooses: give the images as val.path"
+            )
+        if self.test is not None and self.test.path == self.val.path:
+            raise ValueError("test.path is val.path: a greedy soup is measured on images that did not choose it")
+        return self

@@ -17,7 +17,7 @@ import xxhash
 from omegaconf import OmegaConf
 
 from pipeline.assembly import chain as chain_of_commands
-from pipeline.assembly.ablation import Curve, Row, write_tables
+from pipeline.assembly.ablation import Cost, Curve, Row, read_cost, write_tables
 from pipeline.assembly.jobs import environments, run_jobs
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
@@ -58,13 +58,13 @@ def write_config(folder: Path, images: Path, **changes: object) -> Path:
     return file
 
 
-def run_command(arguments: list[str], log: Path) -> float:
+def run_command(arguments: list[str], log: Path) -> None:
     with Interruption() as interruption:
-        return chain_of_commands._command(arguments, log, interruption, {})
+        chain_of_commands._command(arguments, log, interruption, {})
 
 
 @pytest.mark.usefixtures("forked_commands")
-def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None:
+def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, said = write_config(tmp_path, image_tree), list[str]()
     config = load_config(AblateConfig, file, section="ablate")
     table = ablate.run(config, file, said.append)
@@ -83,8 +83,13 @@ def test_a_table_of_variants_and_seeds(image_tree: Path, tmp_path: Path) -> None
     kept = OmegaConf.load(out / "runs/mr_mae/seed1/pretrained/config.yaml")
     assert (kept.seed, kept.mimic.mimic_weight) == (1, 2)
     said.clear()
-    assert ablate.run(config, file, said.append) == table
+    written: list[Path] = []
+    write = ablate.write_tables
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "write_tables", lambda *given: (written.append(given[0]), write(*given))[1])
+        assert ablate.run(config, file, said.append) == table
     assert said == []
+    assert written == [out]  # once, not row by row
     assert "untrained" not in ablate.run(config.model_copy(update={"groups": ["objective"]}), file, said.append)
     with pytest.raises(ConfigError, match=r"groups=\['target'\]: the variants have , objective"):
         load_config(AblateConfig, file, ["groups=[target]"], section="ablate")
@@ -275,7 +280,7 @@ def test_a_folder_goes_on_where_the_data_lie_elsewhere(tmp_path: Path, monkeypat
     file.write_text("root: ${oc.env:SOME_ROOT,/data}\nknn: {data: {path: '${root}/train'}, k: 3}\n")
     (tmp_path / "metrics.json").write_text('{"knn": {"top1": 0.5}}')
     calls = list[list[str]]()
-    monkeypatch.setattr(chain_of_commands, "_command", lambda arguments, *_: calls.append(arguments) or 1.0)
+    monkeypatch.setattr(chain_of_commands, "_command", lambda arguments, *_: calls.append(arguments))
 
     def run() -> float | None:
         with chain_of_commands.Chain(file) as chain:
@@ -287,6 +292,83 @@ def test_a_folder_goes_on_where_the_data_lie_elsewhere(tmp_path: Path, monkeypat
     file.write_text(file.read_text().replace("k: 3", "k: 4"))
     with pytest.raises(ConfigError, match="holds knn with other keys than now"):
         run()
+
+
+def test_the_seconds_of_a_step_are_those_of_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after 5 s, failed after 2, done after 4: 11; a step that asks for something else begins at 0."""
+    file = tmp_path / "chain.yaml"
+    file.write_text("pretrain: {epochs: 1}\n")
+    clock = [0.0]
+    ends: list[tuple[float, Exception | None]] = [
+        (5, Interrupted("stopped")), (2, PipelineError("failed")), (4, None), (3, Interrupted("stopped")), (6, None),
+    ]  # fmt: skip
+
+    def command(*_: object) -> None:
+        seconds, error = ends.pop(0)
+        clock[0] += seconds
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(chain_of_commands, "_command", command)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def run(folder: str, key: str) -> float:
+        with chain_of_commands.Chain(file) as chain:
+            return chain.run("pretrain", [key], tmp_path / folder, "a").seconds
+
+    for error in (Interrupted, PipelineError):
+        with pytest.raises(error):
+            run("one", "seed=1")
+    assert json.loads((tmp_path / "one/done.json").read_text()).keys() == {"attempts"}
+    assert run("one", "seed=1") == run("one", "seed=1") == 11
+    assert json.loads((tmp_path / "one/done.json").read_text()).keys() == {"pretrain"}
+    with pytest.raises(Interrupted):
+        run("other", "seed=1")
+    assert run("other", "seed=2") == 6
+
+
+def test_a_cost_counts_knn_on_the_way(tmp_path: Path) -> None:
+    """Rows of a run of 8 images a step, four steps an epoch, k-NN after every two epochs."""
+    (tmp_path / "config.yaml").write_text("batch_size: 8\nknn: {every: 2}\n")
+    rows = [
+        {"step": 4, "epoch": 1.0, "images_per_s": 1.0},
+        {"step": 8, "knn_top1": 0.1, "evaluation_s": 9.0},
+        {"step": 20, "epoch": 5.0, "images_per_s": 16.0},
+        {"step": 20, "knn_top1": 0.2, "evaluation_s": 4.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cost = read_cost(tmp_path)
+    assert cost == (0.5, 4.0, 8)
+    assert cost.rate == 0.5 + 4.0 / 8
+    assert [cost.knns(steps) for steps in (8, 9, 20)] == [4.0, 8.0, 12.0]
+
+
+@pytest.mark.parametrize(("jobs", "timed"), [(1, 2), (2, 2), (3, 4), (8, 4)])
+def test_steps_are_timed_under_the_load_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, timed: int
+) -> None:
+    """Two variants and two seeds make four runs; k-NN on the way takes its share of the time."""
+    file = tmp_path / "chain.yaml"
+    file.write_text("pretrain: {}\nknn: {}\n")
+    variants = {name: {"pretrain": []} for name in ("a", "b")}
+    config = AblateConfig.model_validate(
+        {"output": str(tmp_path / "out"), "measures": ["knn"], "caches": {}, "variants": variants, "jobs": jobs}
+    )
+    folders = set[Path]()
+
+    def run_one(_self: object, _name: str, _seed: int, folder: Path, *_: object) -> ablate.Found:
+        folders.add(folder)
+        return ablate.Found({}, 50.0, None, True)
+
+    monkeypatch.setattr(ablate._Ablation, "_run_one", run_one)
+    monkeypatch.setattr(ablate, "read_cost", lambda _: Cost(0.5, 8.0, 10))
+    ablation = ablate._Ablation(config, chain_of_commands.Chain(file))
+    began = time.monotonic()
+    steps = ablation._fitting_steps(2000.0, began)
+    assert len(folders) == timed
+    turns = -(-4 // jobs)
+    # Starts take 50 - 20 x 0.5 - 2 x 8 = 24 s. Each step costs 0.5 + 8 / 10, and the last k-NN 8 more.
+    assert steps == pytest.approx((2000 * 0.95 / turns - 24 - 8) / 1.3, abs=3)
 
 
 def test_records_of_before_count_on_their_machine(tmp_path: Path) -> None:

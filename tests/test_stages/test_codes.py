@@ -47,6 +47,16 @@ def keys_of(cache: Path, images: Path, **mimic: Any) -> dict[str, Any]:
     return {"cache": {"path": cache}, "data": data, "mimic": TARGET | mimic}
 
 
+@pytest.mark.parametrize("quantiser", ["int8", "int4", "float16", "float32"])
+def test_tokens_are_dequantised_together_as_one_by_one(extracted: Make, quantiser: str) -> None:
+    """Stored numbers go to the device, and become tokens there."""
+    source = open_cache(extracted(cache__quantiser=quantiser))
+    places = [(index, view) for index in range(5) for view in range(2)]
+    tokens = stages.codes._tokens(source, [source.read(*place) for place in places])
+    expected = [source.read(*place, dequantise=True).tokens for place in places]
+    assert torch.equal(tokens, torch.from_numpy(np.stack(expected)))
+
+
 def test_a_cache_holds_the_clusters_of_what_the_teacher_says(codes: Path, image_tree: Path) -> None:
     """What a live teacher with the codebook would say."""
     reader = open_cache(codes)

@@ -2,22 +2,25 @@
 
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
+import cli
 from pipeline.assembly.subjects import Subject
 from pipeline.detection import open_coco, semantic_labels
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.records import read_records
+from pipeline.models import build_student, save_weights
 from pipeline.segmentation import SegmentationHead
 from stages import report, segment
 from stages.segment import SegmentConfig
@@ -25,19 +28,12 @@ from tests.coco import write_coco
 from tests.test_stages.conftest import TEACHER
 from tests.test_stages.test_processes import forked_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # micro models are slower on several threads
+
 STUDENT = {
     "name": "mrmae_vit_tiny_patch16", "image_size": 64, "patch_size": 8, "dim": 48, "depth": 1, "num_heads": 3,
     "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Micro models are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +187,60 @@ def test_a_teacher_is_a_subject_and_no_other_may_take_its_place(folders: dict[st
         segment.run(segment_config(folders["png"], tmp_path / "out", **keys), eval_only=True)
     with pytest.raises(ConfigError, match=r"'data\.train' is missing"):
         segment.run(segment_config(folders["coco"], tmp_path / "out", data={"val": folders["coco"]}, **keys))
+
+
+@pytest.mark.parametrize("subject", ["teacher", "untrained student", "init"])
+def test_the_next_command_can_be_typed(
+    folders: dict[str, Any], tmp_path: Path, subject: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: dict[str, Any] = {"max_steps": 1, "labels": {"num_classes": 4, "ignore_index": 200}, "seed": 3}
+    if subject == "teacher":
+        keys |= {"student": None, "teacher": {**TEACHER, "layer": 2}}
+    elif subject == "init":
+        torch.manual_seed(0)
+        (tmp_path / "student").mkdir()
+        save_weights(build_student(**STUDENT, objective="mae"), tmp_path / "student")
+        keys |= {"init": str(tmp_path / "student"), "student": {"image_size": 32}}
+    tasks: list[Any] = []
+    fit = segment.fit
+    monkeypatch.setattr(segment, "fit", lambda task, *others: (tasks.append(task), fit(task, *others))[1])
+    facts = segment.run(segment_config(folders["png"], tmp_path / "out", **keys))
+    (line,) = tasks[0].next_commands
+    result = CliRunner().invoke(cli.main, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.output
+    assert read_records(tmp_path / "out/metrics.json")["segment"]["mIoU"] == pytest.approx(facts["mIoU"], abs=1e-12)
+    assert (tmp_path / "out/predictions.png").exists()
+
+
+@pytest.mark.parametrize(("precision", "reduced"), [("bf16", True), ("fp32", False), ("auto", False)])
+def test_evaluation_computes_in_the_precision_of_the_key(
+    trained: tuple[SegmentConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, precision: str, reduced: bool
+) -> None:
+    config, _ = trained
+    used = set()
+    predict = segment._predict
+
+    def spy(*arguments: Any) -> list[torch.Tensor]:
+        used.add(torch.is_autocast_enabled("cpu"))
+        return predict(*arguments)
+
+    monkeypatch.setattr(segment, "_predict", spy)
+    segment.run(config.model_copy(update={"precision": precision, "pictures": 0}), eval_only=True)
+    assert used == {reduced}
+
+
+def test_other_labels_under_the_same_names_are_another_run(folders: dict[str, Any], tmp_path: Path) -> None:
+    labels = Path(shutil.copytree(folders["png"]["labels"], tmp_path / "labels"))
+    scenes = {**folders["png"], "labels": str(labels)}
+    keys: dict[str, Any] = {"labels": {"num_classes": 4}, "max_steps": 1}
+    segment.run(segment_config(scenes, tmp_path / "out", **keys))
+    segment.run(segment_config(scenes, tmp_path / "out", **keys))  # goes on: it is the same
+    file = labels / "a/0.png"
+    numbers = np.asarray(Image.open(file)).copy()
+    numbers[0, 0] ^= 1
+    Image.fromarray(numbers).save(file)
+    with pytest.raises(CheckpointError, match="holds a run with label_files="):
+        segment.run(segment_config(scenes, tmp_path / "out", **keys))
 
 
 def _resize(file: Path) -> None:

@@ -1,5 +1,6 @@
 """Models of timm as students, through every stage that takes one."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from pipeline.configs.models import StudentConfig
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.errors import CheckpointError, ConfigError, TeacherError
 from pipeline.models import build_classifier, save_weights
+from pipeline.overrides import override_words
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.timm_vit import TimmBackbone
+from pipeline.training.checkpoint import resolve_checkpoint
 from stages import finetune, knn, linear_probe, pretrain
 from stages.configs.export import ExportConfig
+from stages.configs.finetune import EvaluateConfig
 from stages.configs.knn import KnnConfig
 from stages.configs.linear_probe import LinearProbeConfig
-from tests.test_stages.conftest import finetune_config, pretrain_config, sets
+from tests.test_stages.conftest import MICRO, finetune_config, pretrain_config, sets
+from tests.test_stages.test_processes import forked_ranks
 
 SMALL = {"dim": 48, "depth": 2, "num_heads": 3}
 DINOV3 = "timm:vit_small_patch16_dinov3"
@@ -195,8 +200,60 @@ def test_a_cnn_learns_from_a_cache(
         exported = timm.create_model(f"local-dir:{tmp_path / f'{init}_exported'}", pretrained=True)
         assert exported.pretrained_cfg["architecture"] == name.removeprefix("timm:")
     assert load_file(tmp_path / "tuned_exported/head.safetensors").keys() == {"weight", "bias"}
+    exported_subject = {**subject, "init": str(tmp_path / "run_exported"), "k": 3}
+    assert knn.run(KnnConfig.model_validate(exported_subject)) == knn.run(KnnConfig.model_validate({**subject, "k": 3}))
+    tuned = {"init": str(tmp_path / "tuned"), "val": sets(colours)["val"]}
+    of_export = finetune.evaluate(EvaluateConfig.model_validate({**tuned, "init": str(tmp_path / "tuned_exported")}))
+    assert of_export == finetune.evaluate(EvaluateConfig.model_validate(tuned))
+    assert set(of_export["lowest"]) == {"red", "green", "blue"}  # it knows their names
+    for init in ("run", "tuned"):
+        keys = {"init": str(tmp_path / f"{init}_exported"), "max_steps": 1}
+        finetune.run(finetune_config(colours, tmp_path / f"{init}_further", **keys))
     plain = timm.create_model(name.removeprefix("timm:"), num_classes=0)
     plain.load_state_dict(load_file(tmp_path / "run_exported/model.safetensors"))  # timm's names, and no others
+
+
+def test_masks_of_whole_views_are_not_drawn(
+    make_cache: Callable[..., Path],
+    image_tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def drawn(*_: Any) -> None:
+        raise AssertionError("a mask was drawn")
+
+    monkeypatch.setattr("pipeline.data.masks.uniforms_of_each", drawn)
+    keys: dict[str, Any] = {
+        "student": {"name": "timm:test_resnet"},
+        "mimic": {"objective": "distil"},
+        "cache": {"path": str(make_cache())},
+        "data": {"path": str(image_tree), "workers": 0},
+        "max_steps": 1,
+    }
+    pretrain.run(pretrain_config(tmp_path / "run", **keys, mask={"mask_ratio": 0.75}))
+    assert "has no effect" not in caplog.text
+    pretrain.run(pretrain_config(tmp_path / "told", **keys, mask={"mask_ratio": 0.5, "focus": "random"}))
+    assert "mask.mask_ratio and mask.focus has no effect: objective=distil masks nothing" in caplog.text
+    masked = pretrain_config(tmp_path / "masked", **{**keys, "student": MICRO, "mimic": {"objective": "mr_mae"}})
+    with pytest.raises(AssertionError, match="a mask was drawn"):
+        pretrain.run(masked)
+
+
+def test_batch_norms_of_two_processes(colours: Path, tmp_path: Path) -> None:
+    """The checkpoint has the statistics of both processes' batches; each evaluates its share with the same ones."""
+    keys: dict[str, Any] = {"student": {"name": "timm:test_resnet"}, "max_steps": 1}
+    finetune.run(finetune_config(colours, tmp_path / "alone", **keys))
+    config = finetune_config(colours, tmp_path / "two", **keys)
+    words = override_words(config.model_dump(mode="json", exclude_unset=True))
+    done = forked_ranks(2, "finetune", *words)
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    alone, two = (load_file(resolve_checkpoint(tmp_path / name) / "model.safetensors") for name in ("alone", "two"))
+    first = "model.conv1.1.running_mean"  # behind the first convolution, whose weights were the same in both
+    torch.testing.assert_close(two[first], alone[first], rtol=1e-4, atol=1e-6)
+    rows = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    found = finetune.evaluate(EvaluateConfig.model_validate({"init": f"{tmp_path}/two", "val": sets(colours)["val"]}))
+    assert rows[-1]["top1"] == found["top1"]
 
 
 def test_public_weights_of_a_cnn_lose_their_classifier(tmp_path: Path) -> None:

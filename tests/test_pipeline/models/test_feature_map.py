@@ -117,8 +117,55 @@ def test_a_network_without_stochastic_depth_is_told() -> None:
         build_classifier("timm:densenet121", num_classes=3, drop_path=0.1, image_size=64)
 
 
-def test_widths_need_no_positions_and_no_gradient_mode() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_widths_need_no_positions_and_no_gradient_mode(mode: Any) -> None:
     """185 channels divide by nothing; built while nothing is recorded, as where features are asked for."""
-    with torch.no_grad():
+    with mode():
         built = student("timm:rexnet_100")
     assert built.encoder.dim == timm.create_model("rexnet_100", features_only=True).feature_info.channels()[-1]
+
+
+def test_to_be_built_costs_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and what is trained are found without a number: every convolution sees the meta device alone."""
+    devices = set()
+    convolve = F.conv2d
+
+    def watched(images: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        devices.add(images.device.type)
+        return convolve(images, *arguments, **options)
+
+    monkeypatch.setattr(F, "conv2d", watched)
+    assert student(RESNET, size=96).encoder.grid == (3, 3)
+    assert devices == {"meta"}
+
+
+@pytest.mark.parametrize("name", [RESNET, MOBILE])
+def test_gradient_checkpointing_counts_each_batch_once(name: str) -> None:
+    """Its second forward pass leaves no trace in the batch norms, and the gradients are what they were."""
+    torch.manual_seed(0)
+    plain = build_classifier(name, 3, image_size=64)
+    spared = build_classifier(name, 3, image_size=64, gradient_checkpointing=True)
+    spared.load_state_dict(plain.state_dict())
+    calls = []
+    norms = {key: module for key, module in spared.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    last = list(norms)[-1]
+    norms[last].register_forward_hook(lambda *_: calls.append(1), always_call=True)
+    for _ in range(2):
+        images = torch.rand(4, 3, 64, 64)
+        for model in (plain, spared):
+            model.zero_grad()
+            model.train()(images).square().sum().backward()
+    former, state = plain.state_dict(), spared.state_dict()
+    assert len(calls) == 4  # twice for each batch
+    assert norms[last].num_batches_tracked == 2
+    assert all(torch.equal(former[key], state[key]) for key in state)
+    gradients = dict(plain.named_parameters())
+    for key, value in spared.named_parameters():
+        if value.requires_grad:
+            torch.testing.assert_close(value.grad, gradients[key].grad)
+
+
+def test_a_network_without_a_map_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"timm:hiera_tiny_224 gives no map of features .*: choose another") as caught:
+        student("timm:hiera_tiny_224", size=224)
+    assert "\n" not in str(caught.value)

@@ -1,16 +1,19 @@
 """Label codes, crops, windows of images of any shape, and the score."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import jaccard_score
 
 from pipeline.configs.data import ViewConfig
+from pipeline.confusion import confusion_counts
 from pipeline.data.views import View, encode_jpeg
 from pipeline.errors import DataError
 from pipeline.segmentation import (
@@ -20,12 +23,12 @@ from pipeline.segmentation import (
     SegmentationHead,
     class_scores,
     colour_labels,
-    confusion_counts,
     label_scene,
     mean_scores,
     segmentation_loss,
 )
 from pipeline.segmentation.dataset import render_labels
+from pipeline.segmentation.head import enlarged_argmax
 from pipeline.segmentation.scenes import IGNORED
 
 
@@ -108,6 +111,40 @@ def test_overlapping_windows_are_averaged() -> None:
     logits = torch.tensor([[[[0.0, 0.0]], [[1.0, 1.0]]], [[[4.0, 0.0]], [[1.0, 1.0]]]])  # [W=2, C=2, 1, 2]
     labels = label_scene(logits, [(0, 0), (0, 1)], (1, 3), (1, 3))
     assert labels.tolist() == [[1, 0, 1]]  # in the middle class 0 has (0 + 4) / 2
+
+
+@pytest.mark.parametrize("kind", ["noise", "few win", "equal", "one row", "not a number", "no number at all"])
+@pytest.mark.parametrize("size", [(61, 90), (16, 24), (5, 7)])
+def test_the_labels_are_those_of_all_maps_enlarged(kind: str, size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(40, 8, 12, generator=generator)
+    if kind == "few win":
+        maps[5:35] -= 20
+    elif kind == "equal":
+        maps = maps.round()
+    elif kind == "one row":
+        maps = maps[:, :1]
+    elif kind == "not a number":
+        maps[3, 2, 4] = torch.nan
+    elif kind == "no number at all":
+        maps[:] = -torch.inf
+    expected = F.interpolate(maps[None], size=size, mode="bilinear")[0].argmax(0)
+    assert torch.equal(enlarged_argmax(maps, size), expected)
+
+
+def test_a_class_that_wins_between_cells_alone_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second at both ends, first in the middle; and a class that can't win is not enlarged."""
+    maps = torch.tensor([[10.0, 0.0], [0.0, 10.0], [9.0, 9.0], [8.0, 8.0]])[:, None]
+    enlarged = []
+    interpolate = F.interpolate
+
+    def watched(values: torch.Tensor, **options: Any) -> torch.Tensor:
+        enlarged.append(values.shape[1])
+        return interpolate(values, **options)
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    assert enlarged_argmax(maps, (1, 8)).unique().tolist() == [0, 1, 2]
+    assert enlarged == [3]
 
 
 def test_the_head_is_linear_and_its_loss_ignores_pixels_without_a_class() -> None:

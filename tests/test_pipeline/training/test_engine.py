@@ -28,7 +28,7 @@ from pipeline.training.run import Run
 from pipeline.training.task import Evaluation, Task
 
 STEPS, ACCUM = 12, 2
-OF_TIME = {"images_per_s", "data_wait", "checkpoint_s", "memory_gib"}
+OF_TIME = {"images_per_s", "data_wait", "checkpoint_s", "evaluation_s", "memory_gib"}
 
 
 class Killed(BaseException):
