@@ -24,6 +24,7 @@ from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.images import open_images
 from pipeline.data.labelled import LabelledDataset
 from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid
+from pipeline.evaluation.records import write_record
 from pipeline.files import write_text
 from pipeline.models import Student, load_model
 from pipeline.ownership import stage
@@ -69,6 +70,7 @@ def run(config: DemoConfig, say: Callable[[str], None] = lambda line: None) -> s
         say(f"5/6  {name} student, {config.max_steps} steps without labels: loss {metrics['loss']:.3f}")
     table = _compare(config, both)
     say(f"6/6  compared; pictures: {', '.join(str(path) for path in _draw(config))}")
+    write_record(out, "demo", {"images": sum(1 for _ in (out / "digits/val").glob("*/*.png"))})
     write_text(out / "results.json", json.dumps(table, indent=1) + "\n")
     text = _markdown(config, table)
     write_text(out / "results.md", text)
