@@ -23,7 +23,7 @@ from pipeline.assembly.teachers import load_teacher
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.images import open_images
 from pipeline.data.labelled import LabelledDataset
-from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid
+from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, overlay
 from pipeline.evaluation.records import write_record
 from pipeline.files import write_text
 from pipeline.models import Student, load_model
@@ -178,12 +178,13 @@ def _draw_reconstructions(out: Path, images: torch.Tensor) -> Path:
 
 
 def _draw_attention(out: Path, images: torch.Tensor) -> Path:
-    columns: dict[str, Any] = {"input": as_pictures(images / 255)}
+    pictures = as_pictures(images / 255)
+    columns: dict[str, Any] = {"input": pictures}
     for name in ("teacher", "mae", "mr_mae"):
         looker = load_teacher(TeacherConfig(spec=f"mrmae:{out / name}"), torch.device("cpu"))
         attention = looker(images).attention
         assert attention is not None
-        columns[name] = as_maps(attention, looker.grid)
+        columns[name] = overlay(pictures, as_maps(attention, looker.grid))
     return draw_grid(
         out / "attention.png",
         columns,

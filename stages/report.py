@@ -38,6 +38,9 @@ from pipeline.files import write_text
 
 _MOST_PICTURES = 32 * 2**20  # bytes of pictures on one page: a browser should still open it
 _MOST_NAMES = 3  # folders that the title names
+_NOT_EVALUATED = Table(
+    "Evaluations", [], [], "None yet: knn, linear-probe, segment --eval, detect --eval and finetune --eval write here."
+)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -69,7 +72,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
             _overview(trained, styles),
             *_differences(trained, styles),
             *_grids(roots, outputs, styles),
-            *score_tables(evaluations),
+            *(score_tables(evaluations) or [_NOT_EVALUATED]),
         ],
         legend=[Name(name, style) for name, style in styles.items()],
         curves=curve_sections(trained, styles),
@@ -178,16 +181,18 @@ def _evaluations(outputs: Sequence[Output], styles: Mapping[str, LineStyle]) -> 
 
 def _pictures(roots: Mapping[Path, Path]) -> tuple[list[Picture], int]:
     """The folders' PNGs and those one level down, as far as the page holds them; how many were left out."""
-    shown, left_out, room = [], 0, _MOST_PICTURES
-    names = distinct_names(list(roots))
+    names, captions = distinct_names(list(roots)), dict[Path, str]()
     for root in roots:
         for file in [*sorted(root.glob("*.png")), *sorted(root.glob("*/*.png"))]:
-            if file.stat().st_size > room:
-                left_out += 1
-                continue
-            content = file.read_bytes()
-            if content.startswith(_PNG):
-                room -= len(content)
-                name = file.relative_to(root)
-                shown.append(embed_png(content, str(name if len(roots) == 1 else Path(names[root], name))))
+            name = file.relative_to(root)
+            captions.setdefault(file, str(name if len(roots) == 1 else Path(names[root], name)))
+    shown, left_out, room = [], 0, _MOST_PICTURES
+    for file, caption in captions.items():
+        if file.stat().st_size > room:
+            left_out += 1
+            continue
+        content = file.read_bytes()
+        if content.startswith(_PNG):
+            room -= len(content)
+            shown.append(embed_png(content, caption))
     return shown, left_out

@@ -12,8 +12,8 @@ from pipeline.evaluation.scores import KINDS, show_number
 # Curves in this order, then the others by name.
 _FIRST = ("loss", "mimic_loss", "pixel_loss", "summary_loss", "top1", "box_AP", "mask_AP", "mIoU")
 ON_ONE_AXIS = (
-    "Runs share an axis where a metric means the same. Small print above a plot names the keys by which it means "
-    "something else than in the next plot of that name: don't compare these values."
+    "Runs share an axis where a metric means the same. Where a metric has several plots, small print names the keys "
+    "that differ: values of different plots can't be compared."
 )
 
 Points = list[tuple[int, float]]  # (step, value)

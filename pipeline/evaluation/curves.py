@@ -38,7 +38,7 @@ def line_style(number: int) -> LineStyle:
 
 def draw_curves(curves: Sequence[Curve], title: str, note: str = "") -> str:
     """All curves on one axis, by step, as a data URI of an SVG; `note` is a smaller line below the title."""
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    figure = Figure(figsize=(4.0, 2.5), layout="constrained")
     axis = figure.subplots()
     for curve in curves:
         steps, values = zip(*curve.points, strict=True)

@@ -42,6 +42,7 @@ svg.line { width: 26px; height: 10px; margin-right: .45rem; vertical-align: base
 .legend li { display: inline-flex; align-items: baseline; overflow-wrap: anywhere; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .8rem 1.2rem; }
 img { max-width: 100%; height: auto; display: block; } .curves img { width: 100%; }
+.curves + .scroll { margin-top: 1rem; }
 figure { margin: 1rem 0 1.6rem; } figcaption { color: var(--soft); overflow-wrap: anywhere; margin-bottom: .3rem; }
 pre { background: var(--wash); padding: .7rem 1rem; margin: .3rem 0 1rem; font-size: 13px; overflow-x: auto; }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }

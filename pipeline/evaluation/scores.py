@@ -147,6 +147,7 @@ def _inner_tables(evaluation: Evaluation) -> Iterator[Table]:
         if key == "made" or not _is_table(value):
             continue
         named = isinstance(value, dict)
+        images = None if named else evaluation.images  # of a list, every row is of all images; classes divide them
         entries = list(value.items()) if named else list(enumerate(value))
         columns = list(entries[0][1])
         if named:
@@ -157,7 +158,7 @@ def _inner_tables(evaluation: Evaluation) -> Iterator[Table]:
             Row(
                 [
                     *([str(name)] if named else []),
-                    *(show_score(column, figures.get(column), figures.get("images")) for column in columns),
+                    *(show_score(name, figures.get(name), figures.get("images", images)) for name in columns),
                 ]
             )
             for name, figures in shown

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from omegaconf import OmegaConf
 from PIL import Image
 
+import cli
 from pipeline.config import config_text
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.records import write_record
@@ -169,9 +171,6 @@ def test_a_run_keeps_its_colour_where_another_lacks_the_metric(tmp_path: Path) -
     assert first not in drawn
 
 
-PIXELS = {"pixel_loss": 0.5, "mimic_loss": 0.1}
-
-
 @pytest.mark.parametrize(
     ("changes", "shared"),
     [
@@ -234,10 +233,14 @@ def test_a_single_value_is_text(tmp_path: Path) -> None:
 
 def test_runs_of_one_name_are_told_apart_and_a_folder_given_twice_is_shown_once(tmp_path: Path) -> None:
     first, second = (write_run(tmp_path / place / "photos", losses(1.0)) for place in ("x", "y"))
-    Image.new("RGB", (9, 9)).save(second / "visualize.png")
+    for run in (first, second):
+        Image.new("RGB", (9, 9)).save(run / "visualize.png")
     page = page_of(first, second, first, tmp_path / "x", output=tmp_path / "page.html")
     assert page.tables["Training"].column("run") == ["x/photos", "y/photos"]
-    assert "y/photos/visualize.png" in page.pictures
+    assert [alt for alt in page.pictures if alt.endswith(".png")] == [
+        "x/photos/visualize.png", "y/photos/visualize.png",
+    ]  # fmt: skip
+    assert "None yet: knn" in page.text
     assert "Nothing but the folder: they have the same config." in page.text
 
 
@@ -277,3 +280,17 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (run / "metrics.jsonl").write_text("{torn\n")
     with pytest.raises(CheckpointError, match="is damaged"):
         page_of(run)
+
+
+def test_the_command_takes_folders_and_answers_in_one_line(tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / name, losses(1.0))) for name in ("a", "b")]
+    done = CliRunner().invoke(cli.main, ["report", *runs, "--output", str(tmp_path / "page.html")])
+    assert done.exit_code == 0, done.output
+    assert "runs         2" in done.output
+    (tmp_path / "empty").mkdir()
+    done = CliRunner().invoke(cli.main, ["report", *runs, str(tmp_path / "empty")])
+    assert done.exit_code == 2
+    assert done.output == (
+        f"error: {tmp_path}/empty holds no run (no metrics.jsonl, no metrics.json): give an output folder\n"
+    )
+    assert CliRunner().invoke(cli.main, ["report"]).exit_code == 2
