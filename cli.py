@@ -85,7 +85,8 @@ _PRINT_CONFIG = flag("--print-config", "print_config", "Print the config that wo
 _JSON = flag("--json", "as_json", "Print everything as JSON.")
 _EVALUATE = flag("--eval", "evaluate", "Train nothing: measure init=RUN, or several by their mean.")
 _EVAL_ONLY = flag("--eval", "eval_only", "Score the run's newest checkpoint, or checkpoint=PATH.")
-_PAGE = click.Option(["--output"], type=_FILE, help="The page; by default report.html in the folder.")
+_RUNS = click.Argument(["paths"], nargs=-1, required=True, metavar="RUN...")
+_PAGE = click.Option(["--output"], type=_FILE, help="The page; by default report.html in the folder, if it is one.")
 _EXTRACTION = (
     flag("--init-only", "init_only", "Calibrate and create the cache, extract nothing: before a job array."),
     click.Option(["--shard-range"], metavar="A:B", help="Only the shards A to B-1, for job arrays."),
@@ -157,7 +158,7 @@ STAGES = (  # in the order of a project
     Command("bootstrap", "BootstrapConfig", show=show_text, receives=("file", "say")),
     Command("visualize", "VisualizeConfig"),
     Command("export", "ExportConfig"),
-    Command("report", "ReportConfig", (_PATH, _PAGE)),
+    Command("report", "ReportConfig", (_RUNS, _PAGE)),
     Command("codes", "CodesConfig"),
     Command("cache-copy", "CacheCopyConfig", (*_COPY, _JSON)),
     Command("cache-info", "CacheInfoConfig", (_PATH, _JSON)),

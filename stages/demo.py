@@ -23,7 +23,8 @@ from pipeline.assembly.teachers import load_teacher
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.data.images import open_images
 from pipeline.data.labelled import LabelledDataset
-from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid
+from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, overlay
+from pipeline.evaluation.records import write_record
 from pipeline.files import write_text
 from pipeline.models import Student, load_model
 from pipeline.ownership import stage
@@ -69,6 +70,7 @@ def run(config: DemoConfig, say: Callable[[str], None] = lambda line: None) -> s
         say(f"5/6  {name} student, {config.max_steps} steps without labels: loss {metrics['loss']:.3f}")
     table = _compare(config, both)
     say(f"6/6  compared; pictures: {', '.join(str(path) for path in _draw(config))}")
+    write_record(out, "demo", {"images": sum(1 for _ in (out / "digits/val").glob("*/*.png"))})
     write_text(out / "results.json", json.dumps(table, indent=1) + "\n")
     text = _markdown(config, table)
     write_text(out / "results.md", text)
@@ -176,12 +178,13 @@ def _draw_reconstructions(out: Path, images: torch.Tensor) -> Path:
 
 
 def _draw_attention(out: Path, images: torch.Tensor) -> Path:
-    columns: dict[str, Any] = {"input": as_pictures(images / 255)}
+    pictures = as_pictures(images / 255)
+    columns: dict[str, Any] = {"input": pictures}
     for name in ("teacher", "mae", "mr_mae"):
         looker = load_teacher(TeacherConfig(spec=f"mrmae:{out / name}"), torch.device("cpu"))
         attention = looker(images).attention
         assert attention is not None
-        columns[name] = as_maps(attention, looker.grid)
+        columns[name] = overlay(pictures, as_maps(attention, looker.grid))
     return draw_grid(
         out / "attention.png",
         columns,

@@ -122,7 +122,7 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
         figures = _score(val, results)
         if group.is_main_process:
             write_text(config.output / "predictions.json", json.dumps(results) + "\n")
-            write_record(config.output, "detect", figures)
+            write_record(config.output, "detect", {**figures, "images": len(val)})
             _draw(config, model, val, group.device)
     return figures
 

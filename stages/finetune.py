@@ -100,7 +100,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         spec=model_record(model),
         losses=_Losses(config, classes),
         samples=Samples(dataset, EpochOrder(np.arange(len(train)), config.seed), config.data.workers),
-        evaluation=Evaluation(score, config.eval_every * plan.steps_per_epoch, best="top1"),
+        evaluation=Evaluation(score, config.eval_every * plan.steps_per_epoch, best="top1", images=len(val)),
         layer_ids=layer_ids(model)[0],
         ema=config.ema,
         next_commands=(

@@ -21,15 +21,16 @@ from stages.configs.knn import KnnConfig
 
 @stage
 def run(config: KnnConfig) -> dict[str, Any]:
-    """Returns top1 and top5."""
+    """Returns top1, top5 and the number of images classified."""
     frozen, state = frozen_features(config), processes()
     share = slice(state.process_index, None, state.num_processes)
-    result = knn_classify(
+    result: dict[str, Any] = knn_classify(
         frozen._replace(train_x=frozen.train_x[share], train_y=frozen.train_y[share]),
         k=min(config.k, len(frozen.train_x)),
         temperature=config.temperature,
         device=state.device,
         shared=state.num_processes > 1,
     )
+    result |= {"images": len(frozen.val_x)}
     write_record(config.output, "knn", result)
-    return dict(result)
+    return result

@@ -49,8 +49,9 @@ def run(config: LinearProbeConfig) -> dict[str, Any]:
         device=processes().device,
     )
     _warn_at_the_edge(tuple(lr * 256 / batch_size for lr in lrs), [figures["top1"] for figures in result["all"]])
+    result |= {"images": len(frozen.val_x)}
     write_record(config.output, "linear_probe", result)
-    return dict(result)
+    return result
 
 
 def _warn_at_the_edge(blrs: tuple[float, ...], top1: list[float]) -> None:

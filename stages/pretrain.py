@@ -310,8 +310,9 @@ def _evaluation(config: PretrainConfig, plan: StepPlan) -> Evaluation | None:
     if config.knn is None:
         return None
     assert config.student.image_size is not None  # `_fit_to` has set it
-    measure = knn_callback(config.knn, config.student.image_size)
-    return Evaluation(measure, max(1, round(config.knn.every * plan.steps_per_epoch)), best="knn_top1")
+    measure, images = knn_callback(config.knn, config.student.image_size)
+    every = max(1, round(config.knn.every * plan.steps_per_epoch))
+    return Evaluation(measure, every, best="knn_top1", images=images)
 
 
 def _identity(config: PretrainConfig, knowledge: Knowledge, student: Student, masks: MaskSampler) -> dict[str, Any]:

@@ -1,147 +1,127 @@
-"""Make one HTML page of a run folder.
+"""Make one HTML page of one or several runs.
 
-The page shows config, curves, throughput, evaluations and pictures:
+The page lays runs side by side: what differs in their configs, curves, throughput, evaluations, pictures and commands:
 
     mrmae report runs/photos
+    mrmae report runs/mae runs/mr_mae --output compared.html
 
-Reads what pretrain, finetune, knn, linear-probe, visualize or demo left at PATH. Writes one file, which opens without a
-network. Costs seconds. A folder of several runs, such as the demo's, becomes one page with their curves laid over each
-other.
+Reads what pretrain, finetune, detect, segment, knn, linear-probe, visualize or demo left in the folders, and up to two
+levels below. Writes one file, which opens without a network: report.html in the folder, or here if there are several.
+Costs seconds.
 """
 
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from pydantic import Field, Strict
 
+from pipeline.assembly.comparing import differing_keys, stage_of
+from pipeline.assembly.origins import find_origins, minute
+from pipeline.assembly.outputs import Output, distinct_names, find_outputs
+from pipeline.assembly.run_curves import ON_ONE_AXIS, curve_sections
 from pipeline.config import Config, PathField
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.evaluation.page import Listing, Page, Picture, Table, embed_curve, embed_png, render_page
+from pipeline.errors import ConfigError
+from pipeline.evaluation.curves import LineStyle, line_style
+from pipeline.evaluation.page import Listing, Name, Page, Picture, Row, Table, embed_png, render_page
 from pipeline.evaluation.records import read_records
+from pipeline.evaluation.scores import (
+    Evaluation,
+    is_evaluation,
+    score_tables,
+    show_number,
+    show_score,
+    validations,
+)
 from pipeline.files import write_text
-from pipeline.training.metrics import read_metrics
 
-_SCORES = ("top1", "top5")
-_PRECISIONS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # of boxes and of masks, by `detect`
-_SEGMENTATION = ("mIoU", "pixel_accuracy")
-_BY = ("top1", "box_AP", "mIoU")  # what the best row of an evaluation is the best by
-_KNOWN = (*_SCORES, *_SEGMENTATION, *(f"{kind}_{name}" for kind in ("box", "mask") for name in _PRECISIONS))
-# Curves in this order, then the others by name.
-_FIRST = ("loss", "mimic_loss", "pixel_loss", "top1", "box_AP", "mask_AP", "mIoU")
 _MOST_PICTURES = 32 * 2**20  # bytes of pictures on one page: a browser should still open it
-_MOST_CLASSES = 40  # rows of a table of classes
+_MOST_NAMES = 3  # folders that the title names
+_NOT_EVALUATED = Table(
+    "Evaluations", [], [], "None yet: knn, linear-probe, segment --eval, detect --eval and finetune --eval write here."
+)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class ReportConfig(Config):
     """The options of `report`."""
 
-    path: PathField  # a run folder, or a folder of run folders
-    output: PathField | None = None  # default: report.html in it
+    paths: Annotated[tuple[PathField, ...], Strict(False)] = Field(min_length=1)  # run folders, or folders of those
+    output: PathField | None = None  # default: report.html in the folder, of several in the current one
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
     """Write the page; returns where it lies and what is on it.
 
     Raises:
-        CheckpointError: the folder holds no run. ConfigError: `output` is a folder.
+        CheckpointError: a folder holds no run. ConfigError: `output` is a folder.
     """
-    root = config.path
     if config.output is not None and config.output.is_dir():
         raise ConfigError(f"--output {config.output} is a folder: give the page a name in it")
-    if not root.is_dir():
-        raise CheckpointError(f"{root} does not exist: give the output folder of pretrain, finetune or demo")
-    runs = {name: _rows(folder) for name, folder in _run_folders(root).items()}
-    evaluations = _evaluations(root, runs)
-    classified = [found for found in evaluations if "top1" in found[2]]
-    detected = [found for found in evaluations if "box_AP" in found[2]]
-    segmented = [found for found in evaluations if "mIoU" in found[2]]
-    if not runs and not evaluations:
-        raise CheckpointError(f"{root} holds no run (no metrics.jsonl, no metrics.json): give an output folder")
-    pictures, left_out = _pictures(root)
+    outputs = find_outputs(config.paths)
+    roots = {root.resolve(): root for root in config.paths}
+    trained = [output for output in outputs if output.rows]
+    styles = {output.name: line_style(number) for number, output in enumerate(trained)}
+    evaluations = list(_evaluations(outputs, styles))
+    pictures, left_out = _pictures(roots)
     page = Page(
-        title=f"mrmae: {root}",
+        title=f"mrmae: {_title(list(roots.values()))}",
         note=f"{left_out} more pictures are not shown: the page would be too large" if left_out else "",
         tables=[
-            _overview(root, runs),
-            *([_evaluation_table(classified)] if classified or not (detected or segmented) else []),
-            *([_detection_table(detected)] if detected else []),
-            *([_segmentation_table(segmented)] if segmented else []),
-            *(_class_table(*found) for found in evaluations if isinstance(found[2].get("classes"), dict)),
+            _overview(trained, styles),
+            *_differences(trained, styles),
+            *_grids(roots, outputs, styles),
+            *(score_tables(evaluations) or [_NOT_EVALUATED]),
         ],
-        curves=[embed_curve(metric, runs) for metric in _metrics(runs)],
+        legend=[Name(name, style) for name, style in styles.items()],
+        curves=curve_sections(trained, styles),
+        curves_note=ON_ONE_AXIS if len(trained) > 1 else "",
         pictures=pictures,
-        configs=[
-            Listing(str(file.relative_to(root)), file.read_text(encoding="utf-8", errors="replace"))
-            for folder in _run_folders(root).values()
-            if (file := folder / "config.yaml").is_file()
-        ],
+        origins=find_origins(outputs, styles),
+        configs=[Listing(output.name, output.config_text) for output in outputs if output.config_text],
     )
-    output = config.output or root / "report.html"
-    write_text(output, render_page(page))
-    return {"page": str(output), "runs": len(runs), "evaluations": len(evaluations), "pictures": len(pictures)}
+    file = config.output or (config.paths[0] if len(roots) == 1 else Path()) / "report.html"
+    write_text(file, render_page(page))
+    return {"page": str(file), "runs": len(trained), "evaluations": len(evaluations), "pictures": len(pictures)}
 
 
-def _run_folders(root: Path) -> dict[str, Path]:
-    """Name → folder of the run itself and of those right inside."""
-    found = {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "metrics.jsonl").is_file()}
-    return ({root.resolve().name: root} if (root / "metrics.jsonl").is_file() else {}) | found
+def _title(roots: Sequence[Path]) -> str:
+    names = [str(root) for root in roots]
+    return ", ".join(names) if len(names) <= _MOST_NAMES else f"{names[0]} and {len(names) - 1} more folders"
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    try:
-        rows = read_metrics(folder / "metrics.jsonl")
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged ({error}): take the bad line out") from error
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-
-
-def _metrics(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Every number that some run logged, as a curve's name."""
-    named = {
-        key
-        for rows in runs.values()
-        for row in rows
-        for key, value in row.items()
-        if isinstance(value, int | float) and key not in ("step", "epoch")
-    }
-    return [name for name in _FIRST if name in named] + sorted(named - set(_FIRST))
-
-
-def _overview(root: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    folders = _run_folders(root)
+def _overview(runs: Sequence[Output], styles: Mapping[str, LineStyle]) -> Table:
     rows = []
-    for name, logged in runs.items():
-        last = {key: value for row in logged for key, value in row.items()}
-        rates = [row["images_per_s"] for row in logged if "images_per_s" in row][1:]  # the first has the start in it
-        waits = [row["data_wait"] for row in logged if "data_wait" in row][1:]
-        rows.append(
-            [
-                name,
-                _number(last.get("step")),
-                _number(last.get("epoch")),
-                _number(last.get("loss")),
-                _number(statistics.median(rates) if rates else None),
-                f"{statistics.median(waits):.1%}" if waits else "–",
-                _duration(logged, _batch_size(folders[name])),
-                _number(last.get("memory_gib")),
-            ]
-        )
-    columns = ["run", "steps", "epochs", "last loss", "images/s (median)", "waiting", "trained for", "memory, GiB"]
-    return Table("Training", columns, rows, "No training in this folder.")
+    for output in runs:
+        last = {key: value for row in output.rows for key, value in row.items()}
+        rates = [row["images_per_s"] for row in output.rows if "images_per_s" in row][1:]  # the first holds the start
+        waits = [row["data_wait"] for row in output.rows if "data_wait" in row][1:]
+        start: Mapping[str, Any] = output.starts[-1] if output.starts else {}
+        cells = [
+            output.name,
+            stage_of(output) or "–",
+            show_number(last.get("step")),
+            show_number(last.get("epoch")),
+            show_number(last.get("loss")),
+            show_number(statistics.median(rates) if rates else None),
+            f"{statistics.median(waits):.1%}" if waits else "–",
+            _duration(output.rows, output.config.get("batch_size")),
+            show_number(last.get("memory_gib")),
+            minute(start),
+            str(start.get("device", "–")),
+        ]
+        rows.append(Row(cells, styles[output.name]))
+    columns = ["run", "command", "steps", "epochs", "last loss", "images/s", "waiting", "trained for", "memory, GiB"]
+    return Table("Training", [*columns, "started", "machine"], rows, "No training in this folder.")
 
 
-def _duration(rows: Sequence[Mapping[str, Any]], batch_size: int | None) -> str:
+def _duration(rows: Sequence[Mapping[str, Any]], batch_size: object) -> str:
     """Time in training steps: images between two rows over their rate."""
     seconds, before = 0.0, 0
     for row in rows:
-        if row.get("images_per_s"):
-            seconds += (row["step"] - before) * (batch_size or 0) / row["images_per_s"]
+        if row.get("images_per_s") and isinstance(batch_size, int):
+            seconds += (row["step"] - before) * batch_size / row["images_per_s"]
             before = row["step"]
     if not seconds:
         return "–"
@@ -149,125 +129,70 @@ def _duration(rows: Sequence[Mapping[str, Any]], batch_size: int | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {remainder} s"
 
 
-def _batch_size(folder: Path) -> int | None:
-    try:
-        value = OmegaConf.select(OmegaConf.create((folder / "config.yaml").read_text(encoding="utf-8")), "batch_size")
-    except (OSError, YAMLError, OmegaConfBaseException, ValueError):
-        return None
-    return value if isinstance(value, int) else None
+def _differences(runs: Sequence[Output], styles: Mapping[str, LineStyle]) -> Iterator[Table]:
+    """For each command with several runs, the keys of their configs that differ."""
+    for stage in dict.fromkeys(stage_of(output) for output in runs if output.config):
+        compared = [output for output in runs if output.config and stage_of(output) == stage]
+        if len(compared) > 1:
+            title = f"What differs between the runs of {stage}" if stage else "What differs between the runs"
+            yield _difference_table(title, compared, styles)
 
 
-def _evaluations(
-    root: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(where, what, scores): of validation while training, of every metrics.json, and of a demo's table."""
-    found = [(name, what, scores) for name, rows in runs.items() for what, scores in _validations(rows)]
-    for file in sorted([*root.glob("metrics.json"), *root.glob("*/metrics.json"), *root.glob("*/*/metrics.json")]):
-        where = str(file.parent.relative_to(root))
-        for what, scores in read_records(file).items():
-            if isinstance(scores, dict) and scores.keys() & {"top1", "box_AP", "mIoU"}:
-                found.append(("(here)" if where == "." else where, what.replace("_", " "), scores))
-    for subject, scores in read_records(root / "results.json").items():
-        if isinstance(scores, dict):
-            found += [(subject, what, {"top1": value}) for what, value in scores.items()]
-    return found
-
-
-def _validations(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The last and the best row of each score that was logged while training, whatever stands before its name."""
-    found: list[tuple[str, Mapping[str, Any]]] = []
-    numbers = {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
-    for score in sorted(key for key in numbers if key.endswith(_BY)):
-        name = score.removesuffix("top1").removesuffix("box_AP").removesuffix("mIoU")
-        scored = [row for row in rows if isinstance(row.get(score), int | float)]
-        best = max(scored, key=lambda row: row[score])
-        for when, row in (("last", scored[-1]), ("best", best)):
-            what = f"{name.strip('_/') or 'validation'}, {when} (step {row['step']})"
-            found.append((what, {key: row[name + key] for key in _KNOWN if name + key in row}))
-    return found
-
-
-def _evaluation_table(evaluations: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Table:
+def _difference_table(title: str, runs: Sequence[Output], styles: Mapping[str, LineStyle]) -> Table:
+    """A row for each run, or for each key if these are more."""
+    keys, names = differing_keys(runs), [output.name for output in runs]
+    if len(keys) > len(runs):
+        rows = [Row([key, *values]) for key, values in keys.items()]
+        return Table(title, ["key", *names], rows, styles=[None, *(styles[name] for name in names)])
     rows = [
-        [where, what, *(_percent(scores.get(score)) for score in _SCORES), _details(scores)]
-        for where, what, scores in evaluations
+        Row([name, *(values[number] for values in keys.values())], styles[name]) for number, name in enumerate(names)
     ]
-    columns = ["of", "by", "top-1", "top-5", "more"]
-    return Table(
-        "Evaluations", columns, rows, "None yet: knn, linear-probe, finetune --eval and detect --eval write here."
-    )
+    return Table(title, ["run", *keys], rows if keys else [], "Nothing but the folder: they have the same config.")
 
 
-def _detection_table(evaluations: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Table:
-    """Two rows each, one of boxes and one of masks; pycocotools' -1, where there is nothing to find, is a dash."""
-    rows = [
-        [where, what, f"{kind}es" if kind == "box" else f"{kind}s"]
-        + [_precision(scores.get(f"{kind}_{name}")) for name in _PRECISIONS]
-        for where, what, scores in evaluations
-        for kind in ("box", "mask")
-    ]
-    return Table("Detection", ["of", "by", "what", *(name.replace("_", ", ") for name in _PRECISIONS)], rows)
+def _grids(roots: Mapping[Path, Path], outputs: Sequence[Output], styles: Mapping[str, LineStyle]) -> Iterator[Table]:
+    """A demo's results.json: a row for each subject, a column for each measure of its top-1."""
+    names, records = distinct_names(list(roots)), {output.path: output.records for output in outputs}
+    for root in roots:
+        table = {name: row for name, row in read_records(root / "results.json").items() if isinstance(row, dict)}
+        columns = list(dict.fromkeys(column for row in table.values() for column in row))
+        demo = records.get(root, {}).get("demo")
+        images = demo.get("images") if isinstance(demo, dict) else None
+        rows = [
+            Row([name, *(show_score("top1", row.get(column), images) for column in columns)], styles.get(name))
+            for name, row in table.items()
+        ]
+        if rows:
+            yield Table(f"Results of {names[root]}: top-1", ["of", *columns], rows)
 
 
-def _segmentation_table(evaluations: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Table:
-    rows = [
-        [where, what, *(_percent(scores.get(score)) for score in _SEGMENTATION)] for where, what, scores in evaluations
-    ]
-    return Table("Segmentation", ["of", "by", "mIoU", "pixels"], rows)
+def _evaluations(outputs: Sequence[Output], styles: Mapping[str, LineStyle]) -> Iterator[Evaluation]:
+    """Of validation while training, and of every metrics.json."""
+    for output in outputs:
+        start: Mapping[str, Any] = output.starts[-1] if output.starts else {}
+        for what, scores in validations(output.rows):
+            images = start.get("evaluated_images")
+            yield Evaluation(output.name, styles[output.name], what, scores, images, minute(start))
+        for what, scores in output.records.items():
+            if is_evaluation(scores):
+                style, date = styles.get(output.name), minute(scores.get("made"))
+                yield Evaluation(output.name, style, what.replace("_", " "), scores, scores.get("images"), date)
 
 
-def _details(scores: Mapping[str, Any]) -> str:
-    return _spelt({key: value for key, value in scores.items() if key not in (*_SCORES, "classes")})
-
-
-def _class_table(where: str, what: str, scores: Mapping[str, Any]) -> Table:
-    """What was measured of each class, the lowest first: {name: {figure: value}}."""
-    classes = [(name, figures) for name, figures in scores["classes"].items() if isinstance(figures, dict)]
-    columns = list(classes[0][1]) if classes else []
-    ordered = sorted(classes, key=lambda entry: entry[1].get(columns[-1], 0))[:_MOST_CLASSES]
-    lacking = f" (the {len(ordered)} lowest of {len(classes)})" if len(ordered) < len(classes) else ""
-    return Table(
-        f"Classes: {where}, {what}{lacking}",
-        ["class", *columns],
-        [[name, *map(_number, figures.values())] for name, figures in ordered],
-    )
-
-
-def _spelt(value: Any) -> str:
-    """JSON for a person: lr 0.3, all (lr 0.1, top1 0.5; lr 0.3, top1 0.6)."""
-    if isinstance(value, dict):
-        return ", ".join(
-            f"{key} ({_spelt(inner)})" if isinstance(inner, dict | list) else f"{key} {_spelt(inner)}"
-            for key, inner in value.items()
-        )
-    if isinstance(value, list):
-        return "; ".join(_spelt(inner) for inner in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _pictures(root: Path) -> tuple[list[Picture], int]:
-    """The folder's PNGs and those one level down, as far as the page holds them; how many were left out."""
+def _pictures(roots: Mapping[Path, Path]) -> tuple[list[Picture], int]:
+    """The folders' PNGs and those one level down, as far as the page holds them; how many were left out."""
+    names, captions = distinct_names(list(roots)), dict[Path, str]()
+    for root in roots:
+        for file in [*sorted(root.glob("*.png")), *sorted(root.glob("*/*.png"))]:
+            name = file.relative_to(root)
+            captions.setdefault(file, str(name if len(roots) == 1 else Path(names[root], name)))
     shown, left_out, room = [], 0, _MOST_PICTURES
-    for file in [*sorted(root.glob("*.png")), *sorted(root.glob("*/*.png"))]:
+    for file, caption in captions.items():
         if file.stat().st_size > room:
             left_out += 1
             continue
         content = file.read_bytes()
         if content.startswith(_PNG):
             room -= len(content)
-            shown.append(embed_png(content, str(file.relative_to(root))))
+            shown.append(embed_png(content, caption))
     return shown, left_out
-
-
-def _percent(value: Any) -> str:
-    return f"{value:.2%}" if isinstance(value, int | float) else "–"
-
-
-def _precision(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) and value >= 0 else "–"
-
-
-def _number(value: Any) -> str:
-    if not isinstance(value, int | float):
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if math.isfinite(value) else str(value)

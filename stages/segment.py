@@ -151,7 +151,8 @@ def _evaluate_only(config: SegmentConfig) -> dict[str, Any]:
         steps = -(-len(share_of(len(val.scenes))) // config.eval_batch_size)
         counts = _count(subject, head, val, track(batches, steps, "segment", "batch"))
         scores = mean_scores(counts)
-        write_record(config.output, "segment", {**scores, "classes": class_scores(counts, val.names)})
+        record = {**scores, "images": len(val.scenes), "classes": class_scores(counts, val.names)}
+        write_record(config.output, "segment", record)
         if state.is_main_process and config.pictures:
             _draw(config, subject, head, val)
     return {**scores, "images": len(val.scenes)}

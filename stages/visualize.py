@@ -5,8 +5,9 @@
     mrmae visualize init=runs/photos 'images=[cat.jpg,dog.jpg]' teacher.spec=dino_vitb16 output=pictures.png
 
 Reads a checkpoint (init), images (images=[FILE,...] or data.path), and for the teachers caches (cache.path, or
-caches.NAME.path for several) or a live one (teacher.spec). Writes one PNG: output, by default visualize.png in the run
-folder. Costs a forward pass of a few images.
+caches.NAME.path for several) or a live one (teacher.spec). Writes a PNG: output, by default visualize.png in the run
+folder. Beside it lies NAME_attention.png, with the attention over the photos at full size, if there is any. Costs a
+forward pass of a few images.
 
 The columns, as far as the checkpoint and the teachers have them: input, masked input, reconstruction, attention of each
 teacher and of the student, and the principal components of their patch features as colours. For a `detect` run: the
@@ -38,7 +39,7 @@ from pipeline.data.views import center_view, render, to_chw, view_of_epoch
 from pipeline.detection.dataset import canvases
 from pipeline.detection.pictures import detected_scene, draw_scenes
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, head_maps, overlay, pca_maps
+from pipeline.evaluation.pictures import as_maps, as_pictures, draw_grid, head_maps, highlight, overlay, pca_maps
 from pipeline.models import Classifier, Student, read_weights
 from pipeline.ownership import stage
 from pipeline.pixels import normalise
@@ -47,13 +48,15 @@ from pipeline.teachers import Teacher, build_teacher
 from pipeline.training.checkpoint import resolve_checkpoint
 from stages.configs.visualize import VisualizeConfig
 
+_PHOTO = 512  # pixels of a side at least, where attention lies over photos
 _CHUNK = 8  # images through a network at once: sixty-four at 224 px would want a training run's memory
 
 
 class Shown(NamedTuple):
-    """The images uint8 [N, 3, S, S], what they are called, and what each teacher made of them."""
+    """The views uint8 [N, 3, S, S], the same views larger, their names, and what each teacher made of them."""
 
     images: Tensor
+    photos: Tensor  # uint8 [N, 3, P, P], P >= S
     names: list[str]
     teachers: dict[str, PatchFeatures]  # by what the columns call it: teacher, or teacher NAME
 
@@ -91,7 +94,25 @@ def run(config: VisualizeConfig) -> dict[str, Any]:
         columns[f"{who}'s features\n(PCA as RGB)"] = pca_maps(features.tokens, features.grid)
     title = "    ".join(features.name for features in shown_features.values())
     picture = draw_grid(_output(config), columns, title, shown.names)
+    result |= _draw_attention(picture, shown, shown_features, title)
     return {"picture": str(picture), "columns": [" ".join(name.split()) for name in columns], **result}
+
+
+def _draw_attention(
+    picture: Path, shown: Shown, shown_features: Mapping[str, PatchFeatures], title: str
+) -> dict[str, str]:
+    """Each one's attention over the photos, in a picture beside `picture`; nothing where nobody has attention."""
+    photos = as_pictures(shown.photos / 255)
+    columns = {
+        who: highlight(photos, as_maps(features.attention, features.grid))
+        for who, features in shown_features.items()
+        if features.attention is not None
+    }
+    if not columns:
+        return {}
+    file = picture.with_stem(f"{picture.stem}_attention")
+    side = shown.photos.shape[-1] / 130
+    return {"attention": str(draw_grid(file, {"photo": photos, **columns}, title, shown.names, side))}
 
 
 def _is_detector(init: Path) -> bool:
@@ -173,13 +194,18 @@ def _cached(config: VisualizeConfig, caches: Mapping[str, CacheInput], size: int
     if source:
         match_images(readers, source)
     chosen = _chosen(config, live_samples(readers).tolist(), len(next(iter(readers.values()))))
-    dataset = PretrainDataset(source, readers, views, MaskSampler(1, 1, "random", seed=0), "none")
-    images = dataset.__getitems__([(0, index) for index in chosen]).images
+    first, requests = next(iter(readers.values())), [(0, index) for index in chosen]
+    masks = MaskSampler(1, 1, "random", seed=0)
+    images = PretrainDataset(source, readers, views, masks, "none").__getitems__(requests).images
+    photos = images
+    if first.header.store != "webdataset":  # which has the views as they were rendered
+        larger = views.model_copy(update={"image_size": max(size, _PHOTO)})
+        photos = PretrainDataset(source, readers, larger, masks, "none").__getitems__(requests).images
     places = [(index, view_of_epoch(index, 0, views.count)) for index in chosen]
     labels = [f"teacher {name}" for name in readers] if len(readers) > 1 else ["teacher"]
     teachers = {label: _stored(reader, places) for label, reader in zip(labels, readers.values(), strict=True)}
-    keys = [next(iter(readers.values())).read(*place).key for place in places]
-    return Shown(images, keys, teachers)
+    keys = [first.read(*place).key for place in places]
+    return Shown(images, photos, keys, teachers)
 
 
 def _stored(reader: CacheReader, places: Sequence[tuple[int, int]]) -> PatchFeatures:
@@ -198,12 +224,14 @@ def _stored(reader: CacheReader, places: Sequence[tuple[int, int]]) -> PatchFeat
 def _given(config: VisualizeConfig, size: int, device: torch.device) -> Shown:
     """Central crops of image files or of a data set, looked at by a live teacher if one is named."""
     names, files = _files(config)
-    crops = [_crop(name, file, config.crop, size) for name, file in zip(names, files, strict=True)]
-    images = to_chw(np.stack(crops))
+    images, photos = (
+        to_chw(np.stack([_crop(name, file, config.crop, side) for name, file in zip(names, files, strict=True)]))
+        for side in (size, max(size, _PHOTO))
+    )
     if config.teacher is None:
-        return Shown(images, names, {})
+        return Shown(images, photos, names, {})
     teacher = load_teacher(config.teacher, device)
-    return Shown(images, names, {"teacher": _features(teacher, images, f"teacher: {teacher.name}", device)})
+    return Shown(images, photos, names, {"teacher": _features(teacher, images, f"teacher: {teacher.name}", device)})
 
 
 def _files(config: VisualizeConfig) -> tuple[list[str], list[bytes]]:

@@ -150,6 +150,8 @@ LEFT = {
         "runs/photos/metrics.json",
         "runs/photos/features",
         "runs/photos/visualize.png",
+        "runs/photos/visualize_attention.png",
+        "flowers.html",
         "cat_and_dog.png",
         "photos.csv",
         "runs/photos_coco/checkpoints/best",

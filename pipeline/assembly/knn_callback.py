@@ -21,8 +21,10 @@ from pipeline.models import Student
 from pipeline.processes import gather_rows, processes, share_of
 
 
-def knn_callback(config: KnnCallbackConfig, image_size: int) -> Callable[[nn.Module, int], dict[str, float]]:
-    """(student, step) → {"knn_top1", "knn_top5"}, fractions.
+def knn_callback(
+    config: KnnCallbackConfig, image_size: int
+) -> tuple[Callable[[nn.Module, int], dict[str, float]], int]:
+    """A function (student, step) → {"knn_top1", "knn_top5"}, fractions; and the number of images classified.
 
     Raises:
         DataError: no labels, too many files that can't be read, or classes in one set that the other doesn't have.
@@ -58,4 +60,4 @@ def knn_callback(config: KnnCallbackConfig, image_size: int) -> Callable[[nn.Mod
         )
         return {f"knn_{name}": value for name, value in figures.items()}
 
-    return evaluate
+    return evaluate, len(val)

@@ -1,19 +1,15 @@
-"""One self-contained HTML page of a run: tables, curves and pictures; every value is escaped.
+"""One self-contained HTML page of runs: tables, curves and pictures; every value is escaped.
 
 Pictures and curves are embedded as data. The page has no script, and its policy forbids a browser to fetch anything.
 """
 
 import base64
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import matplotlib
 from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
+from pipeline.evaluation.curves import LineStyle
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -23,53 +19,114 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-body { font: 15px/1.45 system-ui, sans-serif; color: #1d2329; background: #fff; max-width: 76rem; margin: 0 auto;
-  padding: 1.5rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #d5dbe1; text-align: left; vertical-align: top; }
+:root { --ink: #1d2329; --soft: #566069; --rule: #d5dbe1; --wash: #f4f6f8; }
+* { box-sizing: border-box; }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 76rem; margin: 0 auto;
+  padding: 1.5rem clamp(.8rem, 3vw, 1.5rem) 4rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--rule); }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
+.note { color: var(--soft); margin: .3rem 0 .7rem; max-width: 60rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top;
+  max-width: 22rem; overflow-wrap: break-word; }
+thead th { color: var(--soft); font-weight: 600; font-size: .87rem; vertical-align: bottom; }
 td { font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; } figcaption { color: #566069; overflow-wrap: anywhere; }
-img { max-width: 100%; height: auto; } .curves { display: flex; flex-wrap: wrap; gap: .5rem; }
-.curves img { width: 23rem; } pre { background: #f4f6f8; padding: 1rem; overflow-x: auto; font-size: 13px; }
-.note { color: #566069; }
+.short { white-space: nowrap; } .long { min-width: 11rem; }
+tr.group th { padding-top: .9rem; font-weight: 600; }
+th.run { font-weight: 500; }
+svg.line { width: 26px; height: 10px; margin-right: .45rem; vertical-align: baseline; flex: none; }
+.run span { display: inline-flex; align-items: baseline; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; list-style: none; padding: 0; margin: .4rem 0 .8rem; }
+.legend li { display: inline-flex; align-items: baseline; overflow-wrap: anywhere; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .8rem 1.2rem; }
+img { max-width: 100%; height: auto; display: block; } .curves img { width: 100%; }
+.curves + .scroll { margin-top: 1rem; }
+figure { margin: 1rem 0 1.6rem; } figcaption { color: var(--soft); overflow-wrap: anywhere; margin-bottom: .3rem; }
+pre { background: var(--wash); padding: .7rem 1rem; margin: .3rem 0 1rem; font-size: 13px; overflow-x: auto; }
+pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
+section { margin-bottom: 1.6rem; } section p { margin: 0; }
+details { margin: .5rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
-<h1>{{ title }}</h1>
-{% if note %}<p class="note">{{ note }}</p>{% endif %}
-{% for table in tables %}
-<h2>{{ table.title }}</h2>
+{% macro line(style) %}
+{% if style %}<svg class="line" viewBox="0 0 26 10" aria-hidden="true"><line x1="0" y1="6" x2="26" y2="6" stroke="{{
+style.colour }}" stroke-width="3"{% if style.dashes %} stroke-dasharray="{{ style.dashes|map('multiply')|join(' ')
+}}"{% endif %}/></svg>{% endif %}
+{% endmacro %}
+{% macro width(text) %}{{ "short" if text|length < 24 else "long" }}{% endmacro %}
+{% macro grid(table) %}
+{% if table.note %}<p class="note">{{ table.note }}</p>{% endif %}
 {% if table.rows %}
-<table>
+<div class="scroll"><table>
 <thead><tr>
-{% for name in table.columns %}<th>{{ name }}</th>
+{% for name in table.columns %}
+<th scope="col">{{ line(table.styles[loop.index0]) if table.styles }}{{ name }}</th>
 {% endfor %}
 </tr></thead>
 <tbody>
 {% for row in table.rows %}
+{% if row.group and loop.changed(row.group) %}
+<tr class="group"><th colspan="{{ table.columns|length }}" scope="rowgroup">{{ row.group }}</th></tr>
+{% endif %}
 <tr>
-{% for cell in row %}<td>{{ cell }}</td>
+<th class="run {{ width(row.cells[0]) }}" scope="row"><span>{{ line(row.style) }}{{ row.cells[0] }}</span></th>
+{% for cell in row.cells[1:] %}
+<td class="{{ width(cell) }}">{{ cell }}</td>
 {% endfor %}
 </tr>
 {% endfor %}
 </tbody>
-</table>
+</table></div>
 {% else %}<p class="note">{{ table.empty }}</p>{% endif %}
+{% endmacro %}
+<h1>{{ title }}</h1>
+{% if note %}<p class="note">{{ note }}</p>{% endif %}
+{% for table in tables if not table.folded %}
+<h2>{{ table.title }}</h2>
+{{ grid(table) }}
+{% endfor %}
+{% for table in tables if table.folded %}
+<details><summary>{{ table.title }}</summary>{{ grid(table) }}</details>
 {% endfor %}
 <h2>Curves</h2>
-{% if curves %}<div class="curves">
-{% for curve in curves %}<img src="{{ curve.source }}" alt="{{ curve.caption }} by step">
-{% endfor %}</div>{% else %}<p class="note">No metrics yet.</p>{% endif %}
+{% if legend|length > 1 %}
+<ul class="legend">{% for run in legend %}<li>{{ line(run.style) }}{{ run.name }}</li>{% endfor %}</ul>
+{% endif %}
+{% if curves_note %}<p class="note">{{ curves_note }}</p>{% endif %}
+{% for section in curves %}
+<h3>{{ section.title }}</h3>
+{% if section.pictures %}
+<div class="curves">
+{% for curve in section.pictures %}
+<img src="{{ curve.source }}" alt="{{ curve.caption }}">
+{% endfor %}
+</div>
+{% endif %}
+{% if section.table %}{{ grid(section.table) }}{% endif %}
+{% else %}<p class="note">No metrics yet.</p>
+{% endfor %}
 <h2>Pictures</h2>
 {% for picture in pictures %}
-<figure><img src="{{ picture.source }}" alt="{{ picture.caption }}">
-<figcaption>{{ picture.caption }}</figcaption></figure>
+<figure><figcaption>{{ picture.caption }}</figcaption><img src="{{ picture.source }}" alt="{{ picture.caption }}">
+</figure>
 {% else %}<p class="note">No pictures in the folder: mrmae visualize draws one.</p>
+{% endfor %}
+<h2>How it was made</h2>
+{% for origin in origins %}
+<section>
+<pre class="command">{{ origin.command or "–" }}</pre>
+<p class="note">{{ origin.machine }}</p>
+<ul class="legend">{% for name in origin.made %}<li>{{ line(name.style) }}{{ name.name }}</li>{% endfor %}</ul>
+</section>
+{% else %}<p class="note">No command is recorded.</p>
 {% endfor %}
 <h2>Configuration</h2>
 {% for config in configs %}
-<details{% if loop.first %} open{% endif %}><summary>{{ config.title }}</summary><pre>{{ config.text }}</pre></details>
+<details{% if configs|length == 1 %} open{% endif %}><summary>{{ config.title }}</summary><pre>{{ config.text }}</pre>
+</details>
 {% else %}<p class="note">No config.yaml in the folder.</p>
 {% endfor %}
 </body>
@@ -78,13 +135,25 @@ img { max-width: 100%; height: auto; } .curves { display: flex; flex-wrap: wrap;
 
 
 @dataclass(frozen=True)
+class Row:
+    """Cells under a table's columns, of which the first names the row; rows of a group stand below its name."""
+
+    cells: Sequence[str]
+    style: LineStyle | None = None  # the line of the run that the row is of
+    group: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of cells under columns; the first column names the row, the others measure it."""
+    """Rows under columns."""
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Row]
     empty: str = ""  # shown if there are no rows
+    note: str = ""
+    folded: bool = False  # only its title is shown before a reader asks for more
+    styles: Sequence[LineStyle | None] = ()  # of the columns, where these are runs
 
 
 @dataclass(frozen=True)
@@ -93,6 +162,32 @@ class Picture:
 
     source: str
     caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Curves of one sort, and what has too few points for a curve."""
+
+    title: str
+    pictures: Sequence[Picture]
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A command, where it ran, and what it made."""
+
+    made: Sequence["Name"]
+    machine: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Name:
+    """A run with its line."""
+
+    name: str
+    style: LineStyle | None
 
 
 @dataclass(frozen=True)
@@ -110,37 +205,21 @@ class Page:
     title: str
     note: str = ""
     tables: Sequence[Table] = ()
-    curves: Sequence[Picture] = ()
+    legend: Sequence[Name] = ()
+    curves: Sequence[Section] = ()
+    curves_note: str = ""
     pictures: Sequence[Picture] = ()
+    origins: Sequence[Origin] = ()
     configs: Sequence[Listing] = ()
 
 
 def render_page(page: Page) -> str:
     """The page as HTML text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["multiply"] = lambda length: f"{3 * length:g}"  # widths of the line, which is 3 wide
     return environment.from_string(_PAGE).render(vars(page))
 
 
 def embed_png(content: bytes, caption: str) -> Picture:
     """A PNG as a part of the page."""
     return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", caption)
-
-
-def embed_curve(metric: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:
-    """One metric by step as SVG, one line for each run (name → rows that hold "step" and the metric)."""
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-    axis = figure.subplots()
-    for name, rows in runs.items():
-        points = [(row["step"], row[metric]) for row in rows if metric in row]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "")
-    axis.set_title(metric, fontsize=10, parse_math=False)
-    axis.set_xlabel("step", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.3)
-    if len(axis.lines) > 1:
-        for text in axis.legend(fontsize=7).get_texts():
-            text.set_parse_math(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return Picture(f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}", metric)

@@ -24,13 +24,17 @@ _MOST_CLASSES = 40  # of a confusion matrix
 _WORTH_A_NUMBER = 0.005  # share of a true class: below, a cell stays without
 
 
-def draw_grid(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: str, names: Sequence[str] = ()) -> Path:
+def draw_grid(
+    path: Path, columns: Mapping[str, Sequence[NDArray[Any]]], title: str, names: Sequence[str] = (), side: float = 1.7
+) -> Path:
     """Write a grid: one titled column for each entry, one row for each of its pictures ([H, W, 3] or [H, W]).
 
-    `names` are written beside the rows.
+    Args:
+        names: written beside the rows.
+        side: of a picture, in inches of 130 dots.
     """
     rows = max(len(pictures) for pictures in columns.values())
-    figure = Figure(figsize=(1.7 * len(columns) + 0.4, 1.7 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(side * len(columns) + 0.4, side * rows + 0.9), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (name, pictures) in enumerate(columns.items()):
@@ -101,15 +105,38 @@ def head_maps(heads: Tensor, grid: tuple[int, int]) -> list[NDArray[np.float32]]
     return [np.concatenate([np.concatenate(row, 1) for row in np.split(m, len(m) // columns)]) for m in maps]
 
 
+def highlight(
+    pictures: Sequence[NDArray[np.float32]], maps: Sequence[NDArray[np.float32]]
+) -> list[NDArray[np.float32]]:
+    """Each photo [H, W, 3], dark where its map [h, w] is low; where the map is high it is bright, with a warm shine.
+
+    Between the middles of cells the map is interpolated: `overlay` shows the cells themselves.
+    """
+    colours = matplotlib.colormaps["inferno"]
+    out = []
+    for picture, heat in zip(pictures, maps, strict=True):
+        share = _stretch(heat, picture.shape[:2], Image.Resampling.BICUBIC).clip(0, 1)
+        light = share[..., None]
+        lit = picture * (0.25 + 0.55 * light) + 0.3 * light * colours(share)[..., :3]
+        out.append(lit.clip(0, 1).astype(np.float32))
+    return out
+
+
+def _stretch(heat: NDArray[np.float32], size: tuple[int, ...], how: Image.Resampling) -> NDArray[np.float32]:
+    """A map [h, w] as shares of its highest values, at a size (H, W).
+
+    Cut at the 98th percentile: one bright cell would leave the others black.
+    """
+    share = np.clip(heat / max(float(np.percentile(heat, 98)), 1e-12), 0, 1).astype(np.float32)
+    return np.asarray(Image.fromarray(share).resize((size[1], size[0]), how))
+
+
 def overlay(pictures: Sequence[NDArray[np.float32]], maps: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
     """Each map [h, w] as colour, cell by cell, over its picture [H, W, 3] in grey; bright where the map is highest."""
     colours = matplotlib.colormaps["inferno"]
     out = []
     for picture, heat in zip(pictures, maps, strict=True):
-        height, width = picture.shape[:2]
-        # Cut at the 98th percentile: one bright cell would leave the others black.
-        share = np.clip(heat / max(float(np.percentile(heat, 98)), 1e-12), 0, 1)
-        cells = np.asarray(Image.fromarray(share.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST))
+        cells = _stretch(heat, picture.shape[:2], Image.Resampling.NEAREST)
         grey = picture.mean(-1, keepdims=True)
         out.append((0.3 * grey + 0.7 * colours(cells)[..., :3]).astype(np.float32))
     return out

@@ -1,4 +1,7 @@
-"""metrics.json in an output folder: the results of evaluations, one entry for each command, written whole."""
+"""metrics.json in an output folder: the results of evaluations, one entry for each command, written whole.
+
+Beside its figures an entry has `made`: when, by which command, on which device and versions (`pipeline.provenance`).
+"""
 
 import json
 import logging
@@ -8,6 +11,7 @@ from typing import Any
 from pipeline.files import write_text
 from pipeline.locks import taking_turns
 from pipeline.processes import processes
+from pipeline.provenance import describe_process
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +31,8 @@ def write_record(folder: Path | None, name: str, metrics: dict[str, Any]) -> Non
             aside = file.with_name("metrics.json.damaged")
             log.warning("%s holds no results: it is kept as %s", file, aside)
             file.replace(aside)
-        write_text(file, json.dumps({**(records or {}), name: metrics}, indent=1) + "\n")
+        entry = {**metrics, "made": describe_process()}
+        write_text(file, json.dumps({**(records or {}), name: entry}, indent=1) + "\n")
 
 
 def read_records(file: Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def fit(task: Task[B], run: Run, plan: StepPlan, optim: OptimConfig) -> dict[str
 
     interruption = Interruption(_STOPPING if run.is_main else "")
     with run, interruption, loop.garbage, float32_products_of(run), loop.progress():
-        tell_start(run, plan, describe_rate(optim, plan.batch_size, loop.schedule))
+        tell_start(run, task, plan, describe_rate(optim, plan.batch_size, loop.schedule))
         if evaluation and run.resumed and due(evaluation.every, run.start_step):
             loop.catch_up(evaluation)
         for step in range(run.start_step, plan.total_steps):

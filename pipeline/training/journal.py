@@ -7,18 +7,15 @@ starts.jsonl    one JSON object a start: when, where, by which command, versions
 import json
 import logging
 import os
-import platform
 import shlex
 import socket
 import sys
 import time
 from collections.abc import Mapping
-from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from pipeline.provenance import describe_process
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +53,9 @@ class Journal:
 
     def record_start(self, facts: Mapping[str, Any]) -> None:
         """Append a line to starts.jsonl: where and how this process was started, and `facts` of the run."""
+        place = {"host": socket.gethostname(), "command": shlex.join(sys.argv), "folder": os.getcwd()}
         with (self._folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**describe_process(), **facts}) + "\n")
+            file.write(json.dumps({**describe_process(), **place, **facts}) + "\n")
 
     def close(self) -> None:
         for name in _PACKAGES:
@@ -100,49 +98,3 @@ def duration(seconds: float) -> str:
 def command(name: str, *words: str) -> str:
     """A command line that a shell takes as it stands."""
     return shlex.join(["mrmae", name, *words])
-
-
-def describe_process() -> dict[str, Any]:
-    """When, where, by which command and on which versions this process runs; JSON-able."""
-    return {
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "command": shlex.join(sys.argv),
-        "folder": os.getcwd(),
-        "commit": _commit(Path(__file__).parents[2]),
-        "versions": {
-            "mrmae": _own_version(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "timm": version("timm"),
-        },
-    }
-
-
-def _own_version() -> str | None:
-    """None where the program runs from a checkout that isn't installed."""
-    try:
-        return version("mrmae")
-    except PackageNotFoundError:
-        return None
-
-
-def _commit(checkout: Path) -> str | None:
-    """The commit that a checkout of git is at; None outside of one. Read from git's files: git may be missing."""
-    try:
-        git = checkout / ".git"
-        if git.is_file():  # a worktree
-            git = checkout / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
-        head = (git / "HEAD").read_text(encoding="utf-8").strip()
-        if not head.startswith("ref: "):
-            return head
-        name = head.removeprefix("ref: ")
-        shared = git / "commondir"
-        common = git / shared.read_text(encoding="utf-8").strip() if shared.exists() else git
-        if (common / name).exists():
-            return (common / name).read_text(encoding="utf-8").strip()
-        packed = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
-        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)
-    except OSError:
-        return None

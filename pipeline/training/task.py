@@ -31,11 +31,13 @@ class Evaluation:
         measure: (unwrapped model in eval mode, step) → metrics.
         every: steps from one measurement to the next; the last step is always measured.
         best: the metric whose highest value is kept as checkpoints/best.
+        images: that it is measured on, for the report's standard errors; None where that says nothing.
     """
 
     measure: Callable[[nn.Module, int], dict[str, float]]
     every: int
     best: str
+    images: int | None = None
 
 
 @dataclass(frozen=True)

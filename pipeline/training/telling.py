@@ -1,7 +1,6 @@
 """What a run tells its user at its start and at its end."""
 
-import torch
-
+from pipeline.provenance import describe_device
 from pipeline.steps import StepPlan
 from pipeline.training.run import Run
 from pipeline.training.task import B, Task
@@ -9,7 +8,7 @@ from pipeline.training.task import B, Task
 _FEW_IMAGES = 256  # a micro-batch on a GPU, below which launches bound a small student's step
 
 
-def tell_start(run: Run, plan: StepPlan, rates: str) -> None:
+def tell_start(run: Run, task: Task[B], plan: StepPlan, rates: str) -> None:
     """Device, precision, steps, learning rates and output, and a line in starts.jsonl.
 
     The time that the run will take is told after ten seconds of steps.
@@ -28,9 +27,8 @@ def tell_start(run: Run, plan: StepPlan, rates: str) -> None:
                 "first_step": run.start_step,
                 "total_steps": plan.total_steps,
                 "batch_size": plan.batch_size,
-                "device": _device(run),
-                "processes": plan.processes,
                 "precision": run.identity["precision"],
+                "evaluated_images": task.evaluation.images if task.evaluation else None,
             }
         )
 
@@ -44,16 +42,10 @@ def tell_end(run: Run, task: Task[B], plan: StepPlan) -> None:
         run.say("next, for instance:", *(f"    {line}" for line in task.next_commands))
 
 
-def _device(run: Run) -> str:
-    if run.device.type == "cuda":
-        return torch.cuda.get_device_name(run.device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def describe_step(run: Run, plan: StepPlan) -> list[str]:
     """What a step is, where it runs, and what would make it faster."""
     lines = [
-        f"device: {_device(run)}; precision: {run.identity['precision']}"
+        f"device: {describe_device(run.device)}; precision: {run.identity['precision']}"
         + (f"; weights and AdamW's state in {run.processes} shares (fsdp)" if run.sharded else ""),
         f"a step: {plan.processes} processes x {plan.accum_iter} micro-batches of {plan.micro_batch}, batch_size="
         f"{plan.batch_size}",

@@ -27,6 +27,7 @@ from pipeline.training.checkpoint import load_checkpoint, resolve_checkpoint
 from stages import export, finetune, predict, report
 from stages.finetune import EvaluateConfig
 from stages.predict import PredictConfig
+from tests.pages import ParsedPage
 from tests.test_pipeline.data.test_readable import write_tar
 from tests.test_stages.conftest import ENCODER, finetune_config
 from tests.test_stages.test_embed import damaged
@@ -195,10 +196,12 @@ def test_each_class_is_scored_as_scikit_learn_does(colours: Path, classifier: Pa
         for label, name in enumerate(names)
     }
     assert list(facts["lowest"].values()) == sorted(facts["lowest"].values())
-    page = Path(report.run(report.ReportConfig(path=tmp_path))["page"]).read_text()
-    assert "<h2>Classes: (here), finetune eval</h2>" in page
-    assert "confusion.png" in page
-    assert "classes (" not in page  # spelt out in the table of evaluations
+    page = ParsedPage(Path(report.run(report.ReportConfig(paths=[tmp_path]))["page"]))
+    table = page.tables[f"{tmp_path.name}, finetune eval: classes"]
+    assert sorted(table.column("classes")) == sorted(classes)
+    assert table.column("top1")[0].partition(" ")[0] == f"{100 * min(recalls):.2f}"
+    assert "confusion.png" in page.pictures
+    assert "classes" not in page.tables["Classification"].column("more")[0]  # they have their table
 
 
 def test_a_confusion_matrix_is_scikit_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -517,6 +517,8 @@ def test_neighbours_are_watched_and_the_best_checkpoint_kept(
     watched = [row for row in rows(tmp_path / "run") if "knn_top1" in row]
     assert [row["step"] for row in watched] == [3, 6, 9]
     assert facts["knn_top1"] == watched[-1]["knn_top1"]
+    start = json.loads((tmp_path / "run/starts.jsonl").read_text())
+    assert start["evaluated_images"] == sum(1 for _ in image_tree.glob("*/*"))
     best = json.loads((tmp_path / "run/checkpoints/best/checkpoint.json").read_text())
     assert best["metrics"]["knn_top1"] == max(row["knn_top1"] for row in watched)
     asked = {"data": labelled, "val": labelled, "student": MICRO, "crop": 1.0, "k": 3}

@@ -25,6 +25,7 @@ from pipeline.segmentation import SegmentationHead
 from stages import report, segment
 from stages.segment import SegmentConfig
 from tests.coco import write_coco
+from tests.pages import ParsedPage
 from tests.test_stages.conftest import TEACHER
 from tests.test_stages.test_processes import forked_ranks
 
@@ -114,11 +115,14 @@ def test_pictures_and_the_report(trained: tuple[SegmentConfig, dict[str, Any]]) 
     config, _ = trained
     segment.run(config, eval_only=True)
     assert np.asarray(Image.open(config.output / "predictions.png")).std() > 10
-    page = Path(report.run(report.ReportConfig(path=config.output))["page"]).read_text()
-    assert "<h2>Segmentation</h2>" in page
-    assert "<h2>Classes: (here), segment</h2>" in page
-    assert "validation, best (step 32)" in page
-    assert "<h2>Evaluations</h2>" not in page
+    page = ParsedPage(Path(report.run(report.ReportConfig(paths=[config.output]))["page"]))
+    table = page.tables["Segmentation"]
+    assert {"validation, last", "segment"} <= set(table.groups)
+    assert table.column("images")[-1] == "4"
+    classes = page.tables[f"{config.output.name}, segment: classes"]
+    assert sorted(classes.column("classes")) == ["background", "blue", "green", "red"]
+    assert all(cell.endswith(" %") for cell in classes.column("IoU"))
+    assert "Classification" not in page.tables
 
 
 def test_label_files_teach_what_cocos_masks_teach(folders: dict[str, Any], tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ def test_from_the_cache_it_learned_from(student_run: Path, colours: Path, tmp_pa
     assert "drawn by attention" in facts["columns"][1]
     with Image.open(facts["picture"]) as picture:
         assert picture.width > 2 * picture.height  # seven columns, two rows
+    with Image.open(facts["attention"]) as picture:
+        assert Path(facts["attention"]) == tmp_path / "a_attention.png"
+        assert picture.width > 3 * 512  # photo, teacher and student, each at full size
+        assert picture.height > 2 * 512
 
 
 def test_a_cross_decoder_completes_all_masked_patches(image_tree: Path, tmp_path: Path) -> None:

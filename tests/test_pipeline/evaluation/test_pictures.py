@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.evaluation.pictures import as_maps, draw_grid, head_maps, overlay, pca_maps
+from pipeline.evaluation.pictures import as_maps, draw_grid, head_maps, highlight, overlay, pca_maps
 
 
 def test_a_colour_means_the_same_feature_in_every_picture() -> None:
@@ -36,6 +36,21 @@ def test_attention_lights_its_own_cells() -> None:
     brightness = lit.sum(-1)
     assert brightness[:4, 4:].min() > 1.5 * brightness[:4, :4].max()
     assert np.ptp(brightness[4:]) < 1e-6
+
+
+def test_a_highlight_keeps_the_photo_and_dims_what_is_not_attended() -> None:
+    """At full size: bright at the attended corner, darker with the distance, the photo's edges everywhere."""
+    photo = np.zeros((64, 64, 3), np.float32)
+    photo[:, ::2] = 0.8  # stripes of a pixel
+    attention = np.zeros((4, 4), np.float32)
+    attention[0, 3] = 1.0
+    (lit,) = highlight([photo], [attention])
+    assert lit.shape == photo.shape
+    brightness = lit.mean(-1)[:, ::2]
+    assert brightness[4, -4] > 2.5 * brightness[-4, 4]
+    assert np.all(np.diff(brightness[8, 16:28]) >= -1e-6)  # no steps between cells
+    assert lit[-4, 4, 0] == np.float32(0.8 * 0.25)
+    assert lit[-4, 5, 0] == 0
 
 
 def test_heads_lie_side_by_side_each_with_its_own_maximum() -> None:

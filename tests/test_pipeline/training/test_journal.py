@@ -13,7 +13,7 @@ import torch
 
 from pipeline.training import journal
 from pipeline.training.interruption import Interruption
-from pipeline.training.journal import Pace, command, describe_process, duration
+from pipeline.training.journal import Pace, command, duration
 from stages import pretrain
 from tests.test_stages.conftest import pretrain_config
 
@@ -49,6 +49,7 @@ def test_a_run_says_what_it_does_and_what_to_do_next(
     assert [start["first_step"] for start in starts] == [0, 2]
     assert starts[0]["versions"]["torch"] == torch.__version__
     assert {"time", "host", "command", "commit", "folder"} <= starts[0].keys()
+    assert starts[0]["evaluated_images"] is None  # nothing is
 
 
 def test_the_log_is_written_without_anybody_listening(image_tree: Path, tmp_path: Path) -> None:
@@ -97,10 +98,3 @@ def test_the_first_signal_is_answered_at_once_and_the_second_ends(capfd: pytest.
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert capfd.readouterr().err == ""
-
-
-def test_the_commit_is_the_checkouts(tmp_path: Path) -> None:
-    root = Path(__file__).parents[3]
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    assert describe_process()["commit"] == (done.stdout.strip() or None)
-    assert journal._commit(tmp_path) is None
