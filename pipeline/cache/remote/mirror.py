@@ -2,7 +2,8 @@
 
 Its folder has the form of the cache itself, so the stores read it as they read any cache. Metadata are cache.json, the
 commit records and the small tables: about 60 bytes a sample. A shard's large files are fetched together. Each gets its
-name when its bytes have been compared with the commit record: a file that is there is whole.
+name when its bytes have been compared with the commit record: a file of the right size is whole. They are not synced to
+the disk, since they can be fetched again. A power failure leaves such a file shorter, and so it is fetched again.
 """
 
 import contextlib
@@ -190,18 +191,22 @@ class Mirror:
                 ThreadPoolExecutor(_THREADS, "metadata") as pool,
             ):
                 if not (self.root / FILE).exists():
-                    self._keep([{FILE: self.header.to_bytes()}])
+                    self._keep([{FILE: self.header.to_bytes()}], pool)
                 shards = range(self.header.shards)
                 absent = [shard for shard in shards if not commit_path(self.root, shard).exists()]
                 for start in range(0, len(absent), _BATCH):
-                    self._keep(list(pool.map(self._metadata, absent[start : start + _BATCH])))
+                    self._keep(list(pool.map(self._metadata, absent[start : start + _BATCH])), pool)
 
-    def _keep(self, batch: Sequence[Mapping[str, bytes]]) -> None:
-        """Write metadata: of each shard the tables, then the commit record."""
+    def _keep(self, batch: Sequence[Mapping[str, bytes]], pool: ThreadPoolExecutor) -> None:
+        """Write metadata, several shards at once, since each file waits for the disk."""
         self._local.add_metadata(self._cache, sum(len(content) for files in batch for content in files.values()))
-        for files in batch:
-            for file, content in files.items():
-                write_file(file_of(self.root, file), [content])
+        for _ in pool.map(self._write, batch):
+            pass
+
+    def _write(self, files: Mapping[str, bytes]) -> None:
+        """Write a shard's tables, then its commit record."""
+        for file, content in files.items():
+            write_file(file_of(self.root, file), [content])
 
     def _metadata(self, shard: int) -> dict[str, bytes]:
         """A shard's tables and its commit record, in this order; nothing where it isn't committed."""
@@ -240,7 +245,13 @@ class Mirror:
         return read_commit(self.root, self.header, shard).files
 
     def _is_whole(self, shard: int) -> bool:
-        return all(file_of(self.root, file).exists() for file in self._large(shard))
+        return all(self._is_there(file, entry) for file, entry in self._large(shard).items())
+
+    def _is_there(self, file: str, entry: FileEntry) -> bool:
+        try:
+            return file_of(self.root, file).stat().st_size == entry.bytes
+        except FileNotFoundError:
+            return False
 
     def _marker(self, shard: int) -> Path:
         return self._local.marker(self._cache, shard, self.size(shard))
@@ -252,7 +263,7 @@ class Mirror:
                 return False
             try:
                 for file, entry in self._large(shard).items():
-                    if not file_of(self.root, file).exists():
+                    if not self._is_there(file, entry):
                         self._twice(shard, file, partial(self._fetch, file, entry))
             except BaseException:
                 remove(marker)
@@ -263,7 +274,7 @@ class Mirror:
         path = file_of(self.root, file)
         remove_dead_partials(path)
         with must_exist("it"), contextlib.closing(self._objects.blocks(file, entry.bytes)) as blocks:
-            write_file(path, blocks, expected=entry)
+            write_file(path, blocks, durable=False, expected=entry)
 
     def _twice(self, shard: int, file: str, fetch: Callable[[], T]) -> T:
         """What `fetch` gives; damage is fetched once more, since it may have come on the way."""

@@ -88,6 +88,19 @@ def test_each_file_is_fetched_once(cache: Path, server: FilesServer, tmp_path: P
     assert len(names) == len(set(names))
 
 
+def test_a_file_that_a_power_failure_cut_is_fetched_again(cache: Path, server: FilesServer, tmp_path: Path) -> None:
+    """Large files are not synced to the disk: their lengths say whether they got there."""
+    mirror = open_mirror(remote(server, tmp_path))
+    assert same(open_cache(remote(server, tmp_path)), open_cache(cache))
+    cut = mirror.root / data_of(mirror, 1)[0]
+    with cut.open("r+b") as file:
+        file.truncate(10)
+    before = len(server.requests)
+    assert same(open_cache(remote(server, tmp_path)), open_cache(cache))
+    fetched = [path for path, _, _ in server.requests[before:] if path != "cache.json"]
+    assert fetched == [cut.relative_to(mirror.root).as_posix()]
+
+
 def test_large_files_come_in_blocks(
     cache: Path, server: FilesServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
