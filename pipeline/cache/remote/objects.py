@@ -25,7 +25,8 @@ from pipeline.errors import CacheDamage, ConfigError, StorageError
 log = logging.getLogger(__name__)
 
 BLOCK = 16 << 20  # bytes that one request reads
-STREAMS = 8  # requests at once
+STREAMS = 8  # requests at once for one file
+SMALL_FILES = 32  # small files that are waited for at once
 _PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
 _SILENCE = 30  # seconds without a byte that end a request
 _CONNECT = 10  # seconds that a connection may take

@@ -6,7 +6,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +23,6 @@ from tests.servers import FilesServer
 from tests.test_pipeline.cache.samples import make_cache, make_header
 
 BIG = 10**9
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "_PAUSES", (0.001,) * 6)
-
-
-@pytest.fixture
-def server(cache: Path) -> Iterator[FilesServer]:
-    with FilesServer(cache).running() as running:
-        yield running
 
 
 def remote(server: FilesServer, tmp_path: Path, limit: int = BIG) -> RemoteCache:

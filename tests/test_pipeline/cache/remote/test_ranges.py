@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,23 +14,12 @@ from pipeline.errors import CacheDamage
 from pipeline.forking import fork
 from tests.forked import exit_code
 from tests.servers import FilesServer, s3_server, upload
+from tests.test_pipeline.cache.remote.test_remote import same
 from tests.test_pipeline.cache.samples import make_cache, make_header
-from tests.test_pipeline.cache.test_remote import same
 
 log = logging.getLogger(__name__)
 
 LARGE = ("tokens/", "scale/", "attention/", "shards/")
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "_PAUSES", (0.001,) * 6)
-
-
-@pytest.fixture
-def server(cache: Path) -> Iterator[FilesServer]:
-    with FilesServer(cache).running() as running:
-        yield running
 
 
 def ranged(server: FilesServer, tmp_path: Path) -> RemoteCache:
