@@ -22,7 +22,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline.errors import ConfigError
-from pipeline.locks import is_alive, taking_turns
+from pipeline.locks import is_alive, taking_turns, unlocked_at_end
 
 PARTIAL = ".partial"
 _FOREIGN = 600.0  # seconds without a write, after which another host's temporary file counts as a dead writer's
@@ -51,7 +51,7 @@ def whole_file(path: Path, *, durable: bool = False, exclusive: bool = False) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, file = _create(path)
     try:
-        with _unlocked_at_end(file):
+        with file, unlocked_at_end(file):
             yield partial
             created = os.fstat(file.fileno())
             if partial.stat().st_ino != created.st_ino:  # safetensors renames its own file, readable by its owner alone
@@ -64,17 +64,6 @@ def whole_file(path: Path, *, durable: bool = False, exclusive: bool = False) ->
                 partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _unlocked_at_end(file: FileIO) -> Iterator[None]:
-    """Close a file, and unlock it first: a process that is forked within the block has it too, and so the lock."""
-    with file:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _name_once(partial: Path, path: Path) -> None:

@@ -16,6 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,27 @@ def taking_turns(path: Path) -> Iterator[None]:
     """Inside, no other process that takes turns at `path` is inside; the lock lies beside it."""
     with FileLock(path.with_name(f".{path.name}.lock"), waits=True):
         yield
+
+
+@contextlib.contextmanager
+def flocked(file: FileIO, kind: int) -> Iterator[None]:
+    """Lock an open file within the block, as `fcntl.flock` does."""
+    fcntl.flock(file, kind)
+    with unlocked_at_end(file):
+        yield
+
+
+@contextlib.contextmanager
+def unlocked_at_end(file: FileIO) -> Iterator[None]:
+    """Unlock a file at the end of the block.
+
+    Closing it would not be enough: a process that is forked within the block has the file too, and so the lock.
+    """
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def is_alive(pid: int) -> bool:

@@ -95,6 +95,11 @@ def _is_set(variable: str) -> bool:
         raise ConfigError(f"{variable}={os.environ[variable]} in the environment is neither true nor false") from error
 
 
+def processes_of_node() -> int:
+    """How many of the processes run on this machine, as their launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def share_of(count: int) -> range:
     """This process's share of `count` samples: every P-th from its rank on, P being the number of processes."""
     state = processes()

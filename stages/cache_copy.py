@@ -25,7 +25,7 @@ from pipeline.cache.budget import readable, require_room
 from pipeline.cache.card import FILE as CARD
 from pipeline.cache.card import card
 from pipeline.cache.remote.copying import Copying, Folder, require_writable
-from pipeline.cache.remote.mirror import read_remote_header
+from pipeline.cache.remote.metadata import read_remote_header
 from pipeline.cache.remote.objects import Objects
 from pipeline.config import Config, LocationField
 from pipeline.errors import CacheDamage, CacheError, ConfigError

@@ -41,7 +41,7 @@ from pipeline.configs.cache import default_local
 from pipeline.data.images import ImageSource, open_images
 from pipeline.errors import ConfigError
 from pipeline.ownership import stage
-from pipeline.processes import processes
+from pipeline.processes import processes, processes_of_node
 from pipeline.progress import Progress
 from pipeline.teachers import NO_ATTENTION
 from stages.configs.extract_teacher_features import CacheOutput, ExtractConfig
@@ -118,12 +118,16 @@ def _open(outputs: Sequence[Output], wanted: CacheOutput, extractor: Extractor, 
 
 
 def _require_room(wanted: CacheOutput, wishes: Sequence[CacheHeader]) -> None:
-    """Refuse before the first byte what the disk can't hold: the caches, or their shards on the way to a URL."""
-    needed, is_local = 0, isinstance(wanted.path, Path)
+    """Refuse before the first byte what the disk can't hold: the caches, or their shards on the way to a URL.
+
+    The latter are those of all processes of this machine.
+    """
+    needed, shards = 0, SHARDS * processes_of_node()
     for wish in wishes:
         quantiser = wish.quantiser.name
         view = estimate_bytes(wish.rows, wish.dim, wish.store, quantiser, math.prod(wish.attention_shape or (0,)))
-        samples = wish.count if is_local else min(wish.count, SHARDS * wish.samples_per_shard)
+        on_the_way = min(wish.count, shards * wish.samples_per_shard)
+        samples = wish.count if isinstance(wanted.path, Path) else on_the_way
         needed += samples * wish.views * view
     require_room(wanted.path if isinstance(wanted.path, Path) else wanted.local or default_local(), needed)
 

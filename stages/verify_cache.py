@@ -44,7 +44,7 @@ from pipeline.cache import (
     verify_remote,
 )
 from pipeline.cache.files import one_line
-from pipeline.cache.remote.mirror import read_remote_header
+from pipeline.cache.remote.metadata import read_remote_header
 from pipeline.cache.remote.objects import Objects
 from pipeline.config import Config, LocationField
 from pipeline.configs.cache import default_local

@@ -37,7 +37,7 @@ from pipeline.cache.remote.ahead import FetchAhead
 from pipeline.cache.remote.folder import LocalFolder
 from pipeline.cache.remote.mirror import Mirror, RemoteCache, open_mirror
 from pipeline.cache.shard_writing import ShardArrays, ShardBuffers, ShardWriting
-from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
+from pipeline.cache.writer import CacheWriter, create_cache, open_writer
 from pipeline.configs.cache import AttentionKind, QuantiserName, StoreName
 
 __all__ = [
@@ -84,5 +84,4 @@ __all__ = [
     "shard_span",
     "verify",
     "verify_remote",
-    "wait_for_cache",
 ]

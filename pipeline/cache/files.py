@@ -36,11 +36,17 @@ class FileEntry(BaseModel):
 
 
 def write_file(
-    path: Path, parts: Iterable[Any], *, exclusive: bool = False, expected: FileEntry | None = None
+    path: Path,
+    parts: Iterable[Any],
+    *,
+    durable: bool = True,
+    exclusive: bool = False,
+    expected: FileEntry | None = None,
 ) -> FileEntry:
-    """Write the concatenated parts (contiguous buffers) to `path` atomically and durably, and measure them.
+    """Write the concatenated parts (contiguous buffers) to `path` atomically, and measure them.
 
-    The caller makes the file's name durable: `sync(folder)`, once for all files of a folder.
+    Where `durable`, the content is on the disk before the file has its name. The caller makes the name durable too:
+    `sync(folder)`, once for all files of a folder.
 
     Raises:
         FileExistsError: with `exclusive`, `path` exists; it stays as it is.
@@ -49,7 +55,7 @@ def write_file(
     """
     hasher, size = xxhash.xxh3_128(), 0
     with (
-        whole_file(path, durable=True, exclusive=exclusive) as partial,
+        whole_file(path, durable=durable, exclusive=exclusive) as partial,
         partial.open("wb", buffering=BLOCK) as file,  # gathers small parts
     ):
         for part in parts:

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -11,15 +12,14 @@ from pipeline.cache.format.commits import FOLDER, Commit, commit_file, committed
 from pipeline.cache.format.header import FILE, CacheHeader, read_header
 from pipeline.cache.format.records import ShardData
 from pipeline.cache.remote.copying import Copying, Folder, require_writable
-from pipeline.cache.remote.objects import Objects
-from pipeline.cache.writer import CacheWriter, create_cache, open_writer, wait_for_cache
+from pipeline.cache.remote.metadata import find_remote_header, read_commit_at
+from pipeline.cache.remote.objects import SMALL_FILES, Objects
+from pipeline.cache.writer import CacheWriter, create_cache, open_writer
 from pipeline.errors import CacheDamage, CacheError
 from pipeline.locks import FileLock
 
 _OUTGOING = "outgoing"
-_NAME = 32  # digits of the fingerprint that name a folder
-_THREADS = 32  # that wait for small files at once
-_PAUSE = 2.0  # seconds between two looks for a cache that another process creates
+_PATIENCE = 3600.0  # seconds that another process may take to create a cache
 
 
 class Output(Protocol):
@@ -38,8 +38,8 @@ class Output(Protocol):
         """Create the cache, unless it is there. Raises CacheError where another one is."""
         ...
 
-    def wait(self) -> CacheHeader:
-        """The header, once another process has created the cache. Raises CacheError after an hour."""
+    def wait(self, timeout: float = _PATIENCE) -> CacheHeader:
+        """The header, once another process has created the cache; `timeout` in seconds. Raises CacheError."""
         ...
 
     def writer(self) -> CacheWriter:
@@ -68,8 +68,8 @@ class LocalOutput:
     def create(self, header: CacheHeader) -> None:
         create_cache(self.place, header)
 
-    def wait(self) -> CacheHeader:
-        return wait_for_cache(self.place)
+    def wait(self, timeout: float = _PATIENCE) -> CacheHeader:
+        return _wait(self, timeout, pause=0.1)
 
     def writer(self) -> CacheWriter:
         return open_writer(self.place)
@@ -83,26 +83,15 @@ class RemoteOutput:
         require_writable(self._objects)
 
     def find(self) -> CacheHeader | None:
-        try:
-            content = self._objects.read_whole(FILE)
-        except FileNotFoundError:
-            return None
-        return CacheHeader.from_bytes(content, f"{self._objects}/{FILE}")
+        return find_remote_header(self._objects)
 
     def create(self, header: CacheHeader) -> None:
         folder = self._folder(header)
         create_cache(folder, header)
         Copying(Folder(folder), self._objects, header, full=False).open_target()
 
-    def wait(self, timeout: float = 3600.0) -> CacheHeader:
-        deadline = time.monotonic() + timeout
-        while (header := self.find()) is None:
-            if time.monotonic() > deadline:
-                raise CacheError(
-                    f"{self._objects}: no {FILE} after {timeout:.0f} s: did the process that creates it fail?"
-                )
-            time.sleep(_PAUSE)
-        return header
+    def wait(self, timeout: float = _PATIENCE) -> CacheHeader:
+        return _wait(self, timeout, pause=2.0)
 
     def writer(self) -> CacheWriter:
         header = self.wait(0)
@@ -110,7 +99,17 @@ class RemoteOutput:
         return RemoteWriter(self._objects, self._folder(header), header)
 
     def _folder(self, header: CacheHeader) -> Path:
-        return self._local / _OUTGOING / header.fingerprint[:_NAME]
+        return self._local / _OUTGOING / header.short_name
+
+
+def _wait(output: Output, timeout: float, pause: float) -> CacheHeader:
+    """Look for a cache every `pause` seconds. Raises CacheError: there is none after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while (header := output.find()) is None:
+        if time.monotonic() > deadline:
+            raise CacheError(f"{output.place}: no {FILE} after {timeout:.0f} s: did the process that creates it fail?")
+        time.sleep(pause)
+    return header
 
 
 class RemoteWriter(CacheWriter):
@@ -141,9 +140,9 @@ class RemoteWriter(CacheWriter):
 
     def commits(self) -> list[Commit]:
         """The commit records at the URL, of other processes' shards too. Raises CacheDamage."""
-        uploaded = Copying(self._objects, Folder(self.path), self.header, full=False)
-        with ThreadPoolExecutor(_THREADS, "commits") as pool:
-            found = pool.map(uploaded.read_commit, shards_named(self._objects.names(FOLDER), self.header))
+        uploaded = shards_named(self._objects.names(FOLDER), self.header)
+        with ThreadPoolExecutor(SMALL_FILES, "commits") as pool:
+            found = pool.map(partial(read_commit_at, self._objects, self.header), uploaded)
             return [content_and_commit[1] for content_and_commit in found if content_and_commit]
 
     def _upload(self, shard: int) -> None:

@@ -1,7 +1,6 @@
 """Creating a cache and writing its shards: atomically, durably, the commit record last."""
 
 import contextlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +61,6 @@ def _refuse_foreign_folder(path: Path, store: Store) -> None:
     foreign = [name for name in names if name not in store.entries | {FOLDER} and PARTIAL not in name]
     if foreign and not (path / FILE).is_file():
         raise CacheError(f"{path} is not empty ({foreign[0]}) and holds no cache; choose another folder")
-
-
-def wait_for_cache(path: Path, timeout: float = 3600.0) -> CacheHeader:
-    """Wait until another process has created the cache at `path`; `timeout` in seconds.
-
-    Raises:
-        CacheError: it didn't.
-    """
-    deadline = time.monotonic() + timeout
-    while not (path / FILE).is_file():
-        if time.monotonic() > deadline:
-            raise CacheError(f"{path}: no cache.json after {timeout:.0f} s: did the process that creates it fail?")
-        time.sleep(0.1)
-    return read_header(path)
 
 
 def open_writer(path: Path) -> "CacheWriter":

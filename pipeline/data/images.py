@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from pipeline.data.listing import Kind, Listing, first_image
 from pipeline.data.listing_index import is_noted_readable, note_readable, open_listing
 from pipeline.data.naming import EXTENSIONS, show_counts
-from pipeline.data.parquet_bytes import Damage
-from pipeline.data.parquet_pages import Page, no_blocks, no_pages, read_value
+from pipeline.data.parquet.encoding import Damage
+from pipeline.data.parquet.pages import Page, no_blocks, no_pages, read_value
 from pipeline.errors import DataError, StorageError
 from pipeline.locations import is_url
 

@@ -28,7 +28,7 @@ from pipeline.data.naming import (
     key_of,
     pack,
 )
-from pipeline.data.parquet_pages import no_blocks, no_pages
+from pipeline.data.parquet.pages import no_blocks, no_pages
 from pipeline.data.tar_content import check_names, read_content
 from pipeline.errors import DataError
 from pipeline.progress import Progress
@@ -56,7 +56,7 @@ class Listing:
     watched: NDArray[np.bytes_]  # [K]
     stamps: NDArray[np.int64]  # [K, 2] bytes (0 for folders) and mtime in ns, as they were before they were listed
     passed_over: dict[str, int]  # why → how many files are there and no image or label
-    pages: NDArray[np.int64] = field(default_factory=no_pages)  # of parquet files, as `parquet_pages.Column` has them
+    pages: NDArray[np.int64] = field(default_factory=no_pages)  # of parquet files, as `parquet.pages.Column` has them
     blocks: NDArray[np.int64] = field(default_factory=no_blocks)
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.listing import Listing, list_folder, list_tars
 from pipeline.data.naming import EXTENSIONS
-from pipeline.data.parquet import list_parquet
+from pipeline.data.parquet.files import list_parquet
 from pipeline.files import whole_file
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 from stages import extract_teacher_features, finetune, pretrain
 from stages.extract_teacher_features import ExtractConfig
 from stages.pretrain import PretrainConfig
+from tests.servers import s3_server
 
 MICRO = {
     "name": "mrmae_vit_tiny_patch16", "image_size": 64, "dim": 48, "depth": 2, "num_heads": 3,
@@ -51,6 +52,13 @@ def pretrain_config(output: Path, **changes: Any) -> PretrainConfig:
         "tensorboard": False,
     }
     return PretrainConfig.model_validate({**keys, **changes})
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The URL of an S3 server with the bucket `bucket`."""
+    with s3_server() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

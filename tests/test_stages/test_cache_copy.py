@@ -19,14 +19,8 @@ from pipeline.cache.remote import copying, objects
 from pipeline.errors import CacheDamage, CacheError, ConfigError
 from stages import cache_copy
 from stages.cache_copy import CacheCopyConfig
-from tests.servers import FilesServer, s3_server
+from tests.servers import FilesServer
 from tests.test_pipeline.cache.samples import STORES, SUMMARIES, make_cache, make_header, make_shard
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
 
 
 @pytest.fixture(params=STORES)

@@ -21,16 +21,10 @@ from pipeline.cache.remote import objects
 from pipeline.configs.cache import CacheInput
 from pipeline.errors import CacheError
 from stages import pretrain
-from tests.servers import FilesServer, s3_server, upload
-from tests.test_pipeline.cache.test_remote import local_bytes
+from tests.servers import FilesServer, upload
+from tests.test_pipeline.cache.remote.test_remote import local_bytes
 from tests.test_stages.conftest import MICRO, pretrain_config
 from tests.test_stages.test_processes import forked_ranks
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
 
 
 def inputs(cache: Path, images: Path, url: str, tmp_path: Path, workers: int, **keys: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Extraction straight into a bucket, and verification there: the cache that a local folder would get, at every stop."""
 
 import json
+import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,8 @@ from pipeline.errors import CacheError, ConfigError, StorageError
 from stages import cache_copy, extract_teacher_features
 from stages.extract_teacher_features import ExtractConfig
 from tests import forked
-from tests.servers import FilesServer, s3_server, upload
+from tests.servers import FilesServer, upload
 from tests.test_stages.conftest import extract_config
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
 
 
 @pytest.fixture
@@ -126,6 +120,24 @@ def test_several_teachers_and_a_range_of_shards(image_tree: Path, url: str, tmp_
     assert (facts["a.shards"], facts["b.shards"]) == ("1 of 3", "1 of 3")
 
 
+def test_the_room_is_that_of_all_processes_of_a_machine(
+    image_tree: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process has two shards of 8 samples on their way; all 24 samples are never counted twice."""
+    needed = list[int]()
+
+    def refuse(path: Path, size: int) -> None:
+        needed.append(size)
+        raise CacheError("no room")
+
+    monkeypatch.setattr(extract_teacher_features, "require_room", refuse)
+    for processes in ("1", "2", "8"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        with pytest.raises(CacheError, match="no room"):
+            extract(image_tree, url, tmp_path)
+    assert [size / needed[0] for size in needed] == [1, 1.5, 1.5]
+
+
 def test_a_url_that_takes_no_files_is_refused(image_tree: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"https://host/clip can't be written to by this command: s3:// and gs:// can"
@@ -140,8 +152,8 @@ def verified(url: str, *words: str) -> dict[str, Any]:
     return report
 
 
-def large(cache: Path, shard: int) -> str:
-    return f"tokens/c.{shard}.1.0.0" if cache.name == "zarr" else f"shards/{shard:06d}-01.tar"
+def large(cache: Path, shard: int, view: int = 1) -> str:
+    return f"tokens/c.{shard}.{view}.0.0" if cache.name == "zarr" else f"shards/{shard:06d}-{view:02d}.tar"
 
 
 @pytest.mark.parametrize("level", ["quick", "full"])
@@ -160,11 +172,32 @@ def test_a_cache_is_verified_behind_its_url(
         assert bool(read) == (level == "full")
         server.fault = lambda path, count: "404" if path == large(cache, 1) else None
         findings = verified(server.url, "--level", level)["findings"]
-        assert [(finding["kind"], finding["shard"]) for finding in findings] == [("file", 1)]
-        assert "is missing" in findings[0]["message"]
+        assert {(finding["kind"], finding["shard"]) for finding in findings} == {("file", 1)}
+        assert all("is missing" in finding["message"] for finding in findings)
         server.fault = lambda path, count: "404" if path == "commits/000002.json" else None
         assert [finding["kind"] for finding in verified(server.url, "--level", level)["findings"]] == ["missing"]
     assert not list((tmp_path / "mrmae").iterdir())
+
+
+def test_every_damage_behind_a_url_is_that_of_the_local_cache(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file flipped, one too long and one gone, two of them in one shard; a sound shard is read once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    damaged = Path(shutil.copytree(cache, tmp_path / "damaged"))
+    flipped = damaged / large(cache, 1)
+    content = bytearray(flipped.read_bytes())
+    content[1000] ^= 1
+    flipped.write_bytes(content)
+    with (damaged / large(cache, 1, view=0)).open("ab") as file:
+        file.write(b"more")
+    (damaged / large(cache, 2)).unlink()
+    with FilesServer(damaged).running() as server:
+        findings, local = verified(server.url)["findings"], verified(str(damaged))["findings"]
+        paths = [path for path, _, _ in server.requests]
+    assert sorted(finding["message"] for finding in findings) == sorted(finding["message"] for finding in local)
+    assert {large(cache, 1), large(cache, 1, view=0), large(cache, 2)} <= {finding["file"] for finding in findings}
+    assert (paths.count(large(cache, 0)), paths.count(large(cache, 1))) == (1, 2)
 
 
 @pytest.mark.parametrize("cache", ["webdataset"], indirect=True)
@@ -176,7 +209,9 @@ def test_damage_behind_a_url_is_a_finding(
     with FilesServer(cache).running() as server:
         server.fault = lambda path, count: fault if path == large(cache, 2) else None
         findings = verified(server.url)["findings"]
-        assert [(finding["kind"], finding["shard"]) for finding in findings] == [("file", 2)]
+        assert {finding["shard"] for finding in findings} == {2}
+        problem = "doesn't arrive whole: it ends at byte" if fault == "truncate" else "is not what was written"
+        assert f"shard 2: {large(cache, 2)} {problem}" in findings[0]["message"]
         server.fault = lambda path, count: fault if path == "commits/000001.json" else None
         assert [finding["shard"] for finding in verified(server.url)["findings"]] == [1]
         # On the way alone: looked at once more.

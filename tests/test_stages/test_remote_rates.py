@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,11 @@ import pytest
 from pipeline.cache import CacheReader, FetchAhead, LocalFolder, RemoteCache, open_cache, open_mirror
 from pipeline.data.order import EpochOrder
 from stages import cache_copy
-from tests.servers import s3_server, upload
+from tests.servers import upload
 from tests.test_pipeline.cache.samples import STORES, make_cache, make_header
 
 log = logging.getLogger(__name__)
 ROUNDS = 5
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
 
 
 def read_epoch(reader: CacheReader, order: EpochOrder, epoch: int) -> float:

@@ -1,23 +1,20 @@
-"""Verification of a cache behind a URL: each shard is copied into a scratch folder, checked there and removed."""
+"""Verification of a cache behind a URL: each shard is fetched into a scratch folder, checked there and removed."""
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.cache.check.report import Report
 from pipeline.cache.check.verify import Level, Source, Verifier, check_all
-from pipeline.cache.files import file_of
+from pipeline.cache.files import FileEntry, file_of, must_exist, one_line, write_file
 from pipeline.cache.format.commits import commit_file
 from pipeline.cache.format.header import FILE, CacheHeader
-from pipeline.cache.remote.copying import Copying, Folder
-from pipeline.cache.remote.mirror import read_remote_header
-from pipeline.cache.remote.objects import Objects
+from pipeline.cache.remote.metadata import read_commit_at, read_remote_header
+from pipeline.cache.remote.objects import SMALL_FILES, Objects
 from pipeline.cache.writer import create_cache
 from pipeline.errors import CacheDamage
-
-_THREADS = 32  # that wait for small files at once
 
 
 def verify_remote(
@@ -57,11 +54,12 @@ class _RemoteVerifier(Verifier):
     def __init__(self, objects: Objects, scratch: Path, header: CacheHeader, source: Source | None, full: bool) -> None:
         super().__init__(scratch, header, source, full)
         create_cache(scratch, header)
-        self._objects, self._scratch = objects, Folder(scratch)
-        self._copying = Copying(objects, self._scratch, header, full=False)
+        self._objects = objects
+        self._measured: dict[str, FileEntry] = {}  # large files of shards that are being checked
+        self._cut: dict[str, str] = {}  # those of them that ended early, and how
 
     def committed(self) -> list[int]:
-        with ThreadPoolExecutor(_THREADS, "commits") as pool:
+        with ThreadPoolExecutor(SMALL_FILES, "commits") as pool:
             committed = pool.map(self._has_commit, range(self.header.shards))
         return [shard for shard, is_committed in enumerate(committed) if is_committed]
 
@@ -74,45 +72,63 @@ class _RemoteVerifier(Verifier):
         """Nothing: web servers give no list of their files."""
 
     def check_shard(self, shard: int) -> Report:
-        try:
-            if self.full:
-                self._copy(shard)
-            else:
-                for file in [commit_file(shard), *self.store.derived(shard)]:
-                    self._fetch(file)
-            return super().check_shard(shard)
-        except CacheDamage as error:
-            report = Report(path=self._objects.url, level="")
-            report.add("file", f"shard {shard}: {error}", shard=shard)
-            return report
-        finally:
-            for file in [commit_file(shard), *self.store.files(shard), *self.store.derived(shard)]:
-                file_of(self.path, file).unlink(missing_ok=True)
+        """As its base. A damaged shard is looked at once more, since the damage may have come on the way."""
+        report = self._check_once(shard)
+        return report if report.sound else self._check_once(shard)
 
     def problem_of(self, file: str, size: int) -> str | None:
         if self.full:
-            return super().problem_of(file, size)
+            return self._cut.get(file) or super().problem_of(file, size)
         found = self._objects.size(file)
         if found is None:
             return "is missing"
         return None if found == size else f"has {found} bytes instead of {size}"
 
+    def measure(self, file: str) -> FileEntry:
+        """As its base; it was measured as it arrived."""
+        return self._measured[file]
+
+    def _check_once(self, shard: int) -> Report:
+        small, large = [commit_file(shard), *self.store.derived(shard)], self.store.files(shard)
+        try:
+            for file in small:
+                self._fetch(file)
+            for file in large if self.full else ():
+                self._fetch_large(file)
+            return super().check_shard(shard)
+        finally:
+            for file in small + large:
+                file_of(self.path, file).unlink(missing_ok=True)
+                self._measured.pop(file, None)
+                self._cut.pop(file, None)
+
     def _has_commit(self, shard: int) -> bool:
         try:
-            return self._copying.read_commit(shard) is not None
+            return read_commit_at(self._objects, self.header, shard) is not None
         except CacheDamage:
             return True  # `check_shard` says so
 
-    def _copy(self, shard: int) -> None:
-        """Copy a shard; damage is looked at once more, since it may have come on the way. Raises CacheDamage."""
-        with contextlib.suppress(CacheDamage):
-            self._copying.copy(shard)
-            return
-        self._copying.copy(shard)
-
     def _fetch(self, file: str) -> None:
         """A small file as it is at the URL; none where there is none."""
+        path = file_of(self.path, file)
         try:
-            self._scratch.write(file, self._objects.read_whole(file))
+            content = self._objects.read_whole(file)
         except FileNotFoundError:
-            file_of(self.path, file).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            return
+        with one_line(f"{path} can't be written"):
+            write_file(path, [content], durable=False)
+
+    def _fetch_large(self, file: str) -> None:
+        """A large file as it is at the URL, or as much of it as arrives; none where there is none."""
+        path, size = file_of(self.path, file), self._objects.size(file)
+        if size is not None:
+            with one_line(f"{path} can't be written"):
+                self._measured[file] = write_file(path, self._arriving(file, size), durable=False)
+
+    def _arriving(self, file: str, size: int) -> Iterator[bytes]:
+        try:
+            with must_exist(file), contextlib.closing(self._objects.blocks(file, size)) as blocks:
+                yield from blocks
+        except CacheDamage as error:
+            self._cut[file] = f"doesn't arrive whole: {error}"

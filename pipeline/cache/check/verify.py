@@ -252,12 +252,16 @@ class Verifier:
                 report.merge(part)
             report.merge(hashing.result())
 
+    def measure(self, file: str) -> FileEntry:
+        """A file's length and hash. Raises CacheDamage: it is missing, or no regular file."""
+        return hash_file(file_of(self.path, file))
+
     def _check_hashes(self, shard: int, files: Mapping[str, FileEntry]) -> Report:
         report = Report(path=str(self.path), level="")
         for file, entry in files.items():
             problem = "is not what was written (its xxh3-128 differs)"
             try:
-                if hash_file(file_of(self.path, file)) == entry:
+                if self.measure(file) == entry:
                     continue
             except CacheDamage as error:
                 problem = f"can't be checked: {error}"

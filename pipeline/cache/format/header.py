@@ -191,6 +191,11 @@ class CacheHeader(_Section):
         """sha256 (hex) of the canonical JSON of every other field."""
         return hashlib.sha256(canonical(self._fields())).hexdigest()
 
+    @property
+    def short_name(self) -> str:
+        """What a folder of this cache's files is called beside those of other caches."""
+        return self.fingerprint[:32]
+
     def _fields(self) -> dict[str, Any]:
         absent = {"summary"} if self.summary is None else set()
         return self.model_dump(mode="python", by_alias=True, exclude=absent)

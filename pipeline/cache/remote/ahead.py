@@ -4,7 +4,8 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import product
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import NoReturn
@@ -71,14 +72,15 @@ def _fetch(socket: Connection, mirrors: Sequence[Mirror]) -> NoReturn:
     while True:
         for mirror in mirrors:
             mirror.touch(wanted)
-        complete = True
-        for start in range(0, len(wanted), _AT_ONCE):
+        finished, under_way = set[Future[bool]](), set[Future[bool]]()
+        for shard, mirror in product(wanted, mirrors):
+            if len(under_way) == _AT_ONCE:
+                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                finished |= done
             if socket.poll():
                 break
-            group = wanted[start : start + _AT_ONCE]
-            tasks = [pool.submit(_is_done, mirror, shard, wanted, failed) for shard in group for mirror in mirrors]
-            results = [task.result() for task in tasks]
-            complete = complete and all(results)
+            under_way.add(pool.submit(_is_done, mirror, shard, wanted, failed))
+        complete = all(task.result() for task in finished | under_way)
         if socket.poll(None if complete else _PAUSE):
             wanted = socket.recv()
 

@@ -21,8 +21,9 @@ from pipeline.cache.files import (
     read_whole,
     write_file,
 )
-from pipeline.cache.format.commits import Commit, commit_file, parse_commit
+from pipeline.cache.format.commits import Commit, commit_file
 from pipeline.cache.format.header import FILE, CacheHeader
+from pipeline.cache.remote.metadata import read_commit_at
 from pipeline.cache.remote.objects import Objects
 from pipeline.cache.stores import store_of
 from pipeline.errors import CacheDamage, CacheError, ConfigError
@@ -109,16 +110,6 @@ class Copying:
             if self._target.size(file) != len(expected) or self._target.read_whole(file) != expected:
                 self._target.write(file, expected)
 
-    def read_commit(self, shard: int) -> tuple[bytes, Commit] | None:
-        """The source's commit record; None where the shard isn't committed. Raises CacheDamage."""
-        try:
-            content = self._source.read_whole(commit_file(shard))
-            return content, parse_commit(content, self._header, shard)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise CacheDamage(f"{commit_file(shard)}: {error}") from error
-
     def copy(self, shard: int, dry: bool = False) -> tuple[int, Commit] | None:
         """Copy what the target lacks of a shard; returns the bytes, and its commit record.
 
@@ -127,7 +118,7 @@ class Copying:
         Raises:
             CacheDamage: the source, or what arrived, is not what the commit record states.
         """
-        found = self.read_commit(shard)
+        found = read_commit_at(self._source, self._header, shard)
         if found is None:
             return None
         content, commit = found

@@ -19,6 +19,7 @@ from pipeline.cache.budget import readable
 from pipeline.cache.files import file_of
 from pipeline.errors import CacheError
 from pipeline.files import write_text
+from pipeline.locks import flocked
 
 _RESIDENT = "resident"
 _METADATA = "metadata"  # the marker of what is never removed
@@ -101,19 +102,6 @@ class LocalFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with FileIO(self.path / "lock", "ab") as file, flocked(file, fcntl.LOCK_EX):
             yield
-
-
-@contextlib.contextmanager
-def flocked(file: FileIO, kind: int) -> Iterator[None]:
-    """Lock an open file within the block, as `fcntl.flock` does.
-
-    Closing it would not be enough: a process that is forked within the block has the file too, and so the lock.
-    """
-    fcntl.flock(file, kind)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager

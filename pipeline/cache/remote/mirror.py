@@ -2,7 +2,8 @@
 
 Its folder has the form of the cache itself, so the stores read it as they read any cache. Metadata are cache.json, the
 commit records and the small tables: about 60 bytes a sample. A shard's large files are fetched together. Each gets its
-name when its bytes have been compared with the commit record: a file that is there is whole.
+name when its bytes have been compared with the commit record: a file of the right size is whole. They are not synced to
+the disk, since they can be fetched again. A power failure leaves such a file shorter, and so it is fetched again.
 """
 
 import contextlib
@@ -29,21 +30,21 @@ from pipeline.cache.files import (
     one_line,
     write_file,
 )
-from pipeline.cache.format.commits import Commit, commit_file, commit_path, parse_commit, read_commit
+from pipeline.cache.format.commits import Commit, commit_file, commit_path, read_commit
 from pipeline.cache.format.header import FILE, CacheHeader
 from pipeline.cache.format.records import RecordFile
-from pipeline.cache.remote.folder import LocalFolder, flocked, holding, remove, touch
-from pipeline.cache.remote.objects import Objects
+from pipeline.cache.remote.folder import LocalFolder, holding, remove, touch
+from pipeline.cache.remote.metadata import read_commit_at, read_remote_header
+from pipeline.cache.remote.objects import SMALL_FILES, Objects
 from pipeline.cache.remote.ranges import RangedFile, Ranges
 from pipeline.cache.stores import store_of
 from pipeline.errors import CacheDamage, CacheError
 from pipeline.files import remove_dead_partials
+from pipeline.locks import flocked
 
 log = logging.getLogger(__name__)
 
-_THREADS = 32  # that wait for small files at once
 _BATCH = 256  # shards whose metadata are in memory at once
-_NAME = 32  # digits of the fingerprint that name the folder
 
 T = TypeVar("T")
 
@@ -64,19 +65,6 @@ class RemoteCache:
         return self.url
 
 
-def read_remote_header(objects: Objects) -> CacheHeader:
-    """The header of a remote cache.
-
-    Raises:
-        CacheError: no cache there. CacheDamage: edited or damaged. StorageError: the server fails.
-    """
-    try:
-        content = objects.read_whole(FILE)
-    except FileNotFoundError as error:
-        raise CacheError(f"{objects.url}: no cache.json: give the folder that `mrmae cache-copy` wrote") from error
-    return CacheHeader.from_bytes(content, f"{objects.url}/{FILE}")
-
-
 def open_mirror(remote: RemoteCache) -> "Mirror":
     """The local copy of a remote cache, with the metadata of all shards that are committed by now; errors as above."""
     mirror = Mirror(remote, read_remote_header(Objects(remote.url)))
@@ -94,7 +82,7 @@ class Mirror:
     def __init__(self, remote: RemoteCache, header: CacheHeader) -> None:
         self.remote, self.header, self._local = remote, header, remote.local
         # Whole shards and single records keep books of their own: one must not clear away what the other counts on.
-        self._cache = header.fingerprint[:_NAME] + ("-range" if remote.by_range else "")
+        self._cache = header.short_name + ("-range" if remote.by_range else "")
         self.root = remote.local.path / self._cache
         self._objects, self._store = Objects(remote.url), store_of(self.root, header)
         self._ranges = Ranges(self._objects)
@@ -187,40 +175,34 @@ class Mirror:
             with (
                 FileIO(self.root / "lock", "ab") as lock,
                 flocked(lock, fcntl.LOCK_EX),
-                ThreadPoolExecutor(_THREADS, "metadata") as pool,
+                ThreadPoolExecutor(SMALL_FILES, "metadata") as pool,
             ):
                 if not (self.root / FILE).exists():
-                    self._keep([{FILE: self.header.to_bytes()}])
+                    self._keep([{FILE: self.header.to_bytes()}], pool)
                 shards = range(self.header.shards)
                 absent = [shard for shard in shards if not commit_path(self.root, shard).exists()]
                 for start in range(0, len(absent), _BATCH):
-                    self._keep(list(pool.map(self._metadata, absent[start : start + _BATCH])))
+                    self._keep(list(pool.map(self._metadata, absent[start : start + _BATCH])), pool)
 
-    def _keep(self, batch: Sequence[Mapping[str, bytes]]) -> None:
-        """Write metadata: of each shard the tables, then the commit record."""
+    def _keep(self, batch: Sequence[Mapping[str, bytes]], pool: ThreadPoolExecutor) -> None:
+        """Write metadata, several shards at once, since each file waits for the disk."""
         self._local.add_metadata(self._cache, sum(len(content) for files in batch for content in files.values()))
-        for files in batch:
-            for file, content in files.items():
-                write_file(file_of(self.root, file), [content])
+        for _ in pool.map(self._write, batch):
+            pass
+
+    def _write(self, files: Mapping[str, bytes]) -> None:
+        """Write a shard's tables, then its commit record."""
+        for file, content in files.items():
+            write_file(file_of(self.root, file), [content])
 
     def _metadata(self, shard: int) -> dict[str, bytes]:
         """A shard's tables and its commit record, in this order; nothing where it isn't committed."""
-        file = commit_file(shard)
-        try:
-            content = self._twice(shard, file, partial(self._commit, shard))
-        except FileNotFoundError:
+        file, names = commit_file(shard), self._store.tables(shard)
+        found = self._twice(shard, file, partial(read_commit_at, self._objects, self.header, shard))
+        if found is None:
             return {}
-        commit = parse_commit(content, self.header, shard)
-        names = self._store.tables(shard)
+        content, commit = found
         return {name: self._twice(shard, name, partial(self._table, name, commit)) for name in names} | {file: content}
-
-    def _commit(self, shard: int) -> bytes:
-        content = self._objects.read_whole(commit_file(shard))
-        try:
-            parse_commit(content, self.header, shard)
-        except ValueError as error:
-            raise CacheDamage(str(error)) from error
-        return content
 
     def _table(self, name: str, commit: Commit) -> bytes:
         """A table, compared with the commit record; one that no commit record states ends in its own checksum."""
@@ -240,7 +222,13 @@ class Mirror:
         return read_commit(self.root, self.header, shard).files
 
     def _is_whole(self, shard: int) -> bool:
-        return all(file_of(self.root, file).exists() for file in self._large(shard))
+        return all(self._is_there(file, entry) for file, entry in self._large(shard).items())
+
+    def _is_there(self, file: str, entry: FileEntry) -> bool:
+        try:
+            return file_of(self.root, file).stat().st_size == entry.bytes
+        except FileNotFoundError:
+            return False
 
     def _marker(self, shard: int) -> Path:
         return self._local.marker(self._cache, shard, self.size(shard))
@@ -252,7 +240,7 @@ class Mirror:
                 return False
             try:
                 for file, entry in self._large(shard).items():
-                    if not file_of(self.root, file).exists():
+                    if not self._is_there(file, entry):
                         self._twice(shard, file, partial(self._fetch, file, entry))
             except BaseException:
                 remove(marker)
@@ -263,7 +251,7 @@ class Mirror:
         path = file_of(self.root, file)
         remove_dead_partials(path)
         with must_exist("it"), contextlib.closing(self._objects.blocks(file, entry.bytes)) as blocks:
-            write_file(path, blocks, expected=entry)
+            write_file(path, blocks, durable=False, expected=entry)
 
     def _twice(self, shard: int, file: str, fetch: Callable[[], T]) -> T:
         """What `fetch` gives; damage is fetched once more, since it may have come on the way."""

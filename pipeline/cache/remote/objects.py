@@ -25,7 +25,8 @@ from pipeline.errors import CacheDamage, ConfigError, StorageError
 log = logging.getLogger(__name__)
 
 BLOCK = 16 << 20  # bytes that one request reads
-STREAMS = 8  # requests at once
+STREAMS = 8  # requests at once for one file
+SMALL_FILES = 32  # small files that are waited for at once
 _PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
 _SILENCE = 30  # seconds without a byte that end a request
 _CONNECT = 10  # seconds that a connection may take
@@ -174,11 +175,17 @@ def _options(scheme: str) -> dict[str, Any]:
     if scheme == "s3":
         # With a concurrency of its own it would ask for a file's size before it reads it.
         return {"config_kwargs": {"connect_timeout": _CONNECT, "read_timeout": _SILENCE}, "max_concurrency": 1}
-    if scheme in ("http", "https"):
+    if scheme in ("http", "https", "gs"):
         from aiohttp import ClientTimeout
 
         timeout = ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=_SILENCE)
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+        session = {"timeout": timeout, "trust_env": True}
+        if scheme != "gs":
+            return {"client_kwargs": session}
+        # gcsfs reads it when it is imported. Else it asks by gRPC, which is not safe after a fork, for a bucket's kind,
+        # and asks again with each request where it gets no answer.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        return {"session_kwargs": session}
     return {}
 
 

@@ -24,9 +24,9 @@ from pipeline.cache import (
     match_header,
     open_cache,
     open_writer,
+    output_at,
     read_header,
     verify,
-    wait_for_cache,
 )
 from pipeline.cache import files as cache_files
 from pipeline.cache.format.header import canonical
@@ -319,12 +319,12 @@ def test_of_racing_processes_one_creates(tmp_path: Path, store: str) -> None:
     for racer in racers:
         racer.join()
     assert sorted(created) == [False] * 5 + [True]
-    assert wait_for_cache(tmp_path / "cache", timeout=1) == make_header(store)
+    assert output_at(tmp_path / "cache", tmp_path).wait(timeout=1) == make_header(store)
 
 
 def test_waiting_ends(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"no cache.json after 0 s"):
-        wait_for_cache(tmp_path, timeout=0.2)
+        output_at(tmp_path, tmp_path).wait(timeout=0.2)
 
 
 def test_no_cache_is_one_clear_line(tmp_path: Path) -> None:

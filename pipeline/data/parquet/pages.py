@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.parquet_bytes import BLOCK, NO_HEADER, Compact, Damage, runs_of, snappy_blocks, varint_bytes
+from pipeline.data.parquet.encoding import BLOCK, NO_HEADER, Compact, Damage, runs_of, snappy_blocks, varint_bytes
 
 CODECS = ("UNCOMPRESSED", "SNAPPY", "ZSTD", "GZIP", "BROTLI")
 _SNAPPY = CODECS.index("SNAPPY")
@@ -25,8 +25,8 @@ _WINDOW, _LARGEST_HEADER = 4096, 64 << 20  # bytes that a page's header may take
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3  # types of pages
 _PLAIN, _INDEXED = 0, (2, 8)  # encodings
 
-# What a page that isn't what was written may lead to.
-_DAMAGES = (LookupError, ValueError, TypeError, ArithmeticError, RecursionError, struct.error)
+# What a page or a footer that isn't what was written may lead to.
+DAMAGES = (LookupError, ValueError, TypeError, ArithmeticError, RecursionError, struct.error)
 _WITHOUT_BYTES = (
     "a row has no image bytes, but a path at most: write it again with the images in it, as push_to_hub of the library "
     "datasets does"
@@ -89,7 +89,7 @@ def walk_column(chunk: Chunk) -> Column:
         raise Damage(f"compression {chunk.codec} is not read: write it again with SNAPPY")
     try:
         column = _walk(chunk)
-    except _DAMAGES as error:
+    except DAMAGES as error:
         raise Damage(f"a page is damaged ({type(error).__name__})") from error
     if len(column.values) != chunk.rows:
         raise Damage(f"a row group has {len(column.values)} images in {chunk.rows} rows")
@@ -100,7 +100,7 @@ def _walk(chunk: Chunk) -> Column:
     pages, blocks, values = list[Page](), list[int](), list[NDArray[np.int64]]()
     dictionary: NDArray[np.int64] | None = None
     for page, header, kind in _pages(chunk):
-        stored = _pread(chunk.descriptor, page.start, page.compressed)
+        stored = pread(chunk.descriptor, page.start, page.compressed)
         content = stored if CODECS[page.codec] == "UNCOMPRESSED" else _decompress(stored, page.size, page.codec)
         if kind == _DICTIONARY:
             dictionary = _plain(content, 0, header[1], len(pages))
@@ -143,10 +143,11 @@ def _whole_page(path: str, page: Page) -> bytes:
 
 def _read(path: str, start: int, length: int) -> bytes:
     with open(path, "rb", buffering=0) as file:
-        return _pread(file.fileno(), start, length)
+        return pread(file.fileno(), start, length)
 
 
-def _pread(descriptor: int, start: int, length: int, exact: bool = True) -> bytes:
+def pread(descriptor: int, start: int, length: int, exact: bool = True) -> bytes:
+    """Bytes of an open file from `start` on. Raises Damage: it ends before, where they must be `exact`."""
     data = os.pread(descriptor, length, start)
     while len(data) < length and (more := os.pread(descriptor, length - len(data), start + len(data))):
         data += more
@@ -189,7 +190,7 @@ def _pages(chunk: Chunk) -> Iterator[tuple[Page, dict[int, Any], int]]:
 def _header(chunk: Chunk, at: int) -> tuple[dict[int, Any], int]:
     """The header of the page at a byte of the file, and where it ends. It may hold whole images, as statistics."""
     for window in (_WINDOW, _LARGEST_HEADER):
-        reader = Compact(_pread(chunk.descriptor, at, min(window, chunk.start + chunk.size - at), exact=False))
+        reader = Compact(pread(chunk.descriptor, at, min(window, chunk.start + chunk.size - at), exact=False))
         try:
             return reader.struct(), at + reader.at
         except Damage:

@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 
 from pipeline.data.listing import Listing, spread
 from pipeline.data.naming import join, pack
-from pipeline.data.parquet_bytes import Damage
-from pipeline.data.parquet_pages import Chunk, Column, no_blocks, no_pages, walk_column
+from pipeline.data.parquet.encoding import Compact, Damage
+from pipeline.data.parquet.pages import DAMAGES, Chunk, Column, no_blocks, no_pages, pread, walk_column
 from pipeline.data.tar_content import check_names
 from pipeline.errors import DataError
+
+# The numbers of fields in a footer: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
+_GROUPS = 4  # of FileMetaData
+_COLUMNS, _ROWS = 1, 3  # of RowGroup
+_FACTS = 3  # of ColumnChunk
+_CODEC, _COMPRESSED, _DATA_OFFSET, _DICTIONARY_OFFSET = 4, 7, 9, 11  # of ColumnMetaData
+_CODECS = dict(enumerate(("UNCOMPRESSED", "SNAPPY", "GZIP", "LZO", "BROTLI", "LZ4", "ZSTD", "LZ4_RAW")))
+_FOOTER_END = 8  # bytes behind a footer: its length, and the magic number
 
 
 class _Columns(NamedTuple):
@@ -97,10 +105,13 @@ def _list_file(path: str) -> _File:
             facts = os.fstat(opened.fileno())
             columns = _columns(file.schema_arrow)
             parts = [walk_column(chunk) for chunk in _chunks(file, columns.image, opened.fileno())]
-            labels, text_class = _labels(file, columns.label, os.path.basename(path))
-            keys = _keys(file, columns.path, os.path.basename(path))
-    except (OSError, Damage, pyarrow.ArrowException) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+            rows = sum(len(part.values) for part in parts)
+            labels, text_class = _labels(file, columns.label, os.path.basename(path), rows)
+            keys = _keys(file, columns.path, os.path.basename(path), rows)
+    except (OSError, Damage, pyarrow.ArrowException, *DAMAGES) as error:
+        reason = "its footer is damaged"
+        if isinstance(error, OSError | Damage | pyarrow.ArrowException):
+            reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         raise DataError(f"data.path: {path} is not a parquet file of images that can be read: {reason}") from error
     nothing = Column(no_pages(), no_blocks(), np.empty((0, 3), np.int64))
     column = _one_column([nothing, *parts], [0] * (1 + len(parts)))
@@ -148,35 +159,48 @@ def _chunks(file: Any, column: str, descriptor: int) -> list[Chunk]:
     if described.max_repetition_level or described.physical_type != "BYTE_ARRAY":
         raise Damage(f"column {column} is {described.physical_type}, and no bytes of one image a row")
     chunks = []
-    for group in range(file.num_row_groups):
-        facts = file.metadata.row_group(group).column(number)
-        start = min(place for place in (facts.dictionary_page_offset, facts.data_page_offset) if place)
-        rows = file.metadata.row_group(group).num_rows
-        codec = facts.compression
-        chunks.append(
-            Chunk(descriptor, start, facts.total_compressed_size, codec, rows, described.max_definition_level)
-        )
+    for group in _footer(descriptor)[_GROUPS]:
+        facts = group[_COLUMNS][number][_FACTS]
+        start = min(facts[field] for field in (_DICTIONARY_OFFSET, _DATA_OFFSET) if facts.get(field))
+        codec, size = _CODECS[facts[_CODEC]], facts[_COMPRESSED]
+        chunks.append(Chunk(descriptor, start, size, codec, group[_ROWS], described.max_definition_level))
     return chunks
 
 
-def _labels(file: Any, column: str, name: str) -> tuple[NDArray[np.int64], str]:
+def _footer(descriptor: int) -> dict[int, Any]:
+    """What an open file says of itself, by the numbers of its fields.
+
+    pyarrow has read it too. But where a codec or statistics are damaged, its accessors end the process.
+    """
+    end = os.fstat(descriptor).st_size - _FOOTER_END
+    length = int.from_bytes(pread(descriptor, end, 4), "little")
+    return Compact(pread(descriptor, end - length, length)).struct()
+
+
+def _labels(file: Any, column: str, name: str, rows: int) -> tuple[NDArray[np.int64], str]:
     """The class of each row, -1 without one; and where a class is text, in words."""
     import pyarrow
 
-    rows = file.metadata.num_rows
     if not column:
         return np.full(rows, -1, np.int64), ""
-    values = file.read(columns=[column], use_threads=False).column(column)
+    values = _read_column(file, column, rows).column(column)
     if pyarrow.types.is_integer(values.type):
         return values.cast(pyarrow.int64()).fill_null(-1).to_numpy(), ""
     return np.full(rows, -1, np.int64), f"column {column} of {name}"
 
 
-def _keys(file: Any, column: str, name: str) -> NDArray[np.bytes_]:
-    rows = file.metadata.num_rows
+def _keys(file: Any, column: str, name: str, rows: int) -> NDArray[np.bytes_]:
     if not column:
         return pack([os.fsencode(f"{name}/{row}") for row in range(rows)])
     image, _, child = column.rpartition(".")
-    paths = file.read(columns=[column], use_threads=False).column(image).combine_chunks().field(child).to_pylist()
+    paths = _read_column(file, column, rows).column(image).combine_chunks().field(child).to_pylist()
     bases = [posixpath.basename(path or "").replace("\0", "") for path in paths]
     return pack([os.fsencode(f"{name}/{row}" + (f"/{base}" if base else "")) for row, base in enumerate(bases)])
+
+
+def _read_column(file: Any, column: str, rows: int) -> Any:
+    """A table of one column. Raises Damage: it has another number of rows."""
+    table = file.read(columns=[column], use_threads=False)
+    if len(table) != rows:
+        raise Damage(f"it has {rows} images, and {len(table)} rows of column {column}")
+    return table

@@ -6,7 +6,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +23,6 @@ from tests.servers import FilesServer
 from tests.test_pipeline.cache.samples import make_cache, make_header
 
 BIG = 10**9
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "_PAUSES", (0.001,) * 6)
-
-
-@pytest.fixture
-def server(cache: Path) -> Iterator[FilesServer]:
-    with FilesServer(cache).running() as running:
-        yield running
 
 
 def remote(server: FilesServer, tmp_path: Path, limit: int = BIG) -> RemoteCache:
@@ -86,6 +75,19 @@ def test_each_file_is_fetched_once(cache: Path, server: FilesServer, tmp_path: P
     assert same(open_cache(remote(server, tmp_path)), open_cache(cache))
     names = [path for path, _, _ in server.requests if path != "cache.json"]
     assert len(names) == len(set(names))
+
+
+def test_a_file_that_a_power_failure_cut_is_fetched_again(cache: Path, server: FilesServer, tmp_path: Path) -> None:
+    """Large files are not synced to the disk: their lengths say whether they got there."""
+    mirror = open_mirror(remote(server, tmp_path))
+    assert same(open_cache(remote(server, tmp_path)), open_cache(cache))
+    cut = mirror.root / data_of(mirror, 1)[0]
+    with cut.open("r+b") as file:
+        file.truncate(10)
+    before = len(server.requests)
+    assert same(open_cache(remote(server, tmp_path)), open_cache(cache))
+    fetched = [path for path, _, _ in server.requests[before:] if path != "cache.json"]
+    assert fetched == [cut.relative_to(mirror.root).as_posix()]
 
 
 def test_large_files_come_in_blocks(

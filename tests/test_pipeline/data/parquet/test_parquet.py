@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from pipeline.data import parquet_bytes, parquet_pages
 from pipeline.data.images import ImageSource, open_images
+from pipeline.data.parquet import encoding, pages
+from pipeline.data.parquet.files import list_parquet
 from pipeline.errors import DataError
 from tests.test_pipeline.data.test_images import JPEG, write_tar
 
@@ -81,13 +83,13 @@ def test_an_image_takes_the_blocks_that_hold_it(tmp_path: Path, monkeypatch: pyt
     contents = [np.random.default_rng(number).bytes(4000 + number) for number in range(1000)]
     images = open_images(str(write(tmp_path / "a.parquet", contents, row_group_size=500)))
     assert len(images.pages) == 2
-    read, sizes = parquet_pages._read, list[int]()
+    read, sizes = pages._read, list[int]()
 
     def counted(path: str, start: int, length: int) -> bytes:
         sizes.append(length)
         return read(path, start, length)
 
-    monkeypatch.setattr(parquet_pages, "_read", counted)
+    monkeypatch.setattr(pages, "_read", counted)
     for index in np.random.default_rng(0).permutation(1000).tolist():
         assert images.read(index) == contents[index]
     assert len(sizes) == 1000
@@ -102,22 +104,22 @@ def test_any_snappy_page_gives_its_values(parts: list[tuple[int, bool]], seed: i
     values = [random.bytes(size) if is_noise else bytes([seed % 256]) * size for size, is_noise in parts]
     content = b"".join(values)
     stored = pa.compress(content, "snappy", asbytes=True)
-    starts = parquet_bytes.snappy_blocks(stored, len(content))
+    starts = encoding.snappy_blocks(stored, len(content))
     if starts is not None:
         assert len(starts) == -(-len(content) // (1 << 16)) + 1
         sizes = [min(1 << 16, len(content) - place) for place in range(0, len(content), 1 << 16)]
         for number, size in enumerate(sizes):
-            block = parquet_bytes.varint_bytes(size) + stored[starts[number] : starts[number + 1]]
+            block = encoding.varint_bytes(size) + stored[starts[number] : starts[number + 1]]
             place = number << 16
-            assert parquet_pages._decompress(block, size, 1) == content[place : place + size]
+            assert pages._decompress(block, size, 1) == content[place : place + size]
 
 
 def test_a_snappy_page_of_other_blocks_is_unpacked_whole() -> None:
     """One literal of 70,000 bytes, as no usual encoder makes."""
     content = bytes(70_000)
-    stored = parquet_bytes.varint_bytes(70_000) + b"\xf8" + (69_999).to_bytes(3, "little") + content
+    stored = encoding.varint_bytes(70_000) + b"\xf8" + (69_999).to_bytes(3, "little") + content
     assert pa.decompress(stored, 70_000, "snappy", asbytes=True) == content
-    assert parquet_bytes.snappy_blocks(stored, 70_000) is None
+    assert encoding.snappy_blocks(stored, 70_000) is None
 
 
 def test_columns_are_found_by_the_metadata(tmp_path: Path) -> None:
@@ -166,6 +168,24 @@ def test_files_that_hold_no_images_are_refused(tmp_path: Path) -> None:
     refused(file, r"a\.parquet is not a parquet file of images that can be read: ")
 
 
+def test_no_byte_of_a_footer_ends_the_process(tmp_path: Path) -> None:
+    """Each byte of it changed: a line or a list. pyarrow's own accessors abort at an unknown codec."""
+    file = write(tmp_path / "a.parquet", [JPEG] * 2)
+    content = file.read_bytes()
+    size = int.from_bytes(content[-8:-4], "little") + 8
+
+    def list_each() -> None:
+        for place in range(len(content) - size, len(content)):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+            with contextlib.suppress(DataError):
+                list_parquet([str(file)])
+
+    process = multiprocessing.get_context("fork").Process(target=list_each)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
 def test_sets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [JPEG])
     write(tmp_path / "b.parquet", [JPEG], described(["cat", "dog", "yak"]))
@@ -178,12 +198,12 @@ def test_sets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_a_copy_from_an_earlier_block_is_no_stream_of_blocks() -> None:
     """The format allows it, though its usual writer packs each 64 KiB for itself."""
-    block = bytes(parquet_bytes.BLOCK)
-    size = parquet_bytes.varint_bytes(len(block) + 4)
+    block = bytes(encoding.BLOCK)
+    size = encoding.varint_bytes(len(block) + 4)
     head = size + bytes([61 << 2]) + (len(block) - 1).to_bytes(2, "little") + block
     literal, copy = bytes([3 << 2]) + b"abcd", bytes([3 << 2 | 2]) + (4).to_bytes(2, "little")
-    assert parquet_bytes.snappy_blocks(head + literal, len(block) + 4) == [len(size), len(head), len(head + literal)]
-    assert parquet_bytes.snappy_blocks(head + copy, len(block) + 4) is None
+    assert encoding.snappy_blocks(head + literal, len(block) + 4) == [len(size), len(head), len(head + literal)]
+    assert encoding.snappy_blocks(head + copy, len(block) + 4) is None
 
 
 def test_tables_beside_tars_or_images_are_passed_over(tmp_path: Path) -> None:
@@ -231,7 +251,7 @@ def test_damage_behind_the_list_is_named(compression: str, tmp_path: Path) -> No
     start = int(images.pages[0, 1])
     data[start : start + 8] = bytes(8) if compression == "zstd" else b"\xff" * 8
     file.write_bytes(data)
-    parquet_pages._whole_page.cache_clear()
+    pages._whole_page.cache_clear()
     with pytest.raises(
         DataError, match=r"image a\.parquet/0/0\.jpg: a page is damaged \(.*\): fetch .*a\.parquet again"
     ):
