@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 
 import pipeline.teachers
+from pipeline.models import OBJECTIVES
 from pipeline.teachers import build_teacher, registry
 from tests.test_docs import DOCUMENTS, ROOT, code_blocks
 
@@ -69,9 +71,12 @@ def test_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_from_python(image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(registry.TEACHERS, "dino_vits16", SMALL)
-    monkeypatch.setitem(registry.TEACHERS, "my_dino", SMALL)  # goes again
+    for registered, name in ((registry.TEACHERS, "my_dino"), (registry.TEACHERS, "colours"), (OBJECTIVES, "relations")):
+        monkeypatch.setitem(registered, name, None)  # goes again
     (tmp_path / "photos").symlink_to(image_tree)
-    names: dict[str, Any] = {}
+    script = ModuleType("script")
+    monkeypatch.setitem(sys.modules, "script", script)  # timm registers a network by its module
+    names = vars(script)
     for block in blocks("python.md"):
         block = block.replace('"teacher.spec=dino_vits16"', '"teacher.spec=dino_vits16", "teacher.weights=random"')
         exec(block.replace("384", str(DIM)), names)
@@ -81,6 +86,14 @@ def test_from_python(image_tree: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert names["features"].shape == (2, 192)
     assert names["model"].weight.grad is not None
     assert registry.TEACHERS["my_dino"].image_size == 224
+    student, teacher = names["student"], build_teacher("colours")
+    views = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert (teacher(views).tokens.shape, teacher(views).attention.shape) == ((2, 16, 48), (2, 16))
+    row = registry.describe_teacher("colours")
+    assert (row.grid, row.dim, row.image_size, row.has_attention, row.about) == ((4, 4), 48, 64, True, "pixels")
+    losses = student(torch.randn(2, 3, 224, 224), torch.arange(49).expand(2, -1), {"colours": torch.randn(2, 49, 48)})
+    losses["mimic_loss"].backward()
+    assert student.mimic["colours"].head.weight.grad.any()
 
 
 @pytest.mark.slow

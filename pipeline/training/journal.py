@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from pipeline.plugins import plugin_options
+
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("pipeline", "stages")
@@ -99,7 +101,7 @@ def duration(seconds: float) -> str:
 
 def command(name: str, *words: str) -> str:
     """A command line that a shell takes as it stands."""
-    return shlex.join(["mrmae", name, *words])
+    return shlex.join(["mrmae", *plugin_options(), name, *words])
 
 
 def describe_process() -> dict[str, Any]:
