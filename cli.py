@@ -20,7 +20,18 @@ from typing import Any, NamedTuple
 
 import click
 
-from pipeline.command_line import DEBUG, QUIET, KeyCommand, NamingGroup, flag, is_set, printing_option, read_help
+from pipeline.command_line import (
+    DEBUG,
+    PLUGIN,
+    QUIET,
+    KeyCommand,
+    NamingGroup,
+    flag,
+    is_set,
+    plugins_of,
+    printing_option,
+    read_help,
+)
 
 _EPILOG = (
     "Every key of a config can be given as key=value, for instance: batch_size=256 data.path=/data/train. "
@@ -177,6 +188,7 @@ def _build(command: Command) -> click.Command:
 
     def call(as_json: bool = False, print_config: bool = False, **given: Any) -> None:
         _set_up_logging()
+        _load_plugins(plugins_of(click.get_current_context()))
         if print_config:
             from pipeline.config import config_text
 
@@ -186,10 +198,17 @@ def _build(command: Command) -> click.Command:
 
     attributes: dict[str, Any] = {"callback": call, "help": read_help(command.module)}
     if not command.has_keys:
-        return click.Command(command.name, params=[*command.params, DEBUG, QUIET], **attributes)
+        return click.Command(command.name, params=[*command.params, PLUGIN, DEBUG, QUIET], **attributes)
     required = "file" in command.receives
     file = click.Option(["--config", "file"], type=_FILE, required=required, help="YAML file; see configs/.")
     return KeyCommand(command.name, command.load_class, (file, *command.params, _PRINT_CONFIG), **attributes)
+
+
+def _load_plugins(names: tuple[str, ...]) -> None:
+    if names:
+        from pipeline.plugins import load_plugins
+
+        load_plugins(names)
 
 
 def _load(command: Command, given: dict[str, Any]) -> Any:
@@ -296,7 +315,12 @@ def _all_keys() -> str:
 
 @click.group(
     cls=_Group,
-    params=[DEBUG, QUIET, printing_option("--keys", _all_keys, "Print the keys of all commands: docs/keys.md.")],
+    params=[
+        PLUGIN,
+        DEBUG,
+        QUIET,
+        printing_option("--keys", _all_keys, "Print the keys of all commands: docs/keys.md."),
+    ],
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=_EPILOG,
 )
@@ -312,7 +336,7 @@ def main() -> None:
 benchmark = NamingGroup(
     "benchmark",
     help="Measure this machine. Prints JSON; ratios are taken in pairs in one run. Reads, writes, costs: see each one.",
-    params=[DEBUG, QUIET],
+    params=[PLUGIN, DEBUG, QUIET],
     commands=[_build(command) for command in BENCHMARKS],
 )
 for _command in (*map(_build, STAGES), benchmark):

@@ -35,6 +35,26 @@ DEBUG = _shared(["--debug"], "Show tracebacks, and what the libraries warn about
 QUIET = _shared(["-q", "--quiet"], "Print errors and the result alone.")
 
 
+def _collect(ctx: click.Context, option: click.Parameter, names: tuple[str, ...]) -> None:
+    """As `_remember`: those before the command are loaded first."""
+    ctx.meta[f"mrmae.{option.name}"] = (*ctx.meta.get(f"mrmae.{option.name}", ()), *names)
+
+
+PLUGIN = click.Option(
+    ["--plugin"],
+    metavar="FILE.py|MODULE",
+    multiple=True,
+    expose_value=False,
+    callback=_collect,
+    help="Run this code of yours first; it registers objectives, teachers and students (docs/python.md).",
+)
+
+
+def plugins_of(ctx: click.Context) -> tuple[str, ...]:
+    """What --plugin names, in whatever place."""
+    return tuple(ctx.meta.get(f"mrmae.{PLUGIN.name}", ()))
+
+
 def is_set(ctx: click.Context, option: click.Option) -> bool:
     """Whether DEBUG or QUIET is given, in whatever place."""
     return f"mrmae.{option.name}" in ctx.meta
@@ -111,7 +131,7 @@ class KeyCommand(click.Command):
 
     def __init__(self, name: str, load_class: LoadClass, params: Iterable[click.Parameter], **attributes: Any) -> None:
         words, keys = _keys_argument(load_class), _keys_option(load_class)
-        super().__init__(name, params=[words, *params, keys, DEBUG, QUIET], **attributes)
+        super().__init__(name, params=[words, *params, keys, PLUGIN, DEBUG, QUIET], **attributes)
         self._load_class = load_class
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

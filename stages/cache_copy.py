@@ -22,11 +22,11 @@ from pydantic import Field
 
 from pipeline.cache import CacheHeader, Commit, read_header, shard_span
 from pipeline.cache.budget import readable, require_room
-from pipeline.cache.card import FILE as CARD
 from pipeline.cache.card import card
 from pipeline.cache.remote.copying import Copying, Folder, require_writable
 from pipeline.cache.remote.metadata import read_remote_header
 from pipeline.cache.remote.objects import Objects
+from pipeline.cards import FILE as CARD
 from pipeline.config import Config, LocationField
 from pipeline.errors import CacheDamage, CacheError, ConfigError
 from pipeline.progress import Progress

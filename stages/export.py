@@ -1,12 +1,13 @@
-"""Write a trained encoder for other programs.
+"""Write a trained encoder for other programs, and publish it.
 
 A ViT goes to timm, a ConvViT to safetensors and JSON, both to ONNX:
 
     mrmae export init=runs/photos output=exports/photos onnx=true
     timm.create_model("local-dir:exports/photos", pretrained=True)  # and model.onnx beside it
 
-Reads a checkpoint (init). Writes a new folder, output, and only if the written weights give the same features when they
-are loaded again. Costs two forward passes.
+Reads a checkpoint (init), and metrics.json of its run. Writes a new folder, output, and only if the written weights
+give the same features when they are loaded again; its README.md is a model card. With push=OWNER/NAME it goes to the
+Hugging Face hub. Costs two forward passes, and the upload.
 
 timm has no ConvViT: its safetensors has the reference code's names, and its JSON says how the numbers are to be used.
 """
@@ -25,12 +26,14 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.assembly.model_card import describe, model_card, origin_of
 from pipeline.assembly.students import class_names, load_encoder
+from pipeline.cards import FILE as CARD
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import whole_file, whole_folder
+from pipeline.hub import push_folder
 from pipeline.models import Classifier, ConvViT, Student, build_classifier, build_student, load_weights
 from pipeline.models.feature_map import FeatureMap
-from pipeline.models.mr_mae import Encoder
 from pipeline.models.timm_vit import TimmViT
 from pipeline.models.vit import PlainViT
 from pipeline.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -61,11 +64,17 @@ def run(config: ExportConfig) -> dict[str, Any]:
     model = load_encoder(config.init, config.student).eval()
     names = class_names(resolve_checkpoint(config.init)) if isinstance(model, Classifier) else ()
     with whole_folder(config.output) as partial:
-        write = next(write for kind, write in _WRITERS.items() if isinstance(_encoder(model), kind))
+        write = next(write for kind, write in _WRITERS.items() if isinstance(model.encoder, kind))
         facts = write(model, partial, names)
         if config.onnx:
             facts |= _write_onnx(model, partial / "model.onnx", config.opset)
-    return {"written": str(config.output), **facts}
+        repo = config.push or f"OWNER/{config.output.name}"
+        card = model_card(repo, describe(model, facts), origin_of(config.init), config.license, config.dataset)
+        (partial / CARD).write_text(card, encoding="utf-8")
+    written = {"written": str(config.output), **facts}
+    if config.push is not None:
+        written["pushed"] = push_folder(config.output, config.push, config.private, keep=CARD)
+    return written
 
 
 def _write_timm(model: Student | Classifier, folder: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -75,7 +84,7 @@ def _write_timm(model: Student | Classifier, folder: Path, names: Sequence[str])
     ends in its final norm and pools the patch tokens by the mean, which gives the features that k-NN and probes read; a
     classifier's copy pools as it was trained to, and says what its classes are called.
     """
-    encoder = _encoder(model)
+    encoder = model.encoder
     assert isinstance(encoder, PlainViT)
     pool = "token" if isinstance(model, Classifier) and model.pool == "cls" else "avg"
     norms_mean = isinstance(model, Classifier) and pool == "avg"
@@ -112,10 +121,11 @@ def _write_timm(model: Student | Classifier, folder: Path, names: Sequence[str])
     twin = timm.create_model(name, pretrained_cfg=preprocessing, **arguments)
     twin.load_state_dict(state, strict=True)
     _save_timm(twin, folder, {"student": _sizes(model), "label_names": names}, arguments)
-    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    again: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     def tokens(images: Tensor) -> Tensor:
-        return _timm_tokens(again, encoder.own_pixels(images))
+        features = again.forward_features(encoder.own_pixels(images))
+        return again.fc_norm(features[:, again.num_prefix_tokens :])  # type: ignore[no-any-return]
 
     cosine = _agreement(_tokens(model), tokens, encoder.image_size)
     return {"format": "timm", "parameters": sum(value.numel() for value in state.values()), "cosine": cosine}
@@ -126,7 +136,7 @@ def _write_feature_map(model: Student | Classifier, folder: Path, names: Sequenc
 
     timm puts layers of its own between map and classifier in some networks, so the head has no place there.
     """
-    encoder = _encoder(model)
+    encoder = model.encoder
     assert isinstance(encoder, FeatureMap)
     arguments: dict[str, Any] = {"num_classes": 0}
     if hasattr(encoder.model, "set_input_size"):
@@ -154,14 +164,9 @@ def _save_timm(model: Any, folder: Path, description: dict[str, Any], arguments:
         weights.rename(partial)
 
 
-def _timm_tokens(model: Any, images: Tensor) -> Tensor:
-    tokens: Tensor = model.fc_norm(model.forward_features(images)[:, model.num_prefix_tokens :])
-    return tokens
-
-
 def _write_own(model: Student | Classifier, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """model.safetensors, whose metadata repeat config.json, so that neither file is mute without the other."""
-    encoder = _encoder(model)
+    encoder = model.encoder
     assert isinstance(encoder, ConvViT)
     sizes = _sizes(model)
     description = {
@@ -226,7 +231,7 @@ class _Outputs(nn.Module):
 
 def _write_onnx(model: Student | Classifier, file: Path, opset: int) -> dict[str, Any]:
     """A graph for any batch size, and its agreement with the model if onnxruntime is there to run it."""
-    sides = _encoder(model).image_size
+    sides = model.encoder.image_size
     names = ["tokens", "logits"] if isinstance(model, Classifier) else ["tokens"]
     program = torch.onnx.export(
         _Outputs(model).eval(),
@@ -249,10 +254,6 @@ def _write_onnx(model: Student | Classifier, file: Path, opset: int) -> dict[str
         _tokens(model), lambda images: torch.from_numpy(session.run(["tokens"], {"images": images.numpy()})[0]), sides
     )
     return {"onnx": f"opset {opset}", "onnx_cosine": cosine}
-
-
-def _encoder(model: Student | Classifier) -> Encoder:
-    return model.encoder
 
 
 def _sizes(model: Student | Classifier) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from pipeline.assembly.knn_callback import knn_callback
 from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, Targets, open_cached, open_live
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.assembly.teachers import load_teacher, teacher_dtype
+from pipeline.configs.objectives import OBJECTIVES
 from pipeline.data.loader import Samples
 from pipeline.data.masks import MaskSampler, predicted_count, visible_count
 from pipeline.data.order import EpochOrder
@@ -133,7 +134,7 @@ def _open_knowledge(config: PretrainConfig) -> Knowledge:
             "mimic.target=codes needs a cache of codes: give cache.path=..., extracted with cache.quantiser=codes"
         )
     teachers = _load_teachers(config)
-    if not teachers and config.mimic.objective != "mae":
+    if not teachers and OBJECTIVES[config.mimic.objective].mimics:
         raise ConfigError(
             f"mimic.objective={config.mimic.objective} needs a cache: give cache.path=..., or objective=mae, or "
             "teacher.spec=... to run a teacher in every step"
@@ -210,11 +211,12 @@ def _check_summaries(config: PretrainConfig, knowledge: Knowledge) -> None:
 
 def _build(config: PretrainConfig, knowledge: Knowledge) -> Student:
     torch.manual_seed(config.seed)
+    goal = OBJECTIVES[config.mimic.objective]
     student = build_student(
         **config.student.model_dump(exclude_none=True),
         **config.mimic.model_dump(exclude_none=True, exclude={"resize_targets"}),
-        teachers=knowledge.dims if config.mimic.objective != "mae" else None,
-        grid=next(iter(knowledge.grids.values())) if config.mimic.objective == "distil" else None,
+        teachers=knowledge.dims if goal.mimics else None,
+        grid=next(iter(knowledge.grids.values())) if goal.mimics == "map" else None,
     )
     for name, (h, w) in knowledge.grids.items():
         if (h, w) != student.grid and config.mimic.resize_targets is None:
@@ -232,11 +234,11 @@ def _give_statistics(config: PretrainConfig, knowledge: Knowledge, student: Stud
     The checkpoint of a run that goes on has the statistics of PHI-S and the dispersions.
     """
     target_norm, workers = config.mimic.target_norm, config.data.workers
-    if config.mimic.objective == "mae" or config.mimic.target == "codes":
-        return
     if len(student.summary) > 1 and not goes_on:
         for name, dispersion in knowledge.dispersions(workers).items():
             student.set_dispersion(name, dispersion)
+    if not student.objective.mimics or student.objective.loss is not None or config.mimic.target == "codes":
+        return
     if target_norm != "phi_s":
         for name, (mean, std) in knowledge.statistics(target_norm, workers).items():
             student.set_channel_stats(name, torch.from_numpy(mean), torch.from_numpy(std))
@@ -268,7 +270,7 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
         if len(knowledge.dims) > 1 and processes().is_main_process:
             log.info("masks are drawn by the attention of %s", knowledge.attended)
     if not student.objective.masks:
-        _check_whole_views(config.mask)
+        _check_whole_views(config.mask, config.mimic.objective)
     patches = student.grid[0] * student.grid[1]
     keep = visible_count(patches, config.mask.mask_ratio) if student.objective.masks else patches
     masks = MaskSampler(
@@ -282,16 +284,16 @@ def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> Ma
     return replace(masks, independent=masks.shares_a_draw and _drew_masks_apart(config))
 
 
-def _check_whole_views(mask: MaskConfig) -> None:
+def _check_whole_views(mask: MaskConfig, objective: str) -> None:
     """ConfigError for several masks of a sample; other keys of masks are told to have no effect."""
     if mask.masks_per_sample > 1:
         raise ConfigError(
-            f"mask.masks_per_sample={mask.masks_per_sample}, but objective=distil masks nothing: leave it out"
+            f"mask.masks_per_sample={mask.masks_per_sample}, but objective={objective} masks nothing: leave it out"
         )
     default = MaskConfig()
     given = [f"mask.{name}" for name in MaskConfig.model_fields if getattr(mask, name) != getattr(default, name)]
     if given and processes().is_main_process:
-        log.warning("%s has no effect: objective=distil masks nothing", " and ".join(given))
+        log.warning("%s has no effect: objective=%s masks nothing", " and ".join(given), objective)
 
 
 def _drew_masks_apart(config: PretrainConfig) -> bool:

@@ -84,7 +84,7 @@ def test_segmentation_knows_only_data() -> None:
 def test_the_cache_knows_no_other_wing() -> None:
     for file in files("pipeline/cache"):
         names = {name.split(".")[1] for name in imports_of(file)}
-        assert names <= {"cache", "configs", "errors", "files", "forking", "locations", "locks"}, file
+        assert names <= {"cache", "cards", "configs", "errors", "files", "forking", "locations", "locks"}, file
 
 
 def test_wings_meet_in_assembly_alone() -> None:

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+import venv
+import zipfile
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +15,9 @@ import timm
 import torch
 
 import pipeline.teachers
+from pipeline.models import OBJECTIVES
 from pipeline.teachers import build_teacher, registry
+from tests.test_container import copied
 from tests.test_docs import DOCUMENTS, ROOT, code_blocks
 
 # Blocks that other tests run, or that are a piece of a file.
@@ -69,24 +74,48 @@ def test_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_from_python(image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(registry.TEACHERS, "dino_vits16", SMALL)
-    monkeypatch.setitem(registry.TEACHERS, "my_dino", SMALL)  # goes again
+    for registered, name in ((registry.TEACHERS, "my_dino"), (registry.TEACHERS, "colours"), (OBJECTIVES, "relations")):
+        monkeypatch.setitem(registered, name, None)  # goes again
     (tmp_path / "photos").symlink_to(image_tree)
-    names: dict[str, Any] = {}
+    script = ModuleType("script")
+    monkeypatch.setitem(sys.modules, "script", script)  # timm registers a network by its module
+    names = vars(script)
     for block in blocks("python.md"):
         block = block.replace('"teacher.spec=dino_vits16"', '"teacher.spec=dino_vits16", "teacher.weights=random"')
         exec(block.replace("384", str(DIM)), names)
     assert names["metrics"]["loss"] > 0
-    assert names["tokens"].shape == (2, 196, 192)
+    assert names["patch_tokens"].shape == (2, 196, 192)
     assert names["record"].tokens.shape == (196, DIM)
     assert names["features"].shape == (2, 192)
     assert names["model"].weight.grad is not None
     assert registry.TEACHERS["my_dino"].image_size == 224
+    student, teacher = names["student"], build_teacher("colours")
+    views = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert (teacher(views).tokens.shape, teacher(views).attention.shape) == ((2, 16, 48), (2, 16))
+    row = registry.describe_teacher("colours")
+    assert (row.grid, row.dim, row.image_size, row.has_attention, row.about) == ((4, 4), 48, 64, True, "pixels")
+    losses = student(torch.randn(2, 3, 224, 224), torch.arange(49).expand(2, -1), {"colours": torch.randn(2, 49, 48)})
+    losses["mimic_loss"].backward()
+    assert student.mimic["colours"].head.weight.grad.any()
 
 
 @pytest.mark.slow
-def test_a_script_of_a_user_is_checked_strictly(tmp_path: Path) -> None:
-    script = tmp_path / "mine.py"
-    script.write_text(
+def test_a_users_script_and_this_page_are_checked_strictly(tmp_path: Path) -> None:
+    """By mypy, against the wheel, which is installed where nothing of this checkout is."""
+    sources, _ = copied(tmp_path / "root")
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    built = subprocess.run([sys.executable, "-c", build], cwd=sources, capture_output=True, text=True, check=True)
+    venv.create(tmp_path / "env", with_pip=False)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    with zipfile.ZipFile(sources / built.stdout.splitlines()[-1]) as wheel:
+        wheel.extractall(site)
+    (site / "libraries.pth").write_text(str(Path(torch.__file__).parents[1]))
+    python = tmp_path / "env/bin/python"
+    found = subprocess.run(
+        [python, "-c", "import pipeline; print(pipeline.__file__)"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.stdout.startswith(str(site)), found
+    (tmp_path / "mine.py").write_text(
         "from pathlib import Path\n"
         "from pipeline.cache import open_cache\n"
         "from pipeline.config import load_config\n"
@@ -97,12 +126,16 @@ def test_a_script_of_a_user_is_checked_strictly(tmp_path: Path) -> None:
         "count: int = len(open_cache('cache'))\n"
         "dim: int = build_student('mrmae_vit_tiny_patch16', objective='mae').encoder.dim\n"
     )
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, str(script)]
-    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert checked.stdout.strip() == "Success: no issues found in 1 source file", checked.stdout
-    script.write_text(script.read_text() + "wrong: str = dim\n")
-    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "page.py").write_text("\n".join(blocks("python.md")))
+    strictly = [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, f"--python-executable={python}"]
+    of_both = [*strictly, "--untyped-calls-exclude=torch", "mine.py", "page.py"]  # Tensor.backward has no types
+    checked = subprocess.run(of_both, cwd=tmp_path, capture_output=True, text=True)
+    assert checked.stdout.strip() == "Success: no issues found in 2 source files", checked.stdout
+    with (tmp_path / "mine.py").open("a") as script:
+        script.write("wrong: str = dim\n")
+    checked = subprocess.run([*strictly, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
     assert "Incompatible types in assignment" in checked.stdout  # the types are really read
+    assert checked.stdout.endswith("Found 1 error in 1 file (checked 1 source file)\n")
 
 
 def test_the_entry_of_a_new_teacher() -> None:

@@ -118,6 +118,14 @@ ELSEWHERE = {
         "many variants, each in processes of its own; a tiny twin is run",
         "tests/test_configs.py::test_the_tiny_pair_of_teachers",
     ),
+    r"mrmae export .* push=OWNER/NAME .*": (
+        "an upload",
+        "tests/test_stages/test_export.py::test_what_is_pushed_is_loaded_by_timm_from_the_hub",
+    ),
+    r"mrmae pretrain --plugin mine\.py .*": (
+        "code of a user's own",
+        "tests/test_stages/test_plugins.py::test_an_objective_trains_three_steps_and_goes_on",
+    ),
     r"mrmae bootstrap --config configs/ablation_imagenette\.yaml.*": (
         "pre-trainings in processes of their own; small ones are run",
         "tests/test_stages/test_bootstrap.py::test_each_student_teaches_the_next",

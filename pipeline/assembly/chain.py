@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.files import write_text
+from pipeline.plugins import plugin_options
 from pipeline.training.interruption import Interrupted, Interruption
 
 _STOPPING = "stopping as soon as the commands in hand have saved; ctrl-C again ends them at once"
@@ -171,9 +172,10 @@ def _command(arguments: list[str], log: Path, interruption: Interruption, env: M
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as stream:
-        stream.write("$ mrmae " + " ".join(arguments) + "\n")
+        words = [*plugin_options(), *arguments]
+        stream.write("$ mrmae " + " ".join(words) + "\n")
         stream.flush()
-        command = [sys.executable, str(_CLI), *arguments]
+        command = [sys.executable, str(_CLI), *words]
         environment = os.environ | dict(env)
         child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)  # noqa: S603 - ours
         passed_on = False

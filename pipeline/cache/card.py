@@ -6,8 +6,8 @@ from pipeline.cache.budget import readable
 from pipeline.cache.format.commits import Commit
 from pipeline.cache.format.fidelity import FidelityFigures
 from pipeline.cache.format.header import CacheHeader
+from pipeline.cards import fact_table
 
-FILE = "README.md"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))  # the hub's names
 
 _ZARR = """```python
@@ -77,6 +77,18 @@ def card(header: CacheHeader, commits: Sequence[Commit], licence: str) -> str:
     summary = _SUMMARY + _SUMMARY_STATISTICS * header.quantiser.has_scale if header.summary else ""
     category = next((name for bound, name in _SIZES if header.count < bound), "1M<n<10M")
     policy = ", ".join(f"{key} {value}" for key, value in views.model_dump().items())
+    spec, digest = teacher.get("spec", ""), teacher.get("weights_sha256", "")
+    facts = {
+        "teacher": f"{teacher['name']} (`{spec}`, weights sha256 `{digest}`)",
+        "licence": f"{licence}: that of the teacher's weights and of the images decides",
+        "images": f"{dataset.count} of a {dataset.kind}, {dead} of them unreadable",
+        "views": policy,
+        "tokens": f"{header.grid[0]}x{header.grid[1]} a view, {header.dim} channels, {header.quantiser.name}",
+        "attention": header.attention,
+        "store": f"{header.store}, {len(commits)} of {header.shards} shards, {readable(size)}",
+        "fidelity": ", ".join(f"{name} {value:.6g}" for name, value in figures.items()) or "not measured",
+        "fingerprint": f"`{header.fingerprint}`",
+    }
     return f"""---
 license: {licence}
 pretty_name: {teacher["name"]} features
@@ -92,17 +104,7 @@ tags:
 
 Patch tokens and attention of a teacher, extracted once by `mrmae extract-teacher-features`.
 
-| | |
-|---|---|
-| teacher | {teacher["name"]} (`{teacher.get("spec", "")}`, weights sha256 `{teacher.get("weights_sha256", "")}`) |
-| licence | {licence}: that of the teacher's weights and of the images decides |
-| images | {dataset.count} of a {dataset.kind}, {dead} of them unreadable |
-| views | {policy} |
-| tokens | {header.grid[0]}x{header.grid[1]} a view, {header.dim} channels, {header.quantiser.name} |
-| attention | {header.attention} |
-| store | {header.store}, {len(commits)} of {header.shards} shards, {readable(size)} |
-| fidelity | {", ".join(f"{name} {value:.6g}" for name, value in figures.items()) or "not measured"} |
-| fingerprint | `{header.fingerprint}` |
+{fact_table(facts)}
 
 ## To read it
 

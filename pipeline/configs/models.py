@@ -1,10 +1,11 @@
 """The student and its objective."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.config import Config
+from pipeline.configs.objectives import check_objective
 
 DecoderKind = Literal["full", "cross"]
 DropTeachers = bool | Literal["loss"]
@@ -44,8 +45,8 @@ class MimicConfig(Config):
     """The objective: MR-MAE's two losses and the variants that the ablation compares."""
 
     # mr_mae: mimic the teacher and reconstruct pixels; mae: pixels alone; distil: mimic on whole views, any network;
-    # the others: see docs/students.md
-    objective: ObjectiveName = "mr_mae"
+    # the others: see docs/students.md; also a name that a plug-in registers (docs/python.md)
+    objective: Annotated[ObjectiveName | str, AfterValidator(check_objective)] = "mr_mae"
     target: MimicTarget = "tokens"  # codes: classify each token's cluster, as a cache with cache.quantiser=codes has it
     norm_pix_loss: bool = True  # reconstruct each patch normalised by its own mean and deviation
     fusion: Fusion = "fused"  # which blocks the mimic loss reaches, and how

@@ -1,9 +1,10 @@
 """Students: encoders (ViT, ConvViT), MR-MAE on top of them, classifiers, and their weights. Imports no other wing."""
 
+from pipeline.configs.objectives import OBJECTIVES, Objective
 from pipeline.models.build import build_classifier, build_student
 from pipeline.models.classifier import Classifier, layer_ids
 from pipeline.models.convvit import ConvViT
-from pipeline.models.mr_mae import OBJECTIVES, Student
+from pipeline.models.mr_mae import Student
 from pipeline.models.patches import patchify, unpatchify
 from pipeline.models.sizes import SIZES
 from pipeline.models.vit import EncoderOutput, ViT
@@ -25,6 +26,7 @@ __all__ = [
     "ConvViT",
     "EncoderOutput",
     "LoadReport",
+    "Objective",
     "Student",
     "ViT",
     "build_classifier",

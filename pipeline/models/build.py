@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack, get_args
 
+from torch import nn
+
 from pipeline.configs.models import (
     MIMIC_LOSS,
     TARGET_SCALE,
@@ -16,6 +18,7 @@ from pipeline.configs.models import (
     SummarySource,
     TargetNorm,
 )
+from pipeline.configs.objectives import OBJECTIVES, Objective, check_objective
 from pipeline.errors import ConfigError
 from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
@@ -23,8 +26,9 @@ from pipeline.models.cross import CrossDecoder
 from pipeline.models.feature_map import FeatureMap
 from pipeline.models.mae import Decoder
 from pipeline.models.mimic import CodeMimic, Mimic
-from pipeline.models.mr_mae import OBJECTIVES, Encoder, Student, module_name
+from pipeline.models.mr_mae import Encoder, Student, module_name
 from pipeline.models.sizes import EncoderSizes, Size, StudentSizes, check_choice, resolve_size
+from pipeline.models.spec import spec_of
 from pipeline.models.summary import SummaryHead
 from pipeline.models.timm_names import is_timm, timm_model
 from pipeline.models.timm_vit import TimmViT, size_changes
@@ -32,17 +36,7 @@ from pipeline.models.vit import ViT
 
 _DECODERS = {"full": Decoder, "cross": CrossDecoder}
 _PREDICT_SHARES = {"full": 1.0, "cross": 0.25}
-# Options that came later: at their defaults a spec leaves them out, so that runs of before find it unchanged.
-_LATER = {
-    "target": "tokens",
-    "decoder": "full",
-    "predict_share": None,
-    "summary_weight": 0.0,
-    "summary_source": None,
-    "conv_mlp_ratio": None,
-    "grid": None,
-    "target_scale": 1.0,
-}
+_DEFAULT_LOSSES = (MIMIC_LOSS, "smooth_l1")  # of now, and of the specs of earlier versions
 
 
 def build_student(
@@ -76,7 +70,7 @@ def build_student(
 
     Args:
         name: one of `sizes.SIZES`, or `timm:NAME`: a plain ViT of timm, for objective "distil" any of its networks.
-        objective: see `pipeline.models.mr_mae`.
+        objective: see `pipeline.models.mr_mae`, or a name that a plug-in registered.
         target: "tokens" | "codes": what of the teacher is predicted; codes are learned by cross-entropy, which knows
             no `target_norm` and no `mimic_loss`.
         norm_pix_loss: standardise each patch of the pixel target.
@@ -107,15 +101,17 @@ def build_student(
     Raises:
         ConfigError: an unknown name or option, or sizes that don't fit together.
     """
-    spec = _spec(locals(), StudentSizes)
+    spec = spec_of(locals(), StudentSizes)
     size = resolve_size(name, **sizes)
-    check_choice("objective", objective, OBJECTIVES)
+    goal = _objective(objective)
     _check_target(target, target_norm, mimic_loss, summary_weight)
     check_choice("target_norm", target_norm, get_args(TargetNorm))
     check_choice("mimic_loss", mimic_loss, get_args(MimicLoss))
     check_choice("mimic_head", mimic_head, get_args(MimicHead))
     if not 0 < target_scale < math.inf:
         raise ConfigError(f"target_scale={target_scale}: give a number above 0")
+    if goal.loss is not None:
+        _check_own_loss(objective, target_norm, target_scale, mimic_loss, mimic_head)
     check_choice("decoder", decoder, _DECODERS)
     share = _PREDICT_SHARES[decoder] if predict_share is None else predict_share
     if not 0 < share <= 1:
@@ -126,11 +122,10 @@ def build_student(
     for key, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise ConfigError(f"{key}={weight}: give 0 or more")
-    if summary_weight and not OBJECTIVES[objective].mimics:
+    if summary_weight and not goal.mimics:
         raise ConfigError(f"objective={objective} reads no teacher: set summary_weight=0, or use mr_mae")
-    widths, shares = _teachers(objective, teachers or {}, teacher_weights or {})
+    widths, shares = _teachers(objective, goal, teachers or {}, teacher_weights or {})
     blocks = _fusion_blocks(fusion, fusion_blocks, size.depth[-1])
-    goal = OBJECTIVES[objective]
     at_encoder = goal.mimics == "encoder"
 
     encoder = _encoder(
@@ -150,25 +145,19 @@ def build_student(
             gradient_checkpointing=gradient_checkpointing,
         )
     balanced = len(widths) > 1
-    of_tokens: dict[str, Any] = {
-        "target_norm": target_norm,
-        "standardise": standardise_teachers and balanced,
-        "scale": target_scale,
-        "loss": mimic_loss,
-    }
-    kind, options = (CodeMimic, {}) if target == "codes" else (Mimic, of_tokens)
-    mimics = {
-        teacher: kind(
-            teacher,
-            dim=size.decoder_dim if goal.mimics == "decoder" else encoder.dim,
-            width=width,
-            sources=len(blocks) if at_encoder else 1,
-            fusion=fusion if at_encoder else "last",
-            head=mimic_head,
-            **options,
-        )
-        for teacher, width in widths.items()
-    }
+    source = size.decoder_dim if goal.mimics == "decoder" else encoder.dim
+    mimics: dict[str, nn.Module]
+    if goal.loss is not None:
+        mimics = {teacher: goal.loss(dim=source, width=width) for teacher, width in widths.items()}
+    else:
+        options: dict[str, Any] = {"dim": source, "head": mimic_head}
+        options |= {"sources": len(blocks) if at_encoder else 1, "fusion": fusion if at_encoder else "last"}
+        if target == "tokens":
+            standardise = standardise_teachers and balanced
+            options |= {"target_norm": target_norm, "standardise": standardise}
+            options |= {"scale": target_scale, "loss": mimic_loss}
+        kind = CodeMimic if target == "codes" else Mimic
+        mimics = {teacher: kind(teacher, width=width, **options) for teacher, width in widths.items()}
     summaries = {
         teacher: SummaryHead(encoder.dim, width, balanced) for teacher, width in widths.items() if summary_weight
     }
@@ -211,7 +200,7 @@ def build_classifier(
     Raises:
         ConfigError: an unknown name or option, or sizes that don't fit together.
     """
-    spec = _spec(locals(), EncoderSizes)
+    spec = spec_of(locals(), EncoderSizes)
     size = resolve_size(name, **sizes)
     check_choice("pool", pool, ("mean", "cls"))
     if num_classes < 1:
@@ -259,23 +248,39 @@ def _summary_source(name: str, encoder: Encoder, source: SummarySource | None) -
     return source
 
 
+def _objective(name: str) -> Objective:
+    try:
+        return OBJECTIVES[check_objective(name)]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_own_loss(objective: str, target_norm: str, target_scale: float, mimic_loss: str, mimic_head: str) -> None:
+    """A plugged objective has a loss of its own, which the keys of ours don't reach."""
+    given = target_norm != "layernorm" or target_scale not in (TARGET_SCALE, 1.0) or mimic_head != "linear"
+    if given or mimic_loss not in _DEFAULT_LOSSES:
+        raise ConfigError(
+            f"objective={objective} has a loss of its own: leave target_norm, target_scale, mimic_loss and mimic_head "
+            "out"
+        )
+
+
 def _check_target(target: str, target_norm: str, mimic_loss: str, summary_weight: float) -> None:
     """What is predicted of a teacher; codes leave no other choice."""
     check_choice("target", target, get_args(MimicTarget))
-    defaults = (MIMIC_LOSS, "smooth_l1")  # of now, and of the specs of earlier versions
-    if target == "codes" and (target_norm != "layernorm" or mimic_loss not in defaults):
+    if target == "codes" and (target_norm != "layernorm" or mimic_loss not in _DEFAULT_LOSSES):
         raise ConfigError("target=codes is learned by cross-entropy: leave target_norm and mimic_loss out")
     if target == "codes" and summary_weight:
         raise ConfigError("target=codes comes without class tokens: set summary_weight=0, or use target=tokens")
 
 
 def _teachers(
-    objective: str, widths: Mapping[str, int], weights: Mapping[str, float]
+    objective: str, goal: Objective, widths: Mapping[str, int], weights: Mapping[str, float]
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Checked widths, and each teacher's share of the mimic loss, adding up to 1."""
-    if OBJECTIVES[objective].mimics and not widths and objective != "distil":  # then it is an encoder alone
+    if goal.mimics not in ("", "map") and not widths:  # on whole maps it is an encoder alone then
         raise ConfigError(f"objective={objective} mimics, but no teacher is given: name one, or use objective=mae")
-    if widths and not OBJECTIVES[objective].mimics:
+    if widths and not goal.mimics:
         raise ConfigError(f"objective={objective} reads no teacher: leave {', '.join(widths)} out, or use mr_mae")
     for teacher in weights:
         check_choice("teacher_weights", teacher, widths)
@@ -303,28 +308,3 @@ def _fusion_blocks(fusion: str, blocks: Sequence[int] | None, depth: int) -> tup
     if len(chosen) < len(blocks) or not chosen or not 0 <= chosen[0] <= chosen[-1] < depth:
         raise ConfigError(f"fusion_blocks={list(blocks)}: name different blocks from 0 to {depth - 1}")
     return chosen
-
-
-def _spec(given: dict[str, Any], sizes: type[EncoderSizes]) -> dict[str, Any]:
-    """A builder's arguments, so that `build_student(**json.loads(json.dumps(spec)))` builds the same model again.
-
-    Args:
-        given: the builder's locals; its keyword arguments of `sizes` in one entry.
-
-    Raises:
-        TypeError: a keyword that is neither an option nor a size.
-    """
-    defaults = dict.fromkeys(sizes.__annotations__) | {"image_size": 224}
-    options = {key: value for key, value in given.items() if key not in ("name", "num_classes", "sizes")}
-    if unknown := given["sizes"].keys() - defaults.keys():
-        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
-    first = {key: given[key] for key in ("name", "num_classes") if key in given}
-    complete = {**first, **defaults, **given["sizes"], **options}
-    return {key: _plain(value) for key, value in complete.items() if (key, value) not in _LATER.items()}
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it: mappings as dicts, sequences as lists."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

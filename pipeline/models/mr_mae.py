@@ -16,25 +16,27 @@ and the pixels of the masked cells after the decoder. `objective` moves or remov
 | joint_decoder   | yes                    | the decoder's tokens at masked cells       | masked      |
 | distil          | –                      | the last map of whole views; no decoder    | all         |
 
+A plug-in may register more of them in `OBJECTIVES`, with a loss of its own between the tokens and the teacher's.
 `predict_share` may draw some of the masked cells; then these are all that a decoder predicts, pixels and tokens alike.
 With `target` "codes" the clusters of the teacher's tokens are predicted in place of the tokens.
 With `summary_weight` above 0 there is a third loss for each teacher, on its class token (`pipeline.models.summary`).
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.configs.models import DropTeachers, SummarySource
+from pipeline.configs.objectives import OBJECTIVES
 from pipeline.errors import ConfigError
 from pipeline.models.convvit import ConvViT
 from pipeline.models.feature_map import FeatureMap
 from pipeline.models.flat import flatten_parts
 from pipeline.models.mae import Decoder, pixel_loss
 from pipeline.models.masking import complement, gather_tokens
-from pipeline.models.mimic import CodeMimic, Mimic
+from pipeline.models.mimic import Mimic
 from pipeline.models.patches import as_map, patchify, resize_map
 from pipeline.models.summary import SummaryHead, student_summary
 from pipeline.models.vit import PlainViT
@@ -42,32 +44,6 @@ from pipeline.models.vit import PlainViT
 Encoder = PlainViT | ConvViT | FeatureMap
 
 
-class Objective(NamedTuple):
-    """What is predicted, and from where. `mimics` is "encoder", "decoder", "map" or "" for nothing."""
-
-    pixels: bool
-    mimics: str
-    target_rows: str
-
-    @property
-    def masks(self) -> bool:
-        """Whether the encoder sees some cells alone. If not, all are visible."""
-        return self.mimics != "map"
-
-    @property
-    def decodes(self) -> bool:
-        """Whether anything is predicted from a decoder's tokens."""
-        return self.pixels or self.mimics == "decoder"
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "mr_mae": Objective(pixels=True, mimics="encoder", target_rows="visible"),
-    "mae": Objective(pixels=True, mimics="", target_rows="none"),
-    "feature_encoder": Objective(pixels=False, mimics="encoder", target_rows="visible"),
-    "feature_decoder": Objective(pixels=False, mimics="decoder", target_rows="masked"),
-    "joint_decoder": Objective(pixels=True, mimics="decoder", target_rows="masked"),
-    "distil": Objective(pixels=False, mimics="map", target_rows="visible"),
-}
 # Parts of an encoder that only a decoder reads.
 FOR_DECODER = frozenset({"norm", "stage1_output_decode", "stage2_output_decode"})
 
@@ -81,7 +57,7 @@ class Student(nn.Module):
     Args:
         decoder: None for the objective "feature_encoder"; what the encoder has for a decoder is then not trained.
         predict_share: share of all cells that a step predicts, at most the masked ones; see `predicted_cells`.
-        mimics: teacher name -> its `Mimic`, or its `CodeMimic`; empty for the objective "mae".
+        mimics: teacher name -> its `Mimic`, its `CodeMimic`, or the loss of a plug-in; empty for the objective "mae".
         summaries: teacher name -> its `SummaryHead`; empty without the summary loss.
         summary_source: the student's vector that predicts summaries.
         teacher_shares: teacher name -> share of the mimic loss; shares add up to 1.
@@ -99,7 +75,7 @@ class Student(nn.Module):
         self,
         encoder: Encoder,
         decoder: Decoder | None,
-        mimics: Mapping[str, Mimic | CodeMimic],
+        mimics: Mapping[str, nn.Module],
         summaries: Mapping[str, SummaryHead],
         *,
         predict_share: float,
@@ -222,7 +198,15 @@ class Student(nn.Module):
             raise ConfigError(
                 f"no targets of {', '.join(missing)}: this student was built to mimic them; pass their tokens"
             )
-        losses = torch.stack([self._mimic(teacher)(tokens, targets[teacher]) for teacher in self.teachers], 1)  # [B, T]
+        found = [self._mimic(teacher)(tokens, targets[teacher]) for teacher in self.teachers]
+        batch = tokens[-1].shape[:1]
+        if self.objective.loss is not None and any(loss.shape != batch for loss in found):
+            shapes = ", ".join(str(list(loss.shape)) for loss in found)
+            raise ConfigError(
+                f"the loss of objective={self.spec['objective']} has the shape {shapes} for a batch of {batch[0]}: "
+                "return one number for each sample"
+            )
+        losses = torch.stack(found, 1)  # [B, T]
         result = {"mimic_loss": (losses * self._shares(losses)).sum(1).mean()}
         if len(self.teachers) > 1:
             means = losses.mean(0)
@@ -256,17 +240,17 @@ class Student(nn.Module):
 
     def _of_tokens(self, teacher: str) -> Mimic:
         mimic = self._mimic(teacher)
-        if isinstance(mimic, CodeMimic):
-            raise ConfigError(f"the codes of '{teacher}' take no statistics: leave them out")
+        if not isinstance(mimic, Mimic):
+            raise ConfigError(f"the targets of '{teacher}' take no statistics: leave them out")
         return mimic
 
-    def _mimic(self, teacher: str) -> Mimic | CodeMimic:
+    def _mimic(self, teacher: str) -> nn.Module:
         if teacher not in self.teachers:
             raise ConfigError(f"this student has no teacher '{teacher}': it has {', '.join(self.teachers) or 'none'}")
-        return self.mimic[module_name(teacher)]  # type: ignore[return-value]  # ModuleDict forgets the type
+        return self.mimic[module_name(teacher)]
 
     def _summary(self, teacher: str) -> SummaryHead:
-        return self.summary[module_name(teacher)]  # type: ignore[return-value]  # as above
+        return self.summary[module_name(teacher)]  # type: ignore[return-value]  # ModuleDict forgets the type
 
 
 def module_name(teacher: str) -> str:

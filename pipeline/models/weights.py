@@ -19,6 +19,7 @@ from pipeline.models.build import build_classifier, build_student
 from pipeline.models.classifier import Classifier
 from pipeline.models.convvit import ConvViT
 from pipeline.models.mr_mae import FOR_DECODER, Student
+from pipeline.models.spec import OF_BEFORE
 from pipeline.models.timm_names import is_maskable
 from pipeline.models.timm_vit import TimmViT
 from pipeline.tensor_files import save_tensors
@@ -96,10 +97,6 @@ def model_record(model: Student | Classifier) -> dict[str, Any]:
     return {"kind": "classifier" if isinstance(model, Classifier) else "student", **model.spec}
 
 
-# What a spec from before an option means, where that isn't today's default.
-_OF_BEFORE = {"target_scale": 1.0}
-
-
 def build_from_spec(record: Mapping[str, Any]) -> Student | Classifier:
     """Build the model that `model.json` describes, with fresh weights.
 
@@ -111,7 +108,7 @@ def build_from_spec(record: Mapping[str, Any]) -> Student | Classifier:
     if kind not in ("student", "classifier"):
         raise CheckpointError(f"model.json: kind={kind!r} is neither student nor classifier; is it of another program?")
     try:
-        return build_student(**_OF_BEFORE | spec) if kind == "student" else build_classifier(**spec)
+        return build_student(**OF_BEFORE | spec) if kind == "student" else build_classifier(**spec)
     except (TypeError, PipelineError) as error:
         raise CheckpointError(f"model.json doesn't describe a {kind} of this version: {error}") from error
 

@@ -1,6 +1,7 @@
 """Teachers: frozen CLIP and DINO ViTs that turn views into patch tokens and an attention row to focus by."""
 
 from pipeline.configs.teachers import TokenChoice
+from pipeline.teachers.modules import ModuleEntry
 from pipeline.teachers.mrmae import PatchEncoder
 from pipeline.teachers.registry import (
     NO_ATTENTION,
@@ -19,6 +20,7 @@ __all__ = [
     "TEACHERS",
     "Backbone",
     "Entry",
+    "ModuleEntry",
     "PatchEncoder",
     "Teacher",
     "TeacherOutput",

@@ -1,7 +1,9 @@
 """CLIP's vision towers from open_clip as teachers. Towers that open_clip takes from timm become a `TimmBackbone`."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import open_clip
@@ -39,7 +41,7 @@ class ClipBackbone(nn.Module):
         mean, std: of its training pixels.
     """
 
-    library = "open_clip"
+    libraries: Mapping[str, str] = MappingProxyType({"open_clip": version("open_clip_torch")})
     num_prefix = 1
 
     def __init__(

@@ -13,12 +13,11 @@ import torch
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import TeacherError
 from pipeline.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.teachers.attention import class_row, mean_row
-from pipeline.teachers.teacher import Trace
+from pipeline.teachers.teacher import Trace, counted_macs
 
 
 class PatchEncoder(Protocol):
@@ -47,7 +46,7 @@ class MrmaeBackbone(nn.Module):
         image_size: None or the module's own; its positions are fixed.
     """
 
-    library = "mrmae"
+    libraries: Mapping[str, str] = MappingProxyType({})  # its checkpoint says what it is
     projected_dim: int | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -91,9 +90,7 @@ class MrmaeBackbone(nn.Module):
     def macs(self) -> int:
         """See `Backbone.macs`. Counted on one black image, since what comes before the blocks may be anything."""
         pixels = torch.zeros(1, 3, self.image_size, self.image_size, device=next(self.model.parameters()).device)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.model.forward_tokens(pixels)
-        return int(counter.get_total_flops()) // 2
+        return counted_macs(self.model.forward_tokens, pixels)
 
     def norm(self, tokens: Tensor) -> Tensor:
         """Only needed for means over several blocks, and these encoders have no norm for each block."""

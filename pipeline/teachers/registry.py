@@ -1,4 +1,4 @@
-"""Every teacher by name. A new one is one entry of `TEACHERS`; anything else goes by a prefix. See docs/teachers.md."""
+"""Every teacher by name. A new one is an entry of `TEACHERS`; others go by a prefix. See docs/teachers.md."""
 
 import os
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from pipeline.configs.teachers import TokenChoice
 from pipeline.errors import PipelineError, TeacherError, suggest
 from pipeline.meta import meta_device
 from pipeline.teachers.clip import build_open_clip
+from pipeline.teachers.modules import ModuleEntry, build_module
 from pipeline.teachers.mrmae import build_mrmae
 from pipeline.teachers.teacher import Backbone, Teacher
 from pipeline.teachers.timm_vit import build_timm
@@ -52,7 +53,7 @@ AIMV2 = ("AIMv2 (arXiv 2411.14402)", "apple-ascl")
 RADIO_V3 = ("C-RADIO v3 (arXiv 2412.07679)", "nvidia-open-model-license")
 RADIO_V4 = ("C-RADIO v4 (arXiv 2412.07679)", "nvidia-open-model-license")
 
-TEACHERS: dict[str, Entry] = {
+TEACHERS: dict[str, Entry | ModuleEntry] = {
     "dino_vits16": Entry("timm:vit_small_patch16_224.dino", 224, *DINO),
     "dino_vitb16": Entry("timm:vit_base_patch16_224.dino", 224, *DINO),
     "clip_vitb16": Entry("open_clip:ViT-B-16-quickgelu:openai", 224, *CLIP),
@@ -155,7 +156,7 @@ def build_teacher(
         choice: dict[str, Any] = {"tokens": tokens, "layer": layer, "layers": layers}
         return Teacher(backbone, spec=spec, name=name, weights=label, **choice, **options)
 
-    if module is None and not spec.startswith("mrmae:"):
+    if module is None and not spec.startswith("mrmae:") and not isinstance(TEACHERS.get(spec), ModuleEntry):
         with meta_device():
             _dry_run(name, lambda: build("random"))
     teacher = build(source, dtype=dtype, compile=compile)
@@ -229,6 +230,8 @@ def _build_backbone(
 ) -> tuple[Backbone, str]:
     """The network behind a spec, and the name of its weights."""
     entry = TEACHERS.get(spec)
+    if isinstance(entry, ModuleEntry):
+        return build_module(spec, entry, weights, image_size)
     if entry is not None:
         return _build_backbone(entry.spec, weights, image_size or entry.image_size, module)
     prefix, _, name = spec.partition(":")
@@ -241,7 +244,9 @@ def _build_backbone(
             raise TeacherError(f"teacher '{spec}' has its weights in its checkpoint: leave teacher.weights out")
         return build_mrmae(name, module, image_size)
     hint = suggest(spec, TEACHERS, f"choose one that `mrmae teachers` lists, or {', '.join(PREFIXES)}")
-    raise TeacherError(f"unknown teacher '{spec}': {hint}")
+    plugged = [name for name, entry in TEACHERS.items() if isinstance(entry, ModuleEntry)]
+    of_plugins = f" (plug-ins have registered {', '.join(plugged)})" if plugged else ""
+    raise TeacherError(f"unknown teacher '{spec}': {hint}{of_plugins}")
 
 
 def _short_name(spec: str) -> str:

@@ -7,14 +7,14 @@ The steps are `prepare` (pixels, resized and normalised for this network), `trac
 and the row that were asked for). What differs between libraries is a `Backbone`, each in a file of its own.
 """
 
-import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.configs.teachers import TokenChoice
 from pipeline.errors import TeacherError
@@ -46,7 +46,7 @@ class Backbone(Protocol):
     """What a teacher needs of a ViT, in any library. All backbones are `nn.Module`s."""
 
     model: nn.Module
-    library: str  # the package it comes from, for the fingerprint
+    libraries: Mapping[str, str]  # the package or code that it comes from → version, for the fingerprint
     image_size: int  # pixels a side
     grid: tuple[int, int]  # patches, rows × columns
     dim: int  # channels of a block's output
@@ -207,8 +207,6 @@ class Teacher(nn.Module):
     def identity(self) -> dict[str, Any]:
         """All that decides this teacher's outputs, JSON-able, for a cache's fingerprint."""
         backbone = self.backbone
-        distribution = {"timm": "timm", "open_clip": "open_clip_torch"}.get(backbone.library)
-        library = {backbone.library: importlib.metadata.version(distribution)} if distribution else {}
         return {
             "name": self.name,
             "spec": self.spec,
@@ -224,7 +222,7 @@ class Teacher(nn.Module):
             "resize": RESIZE_FILTER,
             "mean": list(backbone.mean),
             "std": list(backbone.std),
-            "libraries": {"torch": str(torch.__version__)} | library,
+            "libraries": {"torch": str(torch.__version__), **backbone.libraries},
             **({"layer": self.layer} if self.layer < backbone.depth else {}),
             **({"compile": True} if self.compiled else {}),
         }
@@ -286,6 +284,13 @@ def vit_macs(
         matrices = sum(weight.numel() for weight in block.parameters() if weight.ndim == 2)
         total += tokens * matrices + 2 * tokens * tokens * dim
     return total
+
+
+def counted_macs(forward: Callable[[Tensor], Any], pixels: Tensor) -> int:
+    """Multiply-accumulates of one run, for networks that may be anything."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward(pixels)
+    return int(counter.get_total_flops()) // 2
 
 
 def _check_choice(backbone: Backbone, name: str, tokens: str, layer: int, layers: int) -> None:

@@ -1,7 +1,9 @@
 """ViTs of timm as teachers: DINO v1 to v3, SigLIP, supervised ones; with class and register tokens, any patch size."""
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -37,7 +39,7 @@ class TimmBackbone(nn.Module):
         TeacherError: no plain ViT, or a size that its patches don't divide.
     """
 
-    library = "timm"
+    libraries: Mapping[str, str] = MappingProxyType({"timm": version("timm")})
 
     def __init__(
         self,

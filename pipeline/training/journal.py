@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.plugins import plugin_options
 from pipeline.provenance import describe_process
 
 log = logging.getLogger(__name__)
@@ -97,4 +98,4 @@ def duration(seconds: float) -> str:
 
 def command(name: str, *words: str) -> str:
     """A command line that a shell takes as it stands."""
-    return shlex.join(["mrmae", name, *words])
+    return shlex.join(["mrmae", *plugin_options(), name, *words])

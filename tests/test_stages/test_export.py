@@ -1,22 +1,28 @@
 """export: what timm and ONNX Runtime make of it, without this project; and a ConvViT's two files."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
 from safetensors import safe_open
 from torch.nn import functional as F
 
+import pipeline.hub
 import stages.export
 from pipeline.assembly.students import read_start
 from pipeline.configs.models import StudentConfig
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, StorageError
 from pipeline.models import Classifier, Student, build_classifier, build_student, load_weights, save_weights
 from stages.export import ExportConfig
 
@@ -74,7 +80,11 @@ def test_timm_alone_gives_the_same_features(tmp_path: Path) -> None:
         models[kind] = checkpoint(tmp_path / kind / "run", kind, "mrmae_vit_tiny_patch16")
         facts = stages.export.run(ExportConfig(init=tmp_path / kind / "run", output=tmp_path / kind / "out"))
         assert facts["cosine"] >= 0.99999
-        assert {file.name for file in (tmp_path / kind / "out").iterdir()} == {"config.json", "model.safetensors"}
+        assert {file.name for file in (tmp_path / kind / "out").iterdir()} == {
+            "config.json",
+            "model.safetensors",
+            "README.md",
+        }
     command = [sys.executable, "-c", TIMM_ALONE, *models]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -166,3 +176,139 @@ def test_an_encoder_leaves_its_lean_decoder_behind(tmp_path: Path, name: str, op
     classifier = build_classifier(num_classes=3, **start.encoder)
     report = load_weights(classifier, start.state, strict=False)
     assert {name.partition(".")[0] for name in report.fresh} == {"head", "fc_norm"}
+
+
+class Hub:
+    """What `push` uses of HfApi, with repositories in a folder."""
+
+    root = Path()
+    public: ClassVar[set[str]] = set()
+
+    def __init__(self, **_options: Any) -> None:
+        pass
+
+    def create_repo(self, repo: str, *, private: bool | None, exist_ok: bool) -> str:
+        assert exist_ok
+        (self.root / repo).mkdir(parents=True, exist_ok=True)
+        return f"https://hub/{repo}"
+
+    def repo_info(self, repo: str) -> Any:
+        return SimpleNamespace(private=repo not in self.public)
+
+    def file_exists(self, repo: str, name: str) -> bool:
+        return (self.root / repo / name).exists()
+
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str, ignore_patterns: list[str]
+    ) -> None:
+        ignore = shutil.ignore_patterns(*ignore_patterns)
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True, ignore=ignore)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(pipeline.hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "root", tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+def export_of(run: Path, output: Path, **keys: Any) -> dict[str, Any]:
+    return stages.export.run(ExportConfig.model_validate({"init": run, "output": output, **keys}))
+
+
+def test_what_is_pushed_is_loaded_by_timm_from_the_hub(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path / "run", "mean", "mrmae_vit_tiny_patch16")
+    facts = export_of(tmp_path / "run", tmp_path / "out", push="me/flowers")
+    assert facts["pushed"] == "https://hub/me/flowers"
+
+    def download(repo_id: str, filename: str, **_options: Any) -> str:
+        if not (hub / repo_id / filename).exists():
+            raise EntryNotFoundError(filename)
+        return str(hub / repo_id / filename)
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    twin = timm.create_model("hf-hub:me/flowers", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(twin(images), model(images))
+    (hub / "me/flowers/README.md").write_text("edited")
+    export_of(tmp_path / "run", tmp_path / "again", push="me/flowers")
+    assert (hub / "me/flowers/README.md").read_text() == "edited"
+
+
+def test_the_card_is_one_of_the_hub_and_names_no_place(student_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/mine"
+    shutil.copytree(student_run, run)
+    figures = {"knn": {"top1": 0.875, "top5": 1.0}, "linear_probe": {"top1": 0.5, "top5": 0.75, "all": []}}
+    (run / "metrics.json").write_text(json.dumps(figures))
+    export_of(run, tmp_path / "bare")
+    export_of(run, tmp_path / "named", push=None, license="apache-2.0", dataset="colours")
+    text = (tmp_path / "named/README.md").read_text()
+    card = ModelCard(text)
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "apache-2.0", "timm", "image-feature-extraction",
+    )  # fmt: skip
+    assert card.data.eval_results is not None
+    assert [(result.metric_name, result.metric_value) for result in card.data.eval_results] == [
+        ("k-NN, top-1", 87.5), ("k-NN, top-5", 100.0), ("linear probe, top-1", 50.0), ("linear probe, top-5", 75.0),
+    ]  # fmt: skip
+    assert {result.dataset_name for result in card.data.eval_results} == {"colours"}
+    for part in ("| teacher | test_vit (licence: ", "| steps | 6 |", "| k-NN | top-1 87.50 %", "`mrmae pretrain`:"):
+        assert part in text, part
+    assert 'timm.create_model("hf-hub:OWNER/named", pretrained=True)' in text
+    assert str(tmp_path) not in text
+    assert str(student_run.parents[1]) not in text
+    bare = ModelCard((tmp_path / "bare/README.md").read_text())  # no data set is made up
+    assert (bare.data.eval_results, bare.data.license) == (None, "unknown")
+    assert "| k-NN | top-1 87.50 %" in bare.text
+
+
+def failure(status: int) -> HfHubHTTPError:
+    response: Any = SimpleNamespace(status_code=status, headers={"authorization": "Bearer hf_secret"}, request=None)
+    return HfHubHTTPError(f"{status} by hf_secret", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (LocalTokenNotFoundError("Token is required"), ConfigError, "Token is required"),
+        (failure(401), ConfigError, r"the hub refuses it \(401\): log in by `hf auth login`"),
+        (failure(403), ConfigError, r"the hub refuses it \(403\)"),
+        (failure(404), ConfigError, "the hub knows no such owner or repository"),
+        (failure(503), StorageError, r"the hub fails \(503\)"),
+        (ConnectionError("no route by hf_secret"), StorageError, r"the hub can't be reached \(ConnectionError\)"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_a_failed_push_is_one_line_and_leaves_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+) -> None:
+    checkpoint(tmp_path / "run", "student", "mrmae_vit_tiny_patch16")
+
+    def fail(*_words: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Hub, "upload_folder", fail)
+    with pytest.raises(kind, match=message) as raised:
+        export_of(tmp_path / "run", tmp_path / "out", push="me/mine")
+    text = str(raised.value)
+    assert f"`hf upload me/mine {tmp_path / 'out'}`" in text
+    assert len(text.splitlines()) == 1
+    assert "hf_secret" not in text
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_a_private_push_never_goes_to_a_public_repository(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(tmp_path / "run", "student", "mrmae_convvit_small_patch16")
+    monkeypatch.setattr(Hub, "public", {"me/open"})
+    with pytest.raises(ConfigError, match="me/open is public already"):
+        export_of(tmp_path / "run", tmp_path / "out", push="me/open", private=True)
+    assert not list((hub / "me/open").iterdir())
+    export_of(tmp_path / "run", tmp_path / "closed", push="me/closed", private=True)
+    text = (hub / "me/closed/README.md").read_text()
+    assert ModelCard(text).data.library_name == "mrmae"
+    assert "hf download me/closed" in text  # timm has no ConvViT

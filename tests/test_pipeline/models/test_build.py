@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from pipeline.configs.models import ObjectiveName
 from pipeline.errors import ConfigError
-from pipeline.models import OBJECTIVES, Student, build_classifier, build_student
+from pipeline.models import OBJECTIVES, Objective, Student, build_classifier, build_student
 from pipeline.models.weights import build_from_spec
 
 Build = Callable[..., Student]
@@ -98,3 +100,32 @@ def test_wrong_classifiers_are_named(wrong: dict[str, Any], message: str) -> Non
 
 def test_a_config_may_name_every_objective() -> None:
     assert get_args(ObjectiveName) == tuple(OBJECTIVES)
+
+
+def test_a_registered_loss_of_a_wrong_shape_or_with_options_is_named(
+    micro: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PerToken(nn.Module):
+        def __init__(self, dim: int, width: int) -> None:
+            super().__init__()
+            self.head = nn.Linear(dim, width)
+
+        def forward(self, tokens: list[Tensor], targets: Tensor) -> Tensor:
+            return (self.head(tokens[-1]) - targets).square().mean(-1)  # [B, N]
+
+    monkeypatch.setitem(OBJECTIVES, "per_token", Objective(pixels=False, mimics="encoder", loss=PerToken))
+    student = micro("vit", objective="per_token", teachers={"clip": 8})
+    with pytest.raises(ConfigError, match=r"the loss of objective=per_token has the shape \[2, 4\] for a batch of 2"):
+        student(
+            torch.randn(2, 3, *student.encoder.image_size),
+            torch.arange(4).expand(2, -1),
+            {"clip": torch.randn(2, 4, 8)},
+        )
+    with pytest.raises(ConfigError, match="objective=per_token has a loss of its own: leave target_norm"):
+        micro("vit", objective="per_token", teachers={"clip": 8}, mimic_loss="mse")
+    with pytest.raises(ConfigError, match="the targets of 'clip' take no statistics"):
+        student.set_channel_stats("clip", torch.zeros(8), torch.ones(8))
+    with pytest.raises(ConfigError, match="use one of"):
+        Objective(pixels=False, mimics="tokens")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="say which tokens it compares"):
+        Objective(pixels=True, mimics="", loss=PerToken)
