@@ -109,7 +109,7 @@ class _Loop(Generic[B]):
         if run.resumed:
             restore_weights(run.resumed, task.model, self.result)
         self.blank = blank_copy(task.model) if run.sharded else None  # to evaluate: whole again
-        if run.accelerator.num_processes > 1:
+        if plan.processes > 1:
             # Once: then each keeps the batch norms' statistics of its own batches, and `average_statistics` joins them.
             # What isn't contiguous, and can't be sent, is a constant.
             buffers = [*task.model.buffers(), *self.result.buffers()]
