@@ -69,7 +69,12 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     pool.close()
 
 
-@pytest.mark.parametrize("pool", [(make, 1), (make, 3), (make, 2, 1 << 15)], ids=str, indirect=True)
+@pytest.mark.parametrize(
+    "pool",
+    [(make, 1), (make, 3), (make, 2, 1 << 15)],
+    ids=["one worker", "three workers", "small slots"],
+    indirect=True,
+)
 @pytest.mark.parametrize("keep", [False, True])
 def test_batches_come_whole_and_in_order_however_long_they_are_kept(pool: Pool, keep: bool) -> None:
     kept = []
