@@ -29,9 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.assembly.ablation import Curve, Row, read_cost, read_curve, write_tables
-from pipeline.assembly.chain import Chain
-from pipeline.assembly.jobs import Environment, run_jobs
+from pipeline.assembly.chains.ablation import Curve, Row, read_cost, read_curve, write_tables
+from pipeline.assembly.chains.chain import Chain
+from pipeline.assembly.chains.jobs import Environment, run_jobs
 from pipeline.errors import ConfigError
 from pipeline.files import write_text
 from pipeline.locks import lock_folder

@@ -23,8 +23,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from pipeline.assembly.ablation import describe_spread, mean_and_spread
-from pipeline.assembly.chain import Chain
+from pipeline.assembly.chains.ablation import describe_spread, mean_and_spread
+from pipeline.assembly.chains.chain import Chain
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.figures import save_figure

@@ -14,7 +14,6 @@ Ctrl-C, SIGTERM and SIGHUP stop it after a checkpoint. The same command goes on 
 """
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,12 @@ from pipeline.assembly.fetching import OrderedFetching
 from pipeline.assembly.initial_weights import named_by_init, read_init
 from pipeline.assembly.knn_callback import knn_callback
 from pipeline.assembly.knowledge import CachedKnowledge, Knowledge, Targets, open_cached, open_live
+from pipeline.assembly.masks import draw_masks
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.assembly.teachers import load_teacher, teacher_dtype
 from pipeline.configs.objectives import OBJECTIVES
 from pipeline.data.loader import Samples
-from pipeline.data.masks import MaskSampler, predicted_count, visible_count
+from pipeline.data.masks import MaskSampler
 from pipeline.data.order import EpochOrder
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.models import Student, build_student, load_weights, model_record
@@ -54,7 +54,7 @@ from pipeline.training.journal import command
 from pipeline.training.run import Run, plan_steps, settle_batch_size
 from pipeline.training.task import Evaluation, Task
 from pipeline.weights import state_digest
-from stages.configs.pretrain import MaskConfig, PretrainConfig
+from stages.configs.pretrain import PretrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     config = _fit_to(knowledge, config)
     _check_summaries(config, knowledge)
     student = _build(config, knowledge)
-    masks = _masks(config, knowledge, student)
+    masks = draw_masks(config.mask, config.seed, knowledge, student, recorded_identity(config.output))
     mirrors = mirrors_of(knowledge.caches) if isinstance(knowledge, CachedKnowledge) else []
     fetches_shards = not all(mirror.by_range for mirror in mirrors)
     kind = config.order.kind or ("block" if fetches_shards else "full")
@@ -257,49 +257,6 @@ def _start_from(config: PretrainConfig, student: Student) -> str | None:
     state, _ = read_init(config.init, student.spec["name"])
     load_weights(student, state, strict=False)
     return state_digest(state)
-
-
-def _masks(config: PretrainConfig, knowledge: Knowledge, student: Student) -> MaskSampler:
-    focus = config.mask.focus if knowledge.dims and student.objective.masks else "random"
-    if focus != "random":
-        if knowledge.attended is None:
-            raise ConfigError(
-                f"{' and '.join(knowledge.dims)}: no attention to focus by; set mask.focus=random, or add the cache "
-                "of a teacher that has attention (caches.NAME.path=...)"
-            )
-        if len(knowledge.dims) > 1 and processes().is_main_process:
-            log.info("masks are drawn by the attention of %s", knowledge.attended)
-    if not student.objective.masks:
-        _check_whole_views(config.mask, config.mimic.objective)
-    patches = student.grid[0] * student.grid[1]
-    keep = visible_count(patches, config.mask.mask_ratio) if student.objective.masks else patches
-    masks = MaskSampler(
-        patches=patches,
-        keep=keep,
-        focus=focus,
-        seed=config.seed,
-        count=config.mask.masks_per_sample,
-        predict=predicted_count(patches, keep, student.predict_share),
-    )
-    return replace(masks, independent=masks.shares_a_draw and _drew_masks_apart(config))
-
-
-def _check_whole_views(mask: MaskConfig, objective: str) -> None:
-    """ConfigError for several masks of a sample; other keys of masks are told to have no effect."""
-    if mask.masks_per_sample > 1:
-        raise ConfigError(
-            f"mask.masks_per_sample={mask.masks_per_sample}, but objective={objective} masks nothing: leave it out"
-        )
-    default = MaskConfig()
-    given = [f"mask.{name}" for name in MaskConfig.model_fields if getattr(mask, name) != getattr(default, name)]
-    if given and processes().is_main_process:
-        log.warning("%s has no effect: objective=%s masks nothing", " and ".join(given), objective)
-
-
-def _drew_masks_apart(config: PretrainConfig) -> bool:
-    """Whether the run that goes on is from before several masks by attention were disjoint: it keeps its own."""
-    recorded = recorded_identity(config.output)
-    return bool(recorded) and "disjoint" not in recorded.get("mask", {})
 
 
 def _shown_first(order: EpochOrder, plan: StepPlan, start_step: int) -> NDArray[np.int64]:

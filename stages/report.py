@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
-from pipeline.assembly.comparing import differing_keys, stage_of
-from pipeline.assembly.origins import find_origins, minute
-from pipeline.assembly.outputs import Output, distinct_names, find_outputs
-from pipeline.assembly.run_curves import ON_ONE_AXIS, curve_sections
+from pipeline.assembly.report.comparing import differing_keys, stage_of
+from pipeline.assembly.report.curves import ON_ONE_AXIS, curve_sections
+from pipeline.assembly.report.origins import find_origins, minute
+from pipeline.assembly.report.outputs import Output, distinct_names, find_outputs
 from pipeline.config import Config, PathField
 from pipeline.errors import ConfigError
 from pipeline.evaluation.curves import LineStyle, line_style

@@ -75,3 +75,17 @@ class ViewConfig(Config):
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"views.ratio={list(self.ratio)}: needs 0 < low <= high")
         return self
+
+
+class MaskConfig(Config):
+    """Which patches the encoder sees."""
+
+    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that are hidden
+    focus: Focus = "sampled"  # by the teacher's attention; random without a cache
+    masks_per_sample: int = Field(1, ge=1, le=8)  # masks trained of each image read; batch_size counts masks
+
+    @model_validator(mode="after")
+    def _several_differ(self) -> "MaskConfig":
+        if self.focus == "top-k" and self.masks_per_sample > 1:
+            raise ValueError("focus=top-k knows one mask a sample: use focus=sampled, or masks_per_sample=1")
+        return self

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Config, PathField
 from pipeline.configs.cache import CacheInput
-from pipeline.configs.data import Focus, OrderKind, ViewConfig
+from pipeline.configs.data import MaskConfig, OrderKind, ViewConfig
 from pipeline.configs.evaluation import KnnCallbackConfig
 from pipeline.configs.models import MimicConfig, StudentConfig
 from pipeline.configs.teachers import TeacherConfig
@@ -21,20 +21,6 @@ class PretrainData(Config):
     path: str | None = Field(None, min_length=1)  # as in extraction
     limit: int | None = Field(None, gt=0)  # as in extraction
     workers: int = Field(2, ge=0, le=256)  # decoding processes per training process
-
-
-class MaskConfig(Config):
-    """Which patches the encoder sees."""
-
-    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that are hidden
-    focus: Focus = "sampled"  # by the teacher's attention; random without a cache
-    masks_per_sample: int = Field(1, ge=1, le=8)  # masks trained of each image read; batch_size counts masks
-
-    @model_validator(mode="after")
-    def _several_differ(self) -> "MaskConfig":
-        if self.focus == "top-k" and self.masks_per_sample > 1:
-            raise ValueError("focus=top-k knows one mask a sample: use focus=sampled, or masks_per_sample=1")
-        return self
 
 
 class OrderConfig(Config):

@@ -16,9 +16,9 @@ import pytest
 import xxhash
 from omegaconf import OmegaConf
 
-from pipeline.assembly import chain as chain_of_commands
-from pipeline.assembly.ablation import Cost, Curve, Row, read_cost, write_tables
-from pipeline.assembly.jobs import environments, run_jobs
+from pipeline.assembly.chains import chain as chain_of_commands
+from pipeline.assembly.chains.ablation import Cost, Curve, Row, read_cost, write_tables
+from pipeline.assembly.chains.jobs import environments, run_jobs
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.training.interruption import Interrupted, Interruption

@@ -14,13 +14,12 @@ from PIL import Image
 
 import cli
 from pipeline.assembly.samples import PretrainDataset
-from pipeline.configs.data import ViewConfig
+from pipeline.configs.data import MaskConfig, ViewConfig
 from pipeline.data.images import ImageSource, open_images
 from pipeline.data.labelled import LabelledDataset
 from pipeline.data.masks import MaskSampler, visible_count
 from pipeline.detection import DetectionDataset, JitterConfig, open_coco
 from stages.configs.finetune import AugmentConfig, FinetuneConfig
-from stages.configs.pretrain import MaskConfig
 from stages.finetune import _augment, _Losses
 from tests.coco import write_coco
 from tests.test_stages.conftest import ENCODER, MICRO

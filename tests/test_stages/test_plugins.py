@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline.plugins
-from pipeline.assembly.chain import Chain
+from pipeline.assembly.chains.chain import Chain
 from pipeline.cache import open_cache
 from tests import forked
 from tests.test_stages.conftest import MICRO

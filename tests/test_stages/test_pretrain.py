@@ -12,14 +12,13 @@ from pipeline.assembly import caches, knowledge
 from pipeline.assembly.knowledge import CachedKnowledge, LiveKnowledge
 from pipeline.assembly.samples import PretrainBatch
 from pipeline.cache import open_cache
-from pipeline.configs.data import ViewConfig
+from pipeline.configs.data import MaskConfig, ViewConfig
 from pipeline.data.masks import MaskSampler
 from pipeline.errors import CacheError, CheckpointError, ConfigError, DataError, TrainingError
 from pipeline.teachers import build_teacher
 from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.engine import _Loop
 from stages import knn, pretrain
-from stages.configs.pretrain import MaskConfig
 from tests.test_stages.conftest import MICRO, TEACHER, pretrain_config
 
 Make = Callable[..., Path]

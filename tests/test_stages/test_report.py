@@ -176,8 +176,9 @@ def test_a_run_keeps_its_colour_where_another_lacks_the_metric(tmp_path: Path) -
     [
         ({"optim": {"lr": 0.5}, "seed": 3, "batch_size": 16}, {"loss", "mimic_loss", "pixel_loss"}),
         ({"student": {"name": "mrmae_vit_small_patch16", "image_size": 64}}, {"loss", "mimic_loss", "pixel_loss"}),
-        ({"mimic": {"mimic_weight": 1.0}}, {"mimic_loss", "pixel_loss"}),
-        ({"mimic": {"mimic_loss": "mse"}}, {"pixel_loss"}),
+        ({"mimic": {"mimic_weight": 3.0}}, {"mimic_loss", "pixel_loss"}),
+        ({"mimic": {"mimic_loss": "smooth_l1"}}, {"pixel_loss"}),
+        ({"mimic": {"target_scale": 1.0}}, {"pixel_loss"}),
         ({"mimic": {"target_norm": "none"}}, {"pixel_loss"}),
         ({"mimic": {"norm_pix_loss": False}}, {"mimic_loss"}),
         ({"mask": {"mask_ratio": 0.5}}, set()),

@@ -35,7 +35,7 @@ _INTERRUPTED = 130  # exit code of a command that was stopped and has saved
 # A setting of this machine, such as where its data lies. The digest has its name: a folder may go on elsewhere.
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)[^{}]*\}")
 _ATTEMPTS = "attempts"  # in done.json, beside the names of steps
-_CLI = Path(__file__).parents[2] / "cli.py"  # by its path: `-m cli` would run a cli.py of the working folder
+_CLI = Path(__file__).parents[3] / "cli.py"  # by its path: `-m cli` would run a cli.py of the working folder
 
 
 class Done(NamedTuple):

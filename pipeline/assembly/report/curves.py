@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from pipeline.assembly.comparing import comparable
-from pipeline.assembly.outputs import Output
+from pipeline.assembly.report.comparing import comparable
+from pipeline.assembly.report.outputs import Output
 from pipeline.evaluation.curves import Curve, LineStyle, draw_curves
 from pipeline.evaluation.page import Picture, Row, Section, Table
 from pipeline.evaluation.scores import KINDS, show_number

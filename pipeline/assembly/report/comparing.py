@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.assembly.outputs import Output, flatten
+from pipeline.assembly.report.outputs import Output, flatten
 
 # What decides which views and masks a student was shown. Teachers are among it: they choose masks, caches bring views.
 _SHOWN = (
@@ -18,7 +18,8 @@ _SHOWN = (
     "student.image_size", "student.patch_size",
 )  # fmt: skip
 _TARGETS = (
-    "mimic.objective", "mimic.target", "mimic.target_norm", "mimic.resize_targets", "mimic.mimic_loss", "mimic.fusion",
+    "mimic.objective", "mimic.target", "mimic.target_norm", "mimic.target_scale", "mimic.resize_targets",
+    "mimic.mimic_loss", "mimic.fusion",
     "mimic.teacher_weights", "mimic.standardise_teachers", "mimic.drop_teachers",
 )  # fmt: skip
 _WEIGHTS = ("mimic.norm_pix_loss", "mimic.mimic_weight", "mimic.pixel_weight", "mimic.summary_weight")

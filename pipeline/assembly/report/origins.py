@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.assembly.comparing import stage_of
-from pipeline.assembly.outputs import Output
+from pipeline.assembly.report.comparing import stage_of
+from pipeline.assembly.report.outputs import Output
 from pipeline.evaluation.curves import LineStyle
 from pipeline.evaluation.page import Name, Origin
 
