@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from pipeline.data.decoding import decode
+
 SIDE = 96  # pixels
 _SMALLEST = 24  # pixels of an object's shorter side
 _MARGIN = 1.1  # side of a crop over the object's longer side
@@ -43,9 +45,9 @@ def objects(coco: Path) -> Iterator[Labelled]:
             x, y, width, height = annotation["bbox"]
             if annotation.get("iscrowd") or min(width, height) < _SMALLEST:
                 continue
-            with Image.open(coco / "images" / f"{split}2017" / files[annotation["image_id"]]) as photo:
-                half, column, row = max(width, height) * _MARGIN / 2, x + width / 2, y + height / 2
-                crop = photo.crop(tuple(map(round, (column - half, row - half, column + half, row + half))))
+            photo = decode((coco / "images" / f"{split}2017" / files[annotation["image_id"]]).read_bytes())
+            half, column, row = max(width, height) * _MARGIN / 2, x + width / 2, y + height / 2
+            crop = photo.crop(tuple(map(round, (column - half, row - half, column + half, row + half))))
             yield split, GROUPS[min(last for last in GROUPS if last >= annotation["category_id"])], crop
 
 

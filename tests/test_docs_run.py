@@ -118,6 +118,10 @@ ELSEWHERE = {
         "many variants, each in processes of its own; a tiny twin is run",
         "tests/test_configs.py::test_the_tiny_pair_of_teachers",
     ),
+    r"mrmae (finetune --eval .* combine=greedy .*|export init=runs/abc/soup .*)": (
+        "several fine-tunings of one start",
+        "tests/test_stages/test_soup.py::test_a_greedy_soup_is_chosen_by_the_images_held_back",
+    ),
     r"mrmae export .* push=OWNER/NAME .*": (
         "an upload",
         "tests/test_stages/test_export.py::test_what_is_pushed_is_loaded_by_timm_from_the_hub",

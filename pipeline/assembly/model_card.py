@@ -78,7 +78,9 @@ def origin_of(init: Path) -> Origin:
             metrics = {measure: _scores(found[measure]) for measure in _MEASURES if measure in found}
         recipes[stage] = _public(config)
         teachers = tuple({**checkpoint.identity.get("caches", {}), **checkpoint.identity.get("teachers", {})})
-        source = None if stage == "pretrain" or not config.get("init") else _resolved(Path(config["init"]))
+        start = config.get("init") if stage != "pretrain" else None
+        # The runs of a soup stem from one pre-training: the first one leads there.
+        source = _resolved(Path(start[0] if isinstance(start, list) else start)) if start else None
     return Origin(recipes, teachers, {name: scores for name, scores in metrics.items() if scores}, step)
 
 

@@ -1,9 +1,24 @@
 """The keys of `export`."""
 
-from pydantic import Field
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from pipeline.config import Config, PathField
 from pipeline.configs.models import StudentConfig
+
+
+def _named(repository: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError("give OWNER/NAME")
+    return repository
+
+
+def _licensed(identifier: str) -> str:
+    if not re.fullmatch(r"[a-z0-9.-]+", identifier):
+        raise ValueError("give the hub's identifier of a license, such as apache-2.0")
+    return identifier
 
 
 class ExportConfig(Config):
@@ -14,7 +29,7 @@ class ExportConfig(Config):
     output: PathField  # a folder that isn't there yet
     onnx: bool = False  # also model.onnx: images → tokens, and logits of a classifier
     opset: int = Field(18, ge=18)  # of ONNX
-    push: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")  # upload the folder to this OWNER/NAME of the hub
+    push: Annotated[str, AfterValidator(_named)] | None = None  # upload the folder to this OWNER/NAME of the hub
     private: bool = False  # of a repository that push creates
-    license: str = Field("unknown", pattern=r"^[a-z0-9.-]+$")  # of the weights, for the card: apache-2.0
+    license: Annotated[str, AfterValidator(_licensed)] = "unknown"  # of the weights, for the card: apache-2.0
     dataset: str | None = Field(None, min_length=1)  # that the run's metrics.json was measured on, for the hub's index

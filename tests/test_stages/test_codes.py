@@ -204,7 +204,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_its_student_is_drawn_and_exported
 
 
 def test_centroids_are_tokens_to_a_student_that_mimics_tokens(codes: Path, image_tree: Path, tmp_path: Path) -> None:
-    keys = keys_of(codes, image_tree) | {"mimic": {"target_norm": "channel"}}
+    keys = keys_of(codes, image_tree) | {"mimic": {"target_norm": "channel", "target_scale": 1.0}}
     pretrain.run(pretrain_config(tmp_path / "run", max_steps=2, **keys))
     assert 0 < rows(tmp_path / "run")[0]["mimic_loss"] < 2
 
