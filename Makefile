@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+JOBS   ?= 2    # test processes; each takes up to 2 GB
 
 .PHONY: demo test test-slow test-gpu check keys clean
 
@@ -16,7 +17,7 @@ demo: $(STAMP)  ## the whole pipeline on handwritten digits, offline, in minutes
 	$(BIN)/mrmae demo
 
 test: $(STAMP)  ## what continuous integration runs
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow and not gpu'
 
 test-slow: $(STAMP)  ## the long proofs: extraction under SIGKILL, a million records
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
@@ -28,7 +29,7 @@ check: $(STAMP)  ## everything a change must pass
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow and not gpu'
 
 keys: $(STAMP)  ## docs/keys.md, after a change of a config class
 	$(BIN)/mrmae --keys > docs/keys.md

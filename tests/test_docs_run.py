@@ -114,6 +114,10 @@ ELSEWHERE = {
         "many variants, each in processes of its own; a tiny twin is run",
         "tests/test_configs.py::test_the_tiny_ablation",
     ),
+    r"mrmae pretrain --config configs/ablation_imagenette\.yaml .*timm:.*": (
+        "a student of timm at its own size; micro ones are run",
+        "tests/test_stages/test_timm_students.py::test_a_domain_is_continued_from_public_weights",
+    ),
     r"mrmae ablate --config configs/two_teachers_imagenette\.yaml.*": (
         "many variants, each in processes of its own; a tiny twin is run",
         "tests/test_configs.py::test_the_tiny_pair_of_teachers",
