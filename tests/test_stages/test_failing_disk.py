@@ -29,7 +29,17 @@ from tests.test_stages.test_ablate import write_config
 ROOT = Path(__file__).parents[2]
 SLICE = ("kill", "ENOSPC", "EIO", "kill")  # of a scenario in the fast suite, spread over its writes
 # Differ from run to run.
-_TIMES = ("times", "digest", "images_per_s", "data_wait", "checkpoint_s", "evaluation_s", "memory_gib", "seconds")
+_TIMES = (
+    "made",
+    "times",
+    "digest",
+    "images_per_s",
+    "data_wait",
+    "checkpoint_s",
+    "evaluation_s",
+    "memory_gib",
+    "seconds",
+)
 # Appended row by row; a torn last row is dropped by the next start.
 _GROWING = ("metrics.jsonl", "train.log", "starts.jsonl", "commands.log")
 _TABLES = ("table.md", "table.csv", "bars.png")  # of an ablation: written again with each row
