@@ -3,8 +3,9 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -27,25 +28,26 @@ def read_epoch(reader: CacheReader, order: EpochOrder, epoch: int) -> float:
     return time.perf_counter() - began
 
 
-def best(seconds: Callable[[int], float]) -> float:
-    return min(map(seconds, range(ROUNDS)))
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A folder on a disk: in memory, where other tests' files lie, syncing what is copied would cost nothing."""
+    with TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
-def test_rates_beside_those_of_a_local_copy(
-    store: str, s3: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Records of 76 KB, 96 a shard. Both are measured in turns, and the best of five rounds counts."""
+def test_rates_beside_those_of_a_local_copy(store: str, s3: str, disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Records of 76 KB, 96 a shard. They are measured in turns, and the best of ten rounds counts."""
     caplog.set_level(logging.INFO, __name__)
     dataset = {"source": "photos", "kind": "folder", "count": 960, "digest": "d" * 32}
     views = {"count": 1, "seed": 3, "image_size": 32}
     header = make_header(store, grid=[14, 14], dim=384, dataset=dataset, views=views, samples_per_shard=96)
-    cache, url = make_cache(tmp_path / "cache", header), f"s3://bucket/{store}"
+    cache, url = make_cache(disk / "cache", header), f"s3://bucket/{store}"
     upload(cache, url)
     order = EpochOrder(np.arange(header.count), 0, "block", header.samples_per_shard, 4)
 
-    local, warm = open_cache(cache), open_cache(RemoteCache(url, LocalFolder(tmp_path / "warm", 10**10)))
+    local, warm = open_cache(cache), open_cache(RemoteCache(url, LocalFolder(disk / "warm", 10**10)))
     seconds: dict[str, list[float]] = {"local": [], "warm": []}
     read_epoch(warm, order, 0)
     for number in range(2 * ROUNDS):
@@ -55,8 +57,11 @@ def test_rates_beside_those_of_a_local_copy(
     log.info("%s: warm %.0f records/s, %.3f of local", store, header.count / min(seconds["warm"]), share)
 
     size = sum(open_mirror(warm.shards.remote).size(shard) for shard in range(header.shards))
-    copied = best(lambda number: _copy(url, tmp_path / f"copy{number}"))
-    cold = best(lambda number: _read_cold(url, tmp_path / f"cold{number}", order))
+    turns: dict[str, list[float]] = {"copied": [], "cold": []}
+    for number in range(2 * ROUNDS):
+        turns["copied"].append(_copy(url, disk / f"copy{number}"))
+        turns["cold"].append(_read_cold(url, disk / f"cold{number}", order))
+    copied, cold = min(turns["copied"]), min(turns["cold"])
     rates = size / copied / 1e6, size / cold / 1e6, copied / cold
     log.info("%s: cache-copy %.0f MB/s, cold %.0f MB/s: %.3f", store, *rates)
     assert share >= 0.95
