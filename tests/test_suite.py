@@ -36,7 +36,7 @@ def test_a_forked_process_is_as_one_that_an_interpreter_starts(tmp_path: Path, m
 import atexit, os, random, signal, sys, threading
 import numpy, torch
 atexit.register(print, "at exit")
-threading.Timer(0.1, print, ["a thread is waited for"]).start()
+threading.Timer(0.8, print, ["a thread is waited for"]).start()
 handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE)]
 print(sys.argv[1:], os.getcwd(), sorted(os.environ.items()), handlers, os.umask(0), sys.stdin.read())
 print(os.getsid(0) == os.getpid(), torch.get_num_threads(), sorted(os.listdir("/proc/self/fd")))

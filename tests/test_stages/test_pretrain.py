@@ -129,7 +129,7 @@ def test_a_run_from_before_masks_were_disjoint_goes_on_with_its_own(
 ) -> None:
     common = {**inputs(make_cache(), image_tree), "mask": {"masks_per_sample": 4}, "grad_norms_every": 0}
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "_drew_masks_apart", lambda config: True)
+        patch.setattr(pretrain, "recorded_identity", lambda output: {"mask": {}})
         pretrain.run(pretrain_config(tmp_path / "before", **common))
         with pytest.MonkeyPatch.context() as inner:
             Steps(inner, kill_at=4)
