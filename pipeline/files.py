@@ -150,6 +150,45 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str, *, durable: bool = False) -> None:
+    """Append a line to a UTF-8 file that no other process writes; the file is made when absent.
+
+    A last line without its end, which a writer that was killed left, is cut off first: the two would become one.
+
+    Args:
+        durable: fsync the file.
+
+    Raises:
+        OSError: disk full, ...; the file has its former lines.
+    """
+    with FileIO(path, "ab+") as file:
+        end = _end_of_lines(file)
+        file.truncate(end)
+        content = memoryview(f"{line}\n".encode())
+        try:
+            # Unbuffered: a buffer whose write failed writes once more when it is closed, after what had come through.
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+        if durable:
+            os.fsync(file.fileno())
+
+
+def _end_of_lines(file: FileIO) -> int:
+    """The size of a file without a last line that has no end."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return 0
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return size
+    file.seek(0)
+    return file.readall().rfind(b"\n") + 1
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder to fill. It is renamed to `path`, which must not exist, at the end of the block.

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +168,12 @@ def install() -> None:
 class Child:
     """In the place of subprocess.Popen: a command line of this program, run by a fork of this process."""
 
-    def __init__(self, command: list[str], stdout: Any, stderr: int) -> None:
+    def __init__(self, command: list[str], stdout: Any, stderr: int, env: Mapping[str, str]) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid:
             return
+        os.environ.update(env)
         import cli
 
         for number in (1, 2):

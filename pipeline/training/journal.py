@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import append_line
 from pipeline.plugins import plugin_options
 from pipeline.provenance import describe_process
 
@@ -55,8 +56,7 @@ class Journal:
     def record_start(self, facts: Mapping[str, Any]) -> None:
         """Append a line to starts.jsonl: where and how this process was started, and `facts` of the run."""
         place = {"host": socket.gethostname(), "command": shlex.join(sys.argv), "folder": os.getcwd()}
-        with (self._folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**describe_process(), **place, **facts}) + "\n")
+        append_line(self._folder / "starts.jsonl", json.dumps({**describe_process(), **place, **facts}))
 
     def close(self) -> None:
         for name in _PACKAGES:

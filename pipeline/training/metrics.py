@@ -1,7 +1,6 @@
 """Metrics: one JSON object a line in metrics.jsonl, the same numbers in TensorBoard. Plots read the JSONL alone."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.files import write_text
+from pipeline.files import append_line, write_text
 
 
 class MetricsWriter:
@@ -30,17 +29,16 @@ class MetricsWriter:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}): take the bad line out to go on") from error
         if writes:
-            write_text(path, _text(former), durable=True)  # a kill here must not cost the rows so far
+            text = "".join(json.dumps(row) + "\n" for row in former)
+            write_text(path, text, durable=True)  # a kill here must not cost the rows so far
         self.latest = {key: value for row in former for key, value in row.items() if key != "step"}
         # A row of losses has a learning rate; one without it is what an evaluation found.
         self._evaluated = {row["step"] for row in former if "lr" not in row}
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_text([{"step": step, **values}]))
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint counts on the rows before it
+            # Durable: a checkpoint counts on the rows before it.
+            append_line(self._path, json.dumps({"step": step, **values}), durable=True)
 
     def was_evaluated(self, step: int) -> bool:
         """Whether the run so far holds an evaluation at this step."""
@@ -137,7 +135,3 @@ def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _text(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,17 +1,20 @@
 """A file or a folder is there whole or not at all, whoever else writes it and wherever a writer is killed."""
 
+import errno
 import fcntl
 import os
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 import pytest
 
+from pipeline import files
 from pipeline.errors import ConfigError
-from pipeline.files import remove_dead_partials, whole_file, whole_folder, write_text
+from pipeline.files import append_line, remove_dead_partials, whole_file, whole_folder, write_text
 
 
 def test_a_file_appears_at_the_end(tmp_path: Path) -> None:
@@ -150,3 +153,46 @@ def test_a_pipe_or_socket_is_not_replaced(tmp_path: Path, monkeypatch: pytest.Mo
             write_text(path, "content")
         assert path.stat().st_mode == kind
     assert Path("link").is_symlink()
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 2', "x" * 9000])
+def test_a_line_follows_whole_lines_alone(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "rows"
+    append_line(path, "ein Bär")
+    with path.open("a") as file:
+        file.write(torn)
+    append_line(path, "last", durable=True)
+    assert path.read_text(encoding="utf-8") == "ein Bär\nlast\n"
+
+
+def test_a_first_line_that_was_cut_short_goes(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_text("torn")
+    append_line(path, "whole")
+    assert path.read_text() == "whole\n"
+
+
+def test_a_line_whose_write_fails_leaves_the_former_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where half of it came through: a second attempt would put the whole line behind that half."""
+
+    class Full(FileIO):
+        def write(self, data: object) -> int:
+            super().write(bytes(data)[: len(bytes(data)) // 2])  # type: ignore[call-overload]
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "rows"
+    append_line(path, "former")
+    monkeypatch.setattr(files, "FileIO", Full)
+    with pytest.raises(OSError, match="No space left"):
+        append_line(path, "a row")
+    assert path.read_text() == "former\n"
+
+
+def test_a_line_that_comes_through_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FileIO):
+        def write(self, data: object) -> int:
+            return super().write(bytes(data)[:3])  # type: ignore[call-overload]
+
+    monkeypatch.setattr(files, "FileIO", Slow)
+    append_line(tmp_path / "rows", "a longer row")
+    assert (tmp_path / "rows").read_text() == "a longer row\n"

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from pipeline.errors import CheckpointError
 from pipeline.files import PARTIAL
 from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.metrics import read_metrics
 from stages.extract_teacher_features import run as extract
 from tests import forked
 from tests.failing_disk import KINDS, PROGRAM, PROGRAM_WITH_CHILDREN, failing
@@ -297,7 +298,9 @@ def _sweep(
             assert _differences(_whole(scenario.out), expected) == []
             assert _rows(scenario.out) == rows
             assert [path.name for path in scenario.out.rglob(f".*{PARTIAL}")] == []
-        except (AssertionError, CheckpointError) as error:
+            for lines in scenario.out.rglob("*.jsonl"):
+                read_metrics(lines)
+        except (AssertionError, CheckpointError, ValueError) as error:
             wrong.append(f"{how} at operation {at} of {len(operations)}, {operations[at - 1]}: {error}")
         count += 1
     return len(operations), count, wrong

@@ -14,6 +14,7 @@ import torch
 from pipeline.training import journal
 from pipeline.training.interruption import Interruption
 from pipeline.training.journal import Pace, command, duration
+from pipeline.training.metrics import read_metrics
 from stages import pretrain
 from tests.test_stages.conftest import pretrain_config
 
@@ -98,3 +99,12 @@ def test_the_first_signal_is_answered_at_once_and_the_second_ends(capfd: pytest.
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert capfd.readouterr().err == ""
+
+
+def test_a_start_that_was_killed_while_it_was_noted_spoils_no_other(tmp_path: Path) -> None:
+    """`report` reads them."""
+    (tmp_path / "starts.jsonl").write_text('{"step": 1}\n{"host": "mach')
+    started = journal.Journal(tmp_path)
+    started.record_start({"step": 2})
+    started.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "starts.jsonl")] == [1, 2]
