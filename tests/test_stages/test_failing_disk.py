@@ -9,11 +9,13 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,12 +71,25 @@ class Scenario:
             [sys.executable, "-c", self.program, *self.words],
             env=failing(self.out.parent, at, how, log), cwd=self.out.parent, text=True,
         )  # fmt: skip
+        _wait_for_orphans(self.out.parent)
         return process.returncode, process.stderr
 
     def reset(self) -> None:
         shutil.rmtree(self.out.parent, ignore_errors=True)
         self.out.parent.mkdir()
         self.before()
+
+
+def _wait_for_orphans(folder: Path) -> None:
+    """Until the commands that a killed `ablate` had started in `folder` have ended: they go on without it."""
+
+    def at_work() -> list[int]:
+        return [process.pid for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(folder)]
+
+    deadline = time.monotonic() + 60
+    while orphans := at_work():
+        assert time.monotonic() < deadline, orphans
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
