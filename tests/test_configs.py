@@ -97,10 +97,10 @@ def test_the_tiny_evidence_has_all_rows() -> None:
     whole, tiny = (OmegaConf.load(FOLDER / f"evidence_gpu{twin}.yaml") for twin in ("", "_tiny"))
     assert whole.ablate.variants == tiny.ablate.variants
     assert list(whole.ablate.caches) == list(tiny.ablate.caches)
-    assert len(whole.ablate.variants) == 13
+    assert len(whole.ablate.variants) == 14
 
 
-@pytest.mark.slow  # 26 commands
+@pytest.mark.slow  # 28 commands
 @pytest.mark.usefixtures("forked_commands")
 def test_the_tiny_evidence(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MRMAE_DATA", str(real_data))
