@@ -54,14 +54,14 @@ def list_parts(config: BenchmarkGpuConfig, bench: Bench) -> list[Part]:
     """The images, then all measurements in the order of their importance."""
 
     def steps(student: StudentConfig, compiled: bool) -> Part:
-        how, seconds = ("compiled", 90) if compiled else ("eager", 30)
+        how, seconds = ("compiled", 150) if compiled else ("eager", 45)
         return Part(f"steps {student.name} {how}", seconds, partial(_measure_steps, config, student, compiled, bench))
 
     def sparse(name: str, compiled: bool) -> Part:
         how, seconds = ("compiled", 90) if compiled else ("eager", 15)
         return Part(f"sparse {name} {how}", seconds, partial(_measure_sparse, config, name, compiled, bench))
 
-    extract = [Part(f"extract {t.spec}", 35, partial(_measure_extraction, config, t, bench)) for t in config.teachers]
+    extract = [Part(f"extract {t.spec}", 45, partial(_measure_extraction, config, t, bench)) for t in config.teachers]
     eager = [steps(student, False) for student in config.students]
     compiled = [steps(student, True) for student in config.students] if config.compile else []
     sparse_eager = [sparse(name, False) for name in config.sparse]
