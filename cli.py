@@ -310,7 +310,8 @@ def _all_keys() -> str:
     from pipeline.keys_page import keys_page
 
     rows = {row.name: row for row in STAGES} | {f"benchmark {row.name}": row for row in BENCHMARKS}
-    return keys_page({name: row.load_class() for name, row in rows.items() if row.has_keys})
+    classes = {name: row.load_class() for name, row in rows.items() if row.has_keys}
+    return keys_page(classes, {name: row.load_class(evaluate=True) for name, row in rows.items() if row.evaluation})
 
 
 @click.group(

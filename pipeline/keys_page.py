@@ -1,10 +1,13 @@
 """The keys of commands as text: for a terminal, and as the page docs/keys.md."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 from pydantic import BaseModel
 
 from pipeline.keys import Key, keys_of
+
+ConfigClass: TypeAlias = type[BaseModel]
 
 _INTRODUCTION = """# Keys
 
@@ -17,7 +20,7 @@ gives that key: `data=photos` is `data.path=photos`.
 """
 
 
-def keys_text(cls: type[BaseModel]) -> str:
+def keys_text(cls: ConfigClass) -> str:
     """A line for each key: name, type, default, meaning."""
     rows = [(key.name, key.type, key.default, key.meaning) for key in keys_of(cls)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -25,14 +28,29 @@ def keys_text(cls: type[BaseModel]) -> str:
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
-def keys_page(commands: Mapping[str, type[BaseModel]]) -> str:
-    """The Markdown page: a table for each command."""
-    return "\n".join([_INTRODUCTION, *(_table(command, cls) for command, cls in commands.items())])
+def keys_page(commands: Mapping[str, ConfigClass], evaluations: Mapping[str, ConfigClass]) -> str:
+    """The Markdown page: a table for each command, and what `COMMAND --eval` takes beside it."""
+    parts = [_INTRODUCTION]
+    for command, cls in commands.items():
+        keys = list(keys_of(cls))
+        parts.append(_table(command, keys))
+        if command in evaluations:
+            changed = [key for key in keys_of(evaluations[command]) if key not in keys]
+            parts.append(
+                _table(f"{command} --eval", changed, f"These keys beside those of `{command}`, or in their place.")
+            )
+    return "\n".join(parts)
 
 
-def _table(command: str, cls: type[BaseModel]) -> str:
-    rows = ["| key | type | default | meaning |", "|---|---|---|---|", *map(_row, keys_of(cls))]
-    return "\n".join([f"## {command}", "", *rows, ""])
+def _table(heading: str, keys: Iterable[Key], lead: str = "") -> str:
+    head = [
+        f"## {heading}",
+        "",
+        *([lead, ""] if lead else []),
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*head, *map(_row, keys), ""])
 
 
 def _row(key: Key) -> str:

@@ -11,11 +11,14 @@ import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 from pipeline.errors import ConfigError
+from pipeline.files import hash_source
 
 OPTION = "--plugin"
-_loaded: list[str] = []  # names as another process can load them: a file's is absolute
+# Name as another process can load it (a file's is absolute) → hash of the file that was loaded.
+_loaded: dict[str, str] = {}
 
 
 def load_plugins(names: Iterable[str]) -> None:
@@ -34,8 +37,9 @@ def load_plugins(names: Iterable[str]) -> None:
         file = Path(os.path.expanduser(name)).resolve() if name.endswith(".py") or os.sep in name else None
         portable = name if file is None else str(file)
         if portable not in _loaded:
-            _load(name, file)
-            _loaded.append(portable)
+            module = _load(name, file)
+            source = module.__file__  # none of a package without __init__.py
+            _loaded[portable] = f"{hash_source(Path(source).read_bytes()):016x}" if source else ""
 
 
 def plugin_options() -> list[str]:
@@ -43,14 +47,18 @@ def plugin_options() -> list[str]:
     return [word for name in _loaded for word in (OPTION, name)]
 
 
-def _load(name: str, file: Path | None) -> None:
+def plugin_hashes() -> dict[str, str]:
+    """Name of each loaded file or module, without its folder → xxh3-64 of its file, in hex."""
+    return {Path(name).name: digest for name, digest in _loaded.items()}
+
+
+def _load(name: str, file: Path | None) -> ModuleType:
     if file is not None and not file.is_file():
         raise ConfigError(f"{OPTION} {name}: no such file")
     try:
         if file is None:
-            importlib.import_module(name)
-        else:
-            _run(name, file)
+            return importlib.import_module(name)
+        return _run(name, file)
     except ModuleNotFoundError as error:
         if file is None and error.name == name.split(".")[0]:
             raise ConfigError(
@@ -63,7 +71,7 @@ def _load(name: str, file: Path | None) -> None:
         raise _fault(name, error) from error
 
 
-def _run(name: str, file: Path) -> None:
+def _run(name: str, file: Path) -> ModuleType:
     """Import a file as the module of its name, so that what it defines can be pickled and is named well.
 
     Raises:
@@ -75,7 +83,7 @@ def _run(name: str, file: Path) -> None:
     if found is not None and (found.origin is None or Path(found.origin).resolve() != file):
         raise ConfigError(f"{OPTION} {name}: there is another module '{file.stem}': rename the file")
     if file.stem in sys.modules:
-        return
+        return sys.modules[file.stem]
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{OPTION} {name}: a plug-in's name ends in .py")
@@ -85,6 +93,7 @@ def _run(name: str, file: Path) -> None:
     except BaseException:
         del sys.modules[file.stem]
         raise
+    return module
 
 
 def _fault(name: str, error: Exception) -> ConfigError:

@@ -28,6 +28,7 @@ from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.files import clean_folder, write_text
 from pipeline.locks import lock_folder
 from pipeline.ownership import closed_with_stage
+from pipeline.plugins import plugin_hashes
 from pipeline.processes import open_accelerator, processes, without_cuda
 from pipeline.steps import StepPlan, fit_batch_size
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint, recorded_identity, step_folders
@@ -92,7 +93,7 @@ class Run:
     Args:
         identity: JSON-able; what must not change between stop and resume. Seed and batch size are added.
         may_change: keys of it that cost a warning alone, since the run can go on, though not as it would have;
-            precision and compile, which it adds, are such keys.
+            precision, compile and the plug-ins, which it adds, are such keys.
 
     Raises:
         ConfigError: the folder can't be written, or holds a run and resume=never.
@@ -103,7 +104,9 @@ class Run:
 
     def __init__(self, config: RunConfig, identity: dict[str, Any], may_change: Collection[str] = ()) -> None:
         mixed_precision = mixed_precision_of(config.precision)
-        numbers = {"precision": mixed_precision.replace("no", "fp32"), "compile": config.compile}
+        numbers: dict[str, Any] = {"precision": mixed_precision.replace("no", "fp32"), "compile": config.compile}
+        if plugins := plugin_hashes():
+            numbers["plugins"] = plugins
         self.config = config
         self.identity = {"seed": config.seed, "batch_size": config.batch_size} | identity | numbers
         self.folder = Path(config.output)

@@ -1,6 +1,7 @@
 """--plugin: an objective, a teacher and a student of a user's own file, through the command in a process of its own."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,12 @@ def test_an_objective_trains_three_steps_and_goes_on(home: Path, image_tree: Pat
     assert "resumed from" in well(home, *command)
     again = load_file(last / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in trained.items())
+    shutil.rmtree(last)
+    code = (home / "mine.py").read_text()
+    (home / "mine.py").write_text(f"{code}# changed\n")
+    output = well(home, *command)
+    (home / "mine.py").write_text(code)
+    assert re.search(r"plugins was \{'mine.py': '\w{16}'\} when the run stopped and is .* now", output)
 
 
 def test_what_it_trained_is_measured_with_it_and_refused_without(home: Path, image_tree: Path) -> None:
@@ -151,7 +158,7 @@ def test_a_students_network_and_whole_maps(home: Path, image_tree: Path) -> None
 def test_ablate_and_bootstrap_hand_it_on(home: Path, image_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of their commands is a step of a chain."""
     monkeypatch.chdir(home)
-    monkeypatch.setattr(pipeline.plugins, "_loaded", [str(home / "mine.py")])
+    monkeypatch.setattr(pipeline.plugins, "_loaded", {str(home / "mine.py"): ""})
     data, views = {"path": str(image_tree), "workers": 0}, {"image_size": 64}
     extraction = {"data": data, "teacher": "colours", "views": views, "cache": {"path": "chain", "max_nmse": 1.0}}
     (home / "chain.yaml").write_text(json.dumps({"extract-teacher-features": extraction}))
