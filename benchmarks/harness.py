@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.assembly.teachers import teacher_dtype
 from pipeline.config import Config
@@ -27,6 +26,7 @@ from pipeline.configs.data import DataConfig
 from pipeline.data.drawn import draw_images
 from pipeline.data.images import ImageSource, open_images
 from pipeline.errors import ConfigError
+from pipeline.flop_counting import flop_counter
 from pipeline.training.flops import peak_tflops
 
 Lane = Callable[[], float]
@@ -154,6 +154,6 @@ def open_or_draw(data: DataConfig | None, count: int, folder: Path, image_size: 
 
 def count_gmacs(job: Callable[[], object]) -> float:
     """Multiply-adds of a job in billions, operation by operation by torch's counter; the job runs for real."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         job()
     return float(counter.get_total_flops()) / 2e9

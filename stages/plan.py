@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.assembly.memory import step_memory
 from pipeline.cache.budget import estimate_bytes, readable
 from pipeline.configs.models import DecoderKind
 from pipeline.data.masks import predicted_count, visible_count
 from pipeline.errors import ConfigError, TeacherError
+from pipeline.flop_counting import flop_counter
 from pipeline.models import build_student
 from pipeline.teachers import NO_ATTENTION, describe_teacher
 from pipeline.training.flops import peak_tflops
@@ -193,7 +193,7 @@ def step_gmac(
         images = torch.empty(1, 3, *model.encoder.image_size)
         ids_keep = torch.empty(1, keep, dtype=torch.int64)
         ids_predict = None if count is None else torch.empty(1, count, dtype=torch.int64)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             model(images, ids_keep, None, ids_predict)
     flops: int = counter.get_total_flops()
     return 3 * flops / 2 / 1e9

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.configs.teachers import TokenChoice
 from pipeline.errors import TeacherError
+from pipeline.flop_counting import flop_counter
 from pipeline.teachers.attention import patches_only
 from pipeline.weights import state_digest
 
@@ -288,7 +288,7 @@ def vit_macs(
 
 def counted_macs(forward: Callable[[Tensor], Any], pixels: Tensor) -> int:
     """Multiply-accumulates of one run, for networks that may be anything."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         forward(pixels)
     return int(counter.get_total_flops()) // 2
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.flop_counting import flop_counter
 
 # Dense bf16 TFLOP/s with fp32 accumulation, from the makers' data sheets, by what torch calls the card. The first
 # pattern that fits counts. Where a data sheet gives the rate with sparsity alone, half of it stands here.
@@ -57,11 +58,11 @@ def count_flops(model: nn.Module, losses: Callable[[], Mapping[str, Tensor]]) ->
     two products for each of its own.
     """
     if getattr(model, "dynamic_shapes", False) or isinstance(model, FSDPModule):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             losses()
         return 3 * int(counter.get_total_flops())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _nothing_twice(model), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+    with _nothing_twice(model), FakeTensorMode(allow_non_fake_inputs=True), flop_counter() as counter:
         torch.autograd.grad(losses()["loss"], parameters, allow_unused=True)
     return int(counter.get_total_flops())
 

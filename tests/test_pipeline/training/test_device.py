@@ -13,10 +13,10 @@ import torch
 from torch import distributed, nn
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.configs.training import RunConfig
 from pipeline.evaluation import FeatureSets, knn
+from pipeline.flop_counting import flop_counter
 from pipeline.models import build_student
 from pipeline.steps import StepPlan
 from pipeline.training import device as device_module
@@ -149,7 +149,7 @@ def test_flops_without_data_are_those_of_a_step(name: str) -> None:
     counted = count_flops(student, losses)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in student.parameters())
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         losses()["loss"].backward()
     assert counted == counter.get_total_flops() > 0
     losses()["loss"].backward()  # nothing without data is left behind
