@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2    # test processes; each takes up to 2 GB
 
-.PHONY: demo test test-slow test-gpu check keys clean
+.PHONY: demo test test-slow test-gpu test-lowest check keys clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mrmae needs Python 3.11 or newer; set PYTHON=/path/to/it")'
@@ -24,6 +24,12 @@ test-slow: $(STAMP)  ## the long proofs: extraction under SIGKILL, a million rec
 
 test-gpu: $(STAMP)  ## what only a GPU can show; each test is skipped without one
 	$(BIN)/python -m pytest -q -m gpu
+
+test-lowest:  ## the fast suite with the oldest libraries that pyproject.toml admits; installs them into .venv-lowest
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	$(VENV)-lowest/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow and not gpu' \
+		-W ignore::DeprecationWarning -W ignore::FutureWarning
 
 check: $(STAMP)  ## everything a change must pass
 	$(BIN)/ruff check .
