@@ -48,6 +48,7 @@ from pipeline.ownership import stage
 from pipeline.pixels import normalise
 from pipeline.processes import processes, share_of
 from pipeline.progress import track
+from pipeline.training.device import autocast_by
 from pipeline.training.engine import fit
 from pipeline.training.journal import command
 from pipeline.training.run import Run, plan_steps, settle_batch_size
@@ -115,8 +116,7 @@ def _evaluate_only(config: DetectConfig) -> dict[str, Any]:
         raise DataError("data.val has other categories than the detector was trained on: give matching annotations")
     canvas = model.spec["encoder"]["image_size"]
     batches = _evaluation_batches(config, val, canvas)
-    in_bf16 = config.precision == "bf16" or (config.precision == "auto" and group.device.type == "cuda")
-    with torch.inference_mode(), torch.autocast(group.device.type, torch.bfloat16, enabled=in_bf16):
+    with torch.inference_mode(), autocast_by(config.precision):
         steps = -(-len(share_of(len(val))) // config.eval_batch_size)
         results = _results(model, val, track(batches, steps, "detect", "batch"), group.device)
         figures = _score(val, results)
