@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def _exit_code_of_copy(moment: int, cache: Path, target: Path) -> int:
 
 
 def test_to_a_bucket_and_back_gives_the_same_tree(cache: Path, s3: str, tmp_path: Path) -> None:
-    url = f"s3://bucket/{tmp_path.parent.name}/{tmp_path.name}"
+    url = f"s3://bucket/{uuid4()}"
     facts = copy(cache, url)
     assert facts["shards"] == "3 of 3"
     assert copy(cache, url)["copied"] == 0
@@ -121,7 +122,7 @@ def test_what_a_bucket_says_is_understood(s3: str, tmp_path: Path, monkeypatch: 
 
 
 def test_damage_in_a_bucket_is_found_and_replaced(cache: Path, s3: str, tmp_path: Path) -> None:
-    url = f"s3://bucket/{tmp_path.parent.name}/{tmp_path.name}"
+    url = f"s3://bucket/{uuid4()}"
     copy(cache, url)
     flip(large(cache, 1))
     objects.Objects(url).upload(large(cache, 1).relative_to(cache).as_posix(), large(cache, 1))

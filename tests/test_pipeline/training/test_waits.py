@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from pipeline import pixels
@@ -28,9 +27,6 @@ from pipeline.training.task import Task
 from stages import finetune, pretrain
 from tests.fake_cuda import CUDA, fake_cuda, to_fake
 
-pytestmark = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.11"), reason="the stand-in for a GPU needs torch 2.11; see `make test-gpu`"
-)
 SIZES: dict[str, Any] = {"image_size": 64, "depth": 2, "num_heads": 3, "dim": 48}
 DECODER: dict[str, Any] = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
 TEACHER: dict[str, Any] = {"spec": "timm:test_vit", "weights": "random", "image_size": 64}
