@@ -1,7 +1,7 @@
 """Models of timm as students, through every stage that takes one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline.configs.models import StudentConfig
 from pipeline.configs.teachers import TeacherConfig
 from pipeline.errors import CheckpointError, ConfigError, TeacherError
 from pipeline.models import build_classifier, save_weights
+from pipeline.models.timm_names import timm_model
 from pipeline.overrides import override_words
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.timm_vit import TimmBackbone
@@ -34,6 +35,20 @@ from tests.test_stages.test_processes import forked_ranks
 SMALL = {"dim": 48, "depth": 2, "num_heads": 3}
 DINOV3 = "timm:vit_small_patch16_dinov3"
 DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+
+
+@pytest.fixture
+def smaller_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """timm's models in `SMALL` sizes. What a process has learned of a model it keeps: not beyond these tests."""
+    create = timm.create_model
+
+    def small(name: str, **options: Any) -> Any:
+        return create(name, **{"embed_dim": 48, "depth": 2, "num_heads": 3, **options})
+
+    monkeypatch.setattr(timm, "create_model", small)
+    timm_model.cache_clear()
+    yield
+    timm_model.cache_clear()
 
 
 def public_file(path: Path, name: str, **sizes: Any) -> Any:
@@ -108,15 +123,9 @@ def test_a_trained_student_goes_back_to_timm(tmp_path: Path, name: str, kind: st
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_336", "vit_base_patch16_siglip_224"])
-def test_public_weights_in_timms_naming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.usefixtures("smaller_models")
+def test_public_weights_in_timms_naming(tmp_path: Path, name: str) -> None:
     """A classifier or a pooling head of the file is left; a norm after the mean is the student's norm."""
-    create = timm.create_model
-
-    def small(name: str, **options: Any) -> Any:
-        sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, **options}
-        return create(name, **sizes)
-
-    monkeypatch.setattr(timm, "create_model", small)
     model = public_file(tmp_path / "file.safetensors", name)
     state, spec = read_init(tmp_path / "file.safetensors", f"timm:{name}")
     assert spec is None
