@@ -102,7 +102,7 @@ mrmae extract-teacher-features --config configs/imagenet.yaml
 }
 # Calls that are not run here: why, and the test that runs them.
 ELSEWHERE = {
-    r"make (demo|test|test-slow|test-gpu|check|keys)": (
+    r"make (demo|test|test-slow|test-gpu|test-lowest|check|keys)": (
         "installs into .venv; demo is run, the others are pytest, ruff, mypy and `mrmae --keys`",
         "tests/test_stages/test_demo.py::test_the_demo_leaves_a_table_and_pictures",
     ),
