@@ -38,7 +38,7 @@ def load_plugins(names: Iterable[str]) -> None:
         portable = name if file is None else str(file)
         if portable not in _loaded:
             module = _load(name, file)
-            source = module.__file__  # none of a package without __init__.py
+            source = getattr(module, "__file__", None)  # a module that is built in has none
             _loaded[portable] = f"{hash_source(Path(source).read_bytes()):016x}" if source else ""
 
 
