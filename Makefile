@@ -41,4 +41,4 @@ keys: $(STAMP)  ## docs/keys.md, after a change of a config class
 	$(BIN)/mrmae --keys > docs/keys.md
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest build *.egg-info .pytest_cache .mypy_cache .ruff_cache

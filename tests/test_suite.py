@@ -25,7 +25,7 @@ def test_no_test_of_this_run_sees_a_gpu() -> None:
 
 
 def test_the_lowest_constraints_are_the_bounds_of_the_packages() -> None:
-    """`make test-lowest` proves them. Tools that only look at the code have a bound of their own."""
+    """`make test-lowest` installs them. Tools that only look at the code have a bound of their own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = dict[str, str]()
     for text in [*project["dependencies"], *chain(*project["optional-dependencies"].values())]:
