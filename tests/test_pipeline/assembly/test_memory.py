@@ -36,6 +36,7 @@ def peak_of_a_step(student: Student, images: int) -> int:
     return max(accumulate(event.nbytes() for event in events.kineto_results.events() if event.name() == "[memory]"))
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # of torch 2.11, about what is not used
 @pytest.mark.parametrize("images", [2, 64])
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
