@@ -1,21 +1,19 @@
 """Servers on the loopback that tests start: an S3 server, and a web server that fails in every way it is asked to."""
 
-import os
 import re
-import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 from pipeline.cache.remote import objects
-from pipeline.forking import fork
 
 Fault = str | None
 """`cut`: half of the body, then the end. `stall`: half, then silence. `truncate`: half, as if that were all. `flip`:
@@ -120,57 +118,53 @@ class FilesServer:
 def s3_server() -> Iterator[str]:
     """An S3 server with the bucket `bucket`; yields its URL. The environment leads boto's libraries to it.
 
-    It is a process of its own: in this one, processes that a test forks would keep its connections open.
+    It is an interpreter of its own: it inherits no connection, lock or signal of this process, and stays small where
+    the kernel looks for a large process to end.
     """
     import fsspec
 
-    read_end, write_end = os.pipe()
-    server = fork()
-    if not server:
-        _serve_s3(write_end)
-    os.close(write_end)
-    with open(read_end, "rb") as answer:
-        url = answer.readline().decode().strip()
-    assert url.startswith("http://127.0.0.1:"), f"the S3 server has ended: {os.waitpid(server, 0)}"
-    environment = {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "NO_PROXY": "127.0.0.1",  # a proxy of this machine can't reach its loopback
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        try:
-            fsspec.filesystem("s3").clear_instance_cache()  # one that knows no such server, of an earlier test
-            fsspec.filesystem("s3").mkdir("bucket")
-            yield url
-        finally:
-            fsspec.filesystem("s3").clear_instance_cache()
-            objects._kept.clear()
-            os.kill(server, signal.SIGKILL)
-            os.waitpid(server, 0)
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", S3],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
+        assert server.stdout is not None
+        url = server.stdout.readline().decode().strip()
+        environment = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",  # a proxy of this machine can't reach its loopback
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            try:
+                fsspec.filesystem("s3").clear_instance_cache()  # one that knows no such server, of an earlier test
+                fsspec.filesystem("s3").mkdir("bucket")
+                yield url
+            finally:
+                fsspec.filesystem("s3").clear_instance_cache()
+                objects._kept.clear()
+                ended = server.poll()
+                server.kill()
+                server.communicate()
+                log.seek(0)
+                assert ended is None, f"the S3 server ended with {ended}: {log.read().decode()}"
 
 
-def _serve_s3(write_end: int) -> NoReturn:
-    """Tell the URL, and serve until this process is killed."""
-    try:
-        from moto.server import ThreadedMotoServer
-
-        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)  # its log
-        os.write(write_end, f"http://{host}:{port}\n".encode())
-        owner = os.getppid()
-        while os.getppid() == owner:
-            time.sleep(1)
-    except BaseException:  # noqa: BLE001 - the end of a process
-        traceback.print_exc()
-    finally:
-        os._exit(1)
+S3 = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print("http://%s:%d" % server.get_host_and_port(), flush=True)
+sys.stdin.read()  # until its owner ends
+"""
 
 
 def upload(folder: Path, url: str) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from stages import extract_teacher_features
 from tests import forked
 from tests.coco import write_coco
 from tests.endings import CLASSES, limit, session
+from tests.ranks import Rendezvous
 from tests.test_stages.conftest import ENCODER, MICRO, extract_config
 
 ROOT = Path(__file__).parents[2]
@@ -80,15 +80,12 @@ def command(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Comma
 
 def end(tmp_path: Path, how: str, what: str, arguments: list[list[str]]) -> list[tuple[int, str]]:
     """Start one process for each list of arguments, side by side; exit codes and what they wrote to standard error."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    rendezvous = Rendezvous(len(arguments))
     processes = []
     for rank, of_rank in enumerate(arguments):
         environment = {**ENVIRONMENT, "STRIKE": what, "STRIKE_RANK": str(len(arguments) - 1)}
         if len(arguments) > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(arguments))}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment |= rendezvous.environment(rank)
         with open(tmp_path / f"{rank}.errors", "w") as errors:
             command = [sys.executable, "-c", PROGRAM_CODE, how, *of_rank]
             keys: dict[str, Any] = {"cwd": ROOT, "env": environment, "start_new_session": True}

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pipeline.training.metrics import read_metrics
 from stages import extract_teacher_features, knn, linear_probe, pretrain
 from tests import forked
 from tests.micro import without_key_biases
+from tests.ranks import Rendezvous
 from tests.test_stages.conftest import ENCODER, MICRO, extract_config, pretrain_config, sets
 from tests.test_stages.test_extract_teacher_features import content
 
@@ -49,22 +49,14 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
 
 def forked_ranks(processes: int, *arguments: str) -> list["subprocess.CompletedProcess[str]"]:
     """As torchrun starts them, without its own seconds and those of each interpreter."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    rendezvous = Rendezvous(processes)
 
-    def start(rank: str) -> "subprocess.CompletedProcess[str]":
-        return forked.run(
-            [*forked.CLI, *arguments],
-            cwd=ROOT,
-            text=True,
-            env={**os.environ, **shared, **sizes, "RANK": rank, "LOCAL_RANK": rank},
-        )
+    def start(rank: int) -> "subprocess.CompletedProcess[str]":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **rendezvous.environment(rank)}
+        return forked.run([*forked.CLI, *arguments], cwd=ROOT, text=True, env=environment)
 
     with ThreadPoolExecutor(processes) as pool:
-        return list(pool.map(start, map(str, range(processes))))
+        return list(pool.map(start, range(processes)))
 
 
 def test_two_processes_extract_the_same_bytes_as_one(image_tree: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ processes, zombies, names in /dev/shm.
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from stages import extract_teacher_features
 from tests import forked
 from tests.endings import session
 from tests.failing_disk import failing
+from tests.ranks import Rendezvous
 from tests.test_stages.conftest import MICRO, extract_config
 from tests.test_stages.test_pretrain import losses, weights
 
@@ -64,16 +64,13 @@ class Ranks:
     """Two processes that train together, and what each held: early, and when it was looked at last."""
 
     def __init__(self, words: list[str], environments: Sequence[Mapping[str, str]]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        self.rendezvous = Rendezvous(len(environments))
         self.processes = []
-        for rank, environment in enumerate(environments):
-            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            group |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        for rank, of_rank in enumerate(environments):
+            environment = {**os.environ, **of_rank, **self.rendezvous.environment(rank), "OMP_NUM_THREADS": "1"}
             self.processes.append(
                 forked.Popen(
-                    [sys.executable, "-c", PROGRAM, *words], env={**os.environ, **environment, **group}, text=True,
+                    [sys.executable, "-c", PROGRAM, *words], env=environment, text=True,
                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
                 )
             )  # fmt: skip
