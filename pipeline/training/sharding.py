@@ -6,7 +6,6 @@ with another number of processes, or without sharding.
 
 from collections.abc import Mapping
 from copy import deepcopy
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,15 +20,15 @@ def shard(model: nn.Module, device: torch.device, bf16: bool) -> None:
 
     A block of the encoder is gathered to run, forward and backward, and freed after each. What else there is
     (embeddings, decoder, heads) is gathered from a step's forward to its backward. All start from the first process's
-    weights and buffers, as under DDP.
+    weights, as under DDP.
 
     Args:
         bf16: on CUDA, gather blocks in bf16, since autocast would keep a bf16 copy of each weight for the backward.
             All else stays in fp32, so tokens between blocks are as without sharding. Gradients are reduced in fp32. On
             a CPU autocast leaves LayerNorm alone, so its weights stay in fp32.
     """
-    for tensor in chain(model.parameters(), model.buffers()):
-        distributed.broadcast(tensor.detach(), src=0)
+    for parameter in model.parameters():
+        distributed.broadcast(parameter.detach(), src=0)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if bf16 and device.type == "cuda":

@@ -249,14 +249,16 @@ def test_masks_of_whole_views_are_not_drawn(
         pretrain.run(masked)
 
 
-def test_batch_norms_of_two_processes(colours: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_batch_norms_of_two_processes(sharding: str, colours: Path, tmp_path: Path) -> None:
     """The checkpoint has the statistics of both processes' batches; each evaluates its share with the same ones."""
     keys: dict[str, Any] = {"student": {"name": "timm:test_resnet"}, "max_steps": 1}
     finetune.run(finetune_config(colours, tmp_path / "alone", **keys))
-    config = finetune_config(colours, tmp_path / "two", **keys)
+    config = finetune_config(colours, tmp_path / "two", sharding=sharding, **keys)
     words = override_words(config.model_dump(mode="json", exclude_unset=True))
     done = forked_ranks(2, "finetune", *words)
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert ("in 2 shares (fsdp)" in done[0].stderr) == (sharding == "fsdp")
     alone, two = (load_file(resolve_checkpoint(tmp_path / name) / "model.safetensors") for name in ("alone", "two"))
     first = "model.conv1.1.running_mean"  # behind the first convolution, whose weights were the same in both
     torch.testing.assert_close(two[first], alone[first], rtol=1e-4, atol=1e-6)
