@@ -1,13 +1,16 @@
-"""What tests share: where they run, small real pictures, and the real data when it is there."""
+"""What tests share: where they run, what they draw, small real pictures, and the real data when it is there."""
 
 import gc
 import os
+import random
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
+import numpy as np
 import pytest
 
 # A thread without work sleeps, here and in what tests start: else each small sum of torch keeps all cores busy.
@@ -22,6 +25,7 @@ _patch = pytest.MonkeyPatch()  # for the whole session
 _thaw = gc.unfreeze
 _ended = 0  # tests
 _ROOM = 8 << 30  # bytes; a run of the fast suite takes a quarter of it
+hypothesis.settings.register_profile("same", derandomize=True)
 REAL_DATA = Path(os.environ.get("MRMAE_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
@@ -47,6 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
     of pytest-xdist, inherit it.
     """
     _keep_temporary_files_in_memory()
+    if config.option.markexpr.split()[:1] != ["slow"] and not config.getoption("--hypothesis-profile"):
+        # The same examples each time: what fails was changed. The slow suite draws new ones.
+        hypothesis.settings.load_profile("same")
     if not asks_for_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -84,10 +91,24 @@ def asks_for_gpu(config: pytest.Config) -> bool:
     return config.option.markexpr.split()[:1] == ["gpu"]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    _seed()
     tried = "MRMAE_TEST_DEVICE" in os.environ  # on a CPU, to try the tests themselves
     if item.get_closest_marker("gpu") is not None and not tried and not torch.cuda.is_available():
         pytest.skip("no GPU here" if asks_for_gpu(item.config) else "GPUs are hidden: `make test-gpu` runs this one")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    _seed()  # fixtures that others share draw in the first test that asks for them
+
+
+def _seed() -> None:
+    """A test draws the same whatever ran before it, and in whichever process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
