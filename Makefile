@@ -25,9 +25,9 @@ test-slow: $(STAMP)  ## the long proofs: extraction under SIGKILL, a million rec
 test-gpu: $(STAMP)  ## what only a GPU can show; each test is skipped without one
 	$(BIN)/python -m pytest -q -m gpu
 
-test-lowest:  ## the fast suite with the oldest libraries that pyproject.toml admits; installs them into .venv-lowest
-	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+test-lowest:  ## the fast suite with the oldest libraries that pyproject.toml admits; uv installs them into .venv-lowest
+	test -x $(VENV)-lowest/bin/uv || { $(PYTHON) -m venv $(VENV)-lowest && $(VENV)-lowest/bin/python -m pip install --quiet uv; }
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct --editable '.[dev]'
 	$(VENV)-lowest/bin/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow and not gpu' \
 		-W ignore::DeprecationWarning -W ignore::FutureWarning
 

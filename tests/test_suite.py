@@ -1,11 +1,8 @@
 """The suite itself: where its tests run, and how they start the command."""
 
 import os
-import re
 import subprocess
 import sys
-import tomllib
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,18 +19,6 @@ ROOT = Path(__file__).parents[1]
 def test_no_test_of_this_run_sees_a_gpu() -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # nor does a process that a test starts
     assert torch.cuda.device_count() == 0
-
-
-def test_the_lowest_constraints_are_the_bounds_of_the_packages() -> None:
-    """`make test-lowest` installs them. Tools that only look at the code have a bound of their own."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    bounds = dict[str, str]()
-    for text in [*project["dependencies"], *chain(*project["optional-dependencies"].values())]:
-        name, _, version = re.sub(r"\[.*\]", "", text).partition(">=")
-        if version and name not in ("ruff", "mypy", "pre-commit", "wandb"):
-            bounds[name] = version if version.count(".") == 2 else f"{version}.*"
-    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()[1:]
-    assert dict(line.split("==") for line in lines) == bounds
 
 
 @pytest.mark.parametrize(
