@@ -13,8 +13,6 @@ import torch
 from tests import forked
 from tests.conftest import asks_for_gpu
 
-ROOT = Path(__file__).parents[1]
-
 
 def test_no_test_of_this_run_sees_a_gpu() -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # nor does a process that a test starts
@@ -35,14 +33,14 @@ def test_only_a_run_of_gpu_tests_sees_gpus(markexpr: str, asked: bool) -> None:
 def test_a_forked_process_is_as_one_that_an_interpreter_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folder, environment, words, random numbers, signals, group, exit handlers; both ways print the same."""
     code = """
-import atexit, os, random, signal, stat, sys, threading
+import atexit, os, random, signal, sys, threading
 import numpy, torch
 def is_open(number):
     try:
-        mode = os.fstat(number).st_mode
+        device = os.fstat(number).st_rdev
     except OSError:
         return False
-    return number < 3 or not stat.S_ISCHR(mode)  # some library may keep /dev/urandom
+    return device != os.stat("/dev/urandom").st_rdev  # some library may keep it open
 atexit.register(print, "at exit")
 threading.Timer(0.8, print, ["a thread is waited for"]).start()
 handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE)]

@@ -89,13 +89,14 @@ def test_each_channel_is_rounded_to_the_nearest_level(
 @given(seed=st.integers(0, 2**32), dim=st.sampled_from([96, 192, 320]), spread=st.floats(1, 300))
 def test_the_loss_is_theirs_in_every_channel(seed: int, dim: int, spread: float) -> None:
     """Correlated channels of any spread, and outlying tokens, lose what Gaussian ones lose: 0.0095 of each variance."""
-    values = real_looking(seed, 12, 49, dim, spread)
+    values = real_looking(seed, 48, 49, dim, spread)  # of fewer tokens both figures scatter beyond their bounds
     quantiser = Quantiser.calibrate("int4", values)
     meter = Fidelity()
     meter.update(values, quantiser.dequantise(*quantiser.quantise(values)))
     figures = meter.figures()
-    assert figures.nmse_mean == pytest.approx(0.0095, rel=0.2)  # of 588 tokens: 0.0087 to 0.0107 in 2,400 draws
-    figures.check(max_nmse=2e-2, min_cosine=0.99)  # of the worst channel: up to 0.017
+    assert figures.nmse_mean == pytest.approx(0.0095, rel=0.1)
+    assert figures.nmse_worst < 0.016
+    figures.check(max_nmse=2e-2, min_cosine=0.99)
 
 
 def test_without_the_rotation_a_channel_is_lost() -> None:

@@ -1,5 +1,6 @@
 """Shuffled reads from many more shards than stay open: right, as few system calls as records ask for, memory shared."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -221,6 +222,9 @@ def test_loading_takes_little_more_memory_than_it_keeps(tmp_path: Path) -> None:
 
     def measure(answer: Connection) -> None:
         reader = open_cache(tmp_path)
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # else what is loaded may lie in memory that earlier tests freed, and not count
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
         reader.load_tables()
@@ -233,7 +237,7 @@ def test_loading_takes_little_more_memory_than_it_keeps(tmp_path: Path) -> None:
     assert mine.poll(60)
     peak, kept = mine.recv()
     worker.join()
-    assert 10_000_000 < kept < 50_000_000  # about 65 bytes a sample, less what fits into memory that it had already
+    assert 20_000_000 < kept < 50_000_000  # about 65 bytes a sample
     assert peak - kept < 8_000_000
 
 
